@@ -1,0 +1,125 @@
+#include "common/cpu_level.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace pykern {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+bool built(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::portable: return true;
+#ifdef PYKERN_HAS_avx2
+    case CpuLevel::avx2: return true;
+#endif
+#ifdef PYKERN_HAS_avx512
+    case CpuLevel::avx512: return true;
+#endif
+#ifdef PYKERN_HAS_avx512_bf16
+    case CpuLevel::avx512_bf16: return true;
+#endif
+#ifdef PYKERN_HAS_amx
+    case CpuLevel::amx: return true;
+#endif
+    default: return false;
+  }
+}
+
+#if defined(__x86_64__)
+
+unsigned long long enabled_state() {
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+}
+
+// Linux hands a process its tile registers only on request.
+bool tile_permission() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool processor_has(CpuLevel level) {
+  unsigned a, b, c, d, b7, c7, d7, a71, ignored;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return level == CpuLevel::portable;
+  if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return level == CpuLevel::portable;
+  __cpuid_count(7, 1, a71, ignored, ignored, ignored);
+  const bool saves_state = c & (1u << 27);
+  const unsigned long long state = saves_state ? enabled_state() : 0;
+  const bool ymm = (state & 0x6) == 0x6;
+  const bool zmm = (state & 0xe6) == 0xe6;
+  const bool tiles = (state & 0x60000) == 0x60000;
+  const bool fma_f16c = (c & (1u << 12)) && (c & (1u << 29));
+  const bool avx2 = ymm && fma_f16c && (b7 & (1u << 5));
+  const bool avx512 = avx2 && zmm && (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31));
+  const bool avx512_bf16 = avx512 && (a71 & (1u << 5));
+  switch (level) {
+    case CpuLevel::portable: return true;
+    case CpuLevel::avx2: return avx2;
+    case CpuLevel::avx512: return avx512;
+    case CpuLevel::avx512_bf16: return avx512_bf16;
+    case CpuLevel::amx: return avx512_bf16 && tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && tile_permission();
+  }
+  return false;
+}
+
+#else
+
+bool processor_has(CpuLevel level) { return level == CpuLevel::portable; }
+
+#endif
+
+CpuLevel highest_up_to(CpuLevel limit) {
+  for (int level = static_cast<int>(limit); level > 0; --level) {
+    const auto candidate = static_cast<CpuLevel>(level);
+    if (built(candidate) && processor_has(candidate)) return candidate;
+  }
+  return CpuLevel::portable;
+}
+
+CpuLevel initial_level() {
+  CpuLevel limit = CpuLevel::amx;
+  if (const char* wanted = std::getenv("PYKERN_CPU_LEVEL")) {
+    for (int level = 0; level < 5; ++level) {
+      if (std::strcmp(wanted, kNames[level]) == 0) limit = static_cast<CpuLevel>(level);
+    }
+  }
+  return highest_up_to(limit);
+}
+
+std::atomic<int>& current() {
+  static std::atomic<int> level{static_cast<int>(initial_level())};
+  return level;
+}
+
+}  // namespace
+
+CpuLevel cpu_level() { return static_cast<CpuLevel>(current().load(std::memory_order_relaxed)); }
+
+CpuLevel best_cpu_level() { return highest_up_to(CpuLevel::amx); }
+
+const char* cpu_level_name(CpuLevel level) { return kNames[static_cast<int>(level)]; }
+
+bool set_cpu_level(CpuLevel level) {
+  if (highest_up_to(level) != level) return false;
+  current().store(static_cast<int>(level), std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace pykern

@@ -1,0 +1,35 @@
+// Ops about the library itself.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "common/cpu_level.h"
+
+namespace pykern {
+namespace {
+
+std::string level_name() { return cpu_level_name(cpu_level()); }
+std::string best_level_name() { return cpu_level_name(best_cpu_level()); }
+
+bool choose_level(std::string name) {
+  for (int level = 0; level < 5; ++level) {
+    if (name == cpu_level_name(static_cast<CpuLevel>(level))) return set_cpu_level(static_cast<CpuLevel>(level));
+  }
+  return false;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(pykern, m) {
+  m.def("cpu_level() -> str");
+  m.def("best_cpu_level() -> str");
+  m.def("set_cpu_level(str level) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pykern, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&level_name));
+  m.impl("best_cpu_level", TORCH_BOX(&best_level_name));
+  m.impl("set_cpu_level", TORCH_BOX(&choose_level));
+}
+
+}  // namespace pykern

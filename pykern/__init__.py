@@ -1,0 +1,14 @@
+"""Drop-in PyTorch kernels for RL post-training and memory-efficient training of language models.
+
+Four families, each one call: shared-prefix attention, group-normalised policy optimisation,
+low-rank optimizers, activation offload. See README.md for the formulas.
+"""
+
+from . import attention, lowrank, offload, policy
+from ._native import info
+from .attention import *  # noqa: F403
+from .lowrank import *  # noqa: F403
+from .offload import *  # noqa: F403
+from .policy import *  # noqa: F403
+
+__all__ = ["info", *attention.__all__, *lowrank.__all__, *offload.__all__, *policy.__all__]

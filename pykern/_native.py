@@ -1,0 +1,69 @@
+"""Loads the native libraries and tells what they can do on this machine."""
+
+import platform
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+
+cuda_unavailable_reason: str | None = None
+"""Why the CUDA kernels are not loaded, or None if they are."""
+
+
+def _load_cpu() -> None:
+    found = sorted(_FOLDER.glob("_C.*so")) + sorted(_FOLDER.glob("_C.so"))
+    if not found:
+        raise ImportError(
+            f"pykern's native library is missing from {_FOLDER}; build it with 'make build' or 'pip install .'"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        raise ImportError(
+            f"pykern's native library {found[0].name} does not load with torch {torch.__version__} "
+            f"(torch >= 2.11 is needed; rebuild with 'make build' if it was built elsewhere): {error}"
+        ) from error
+
+
+_load_cpu()
+cuda_unavailable_reason = "this build of pykern has no CUDA kernels"
+
+
+def cpu_level() -> str:
+    """Instruction set in force: "portable", "avx2", "avx512", "avx512_bf16" or "amx"."""
+    return torch.ops.pykern.cpu_level.default()
+
+
+@contextmanager
+def use_cpu_level(level: str):
+    """Runs a block on a lower instruction set than the machine's best, to test or compare it.
+
+    Raises ValueError if this machine or build lacks `level`. Process-wide: not for concurrent use.
+    """
+    before = cpu_level()
+    if not torch.ops.pykern.set_cpu_level.default(level):
+        raise ValueError(f"level: expected an instruction set this machine has (up to {best_cpu_level()}), got {level!r}")
+    try:
+        yield
+    finally:
+        torch.ops.pykern.set_cpu_level.default(before)
+
+
+def best_cpu_level() -> str:
+    """The fastest instruction set that this processor and this build have."""
+    return torch.ops.pykern.best_cpu_level.default()
+
+
+def info() -> dict[str, str]:
+    """Versions, the processor features in use, and whether the CUDA kernels are there or why not."""
+    return {
+        "pykern": (_FOLDER / "VERSION").read_text().strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu level": f"{cpu_level()} (best here: {best_cpu_level()})",
+        "cpu threads": str(torch.get_num_threads()),
+        "cuda kernels": "loaded" if cuda_unavailable_reason is None else f"not loaded: {cuda_unavailable_reason}",
+    }
