@@ -4,6 +4,7 @@
 #include <string>
 
 #include "common/cpu_level.h"
+#include "common/peak.h"
 
 namespace pykern {
 namespace {
@@ -18,18 +19,22 @@ bool choose_level(std::string name) {
   return false;
 }
 
+double run_matmul_in_cache(bool bfloat16, int64_t repeats) { return matmul_in_cache()(bfloat16, repeats); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pykern, m) {
   m.def("cpu_level() -> str");
   m.def("best_cpu_level() -> str");
   m.def("set_cpu_level(str level) -> bool");
+  m.def("matmul_in_cache(bool bfloat16, int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pykern, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&level_name));
   m.impl("best_cpu_level", TORCH_BOX(&best_level_name));
   m.impl("set_cpu_level", TORCH_BOX(&choose_level));
+  m.impl("matmul_in_cache", TORCH_BOX(&run_matmul_in_cache));
 }
 
 }  // namespace pykern

@@ -1,0 +1,33 @@
+"""`python -m pykern bench`: the cases of the repository's bench folder, printed for people."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    repository = Path(__file__).resolve().parent.parent
+    if not (repository / "bench" / "harness.py").exists():
+        print("pykern bench: needs the repository's bench folder; run it in a checkout of pykern", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(repository))
+    from bench import harness
+
+    parser = argparse.ArgumentParser(prog="python -m pykern bench", description=harness.__doc__)
+    parser.add_argument("family", nargs="*", help=f"any of {', '.join(harness.FAMILIES)}; all by default")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains TEXT")
+    parser.add_argument("--seconds", type=float, default=2.0, help="measuring time per provider and case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.family) - set(harness.FAMILIES))
+    if unknown:
+        parser.error(f"unknown family {', '.join(unknown)}; there are {', '.join(harness.FAMILIES)}")
+
+    cases = [case for case in harness.load_cases(tuple(options.family) or harness.FAMILIES) if options.only in case.label]
+    if not cases:
+        parser.error(f"no case contains {options.only!r}")
+    record = harness.run(cases, options.seconds)
+    if options.json:
+        harness.write(record, options.json)
+        print(f"wrote {options.json}")
+    return 0

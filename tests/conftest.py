@@ -1,0 +1,51 @@
+"""What every test shares: the instruction-set levels of this machine, and a count that a run must reach."""
+
+import pytest
+import torch
+
+from pykern._native import best_cpu_level, use_cpu_level
+
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+
+# A run of the whole suite that executes fewer tests than this has lost some to skips or collection.
+MINIMUM_EXECUTED = 300
+
+
+def available_levels() -> list[str]:
+    """Levels that run here, slowest first; a level left out of the build is left out of the list."""
+    levels = []
+    for level in LEVELS[: LEVELS.index(best_cpu_level()) + 1]:
+        try:
+            with use_cpu_level(level):
+                levels.append(level)
+        except ValueError:
+            continue
+    return levels
+
+
+@pytest.fixture(params=available_levels())
+def cpu_level(request):
+    """Runs the test once on each instruction-set level."""
+    with use_cpu_level(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    executed = sum(len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed"))
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    terminalreporter.write_line(f"executed {executed} tests, skipped {skipped}, instruction sets {available_levels()}")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    whole_suite = session.config.args == session.config.getini("testpaths") and not session.config.option.keyword
+    if exitstatus == 0 and whole_suite and not session.config.option.collectonly:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        executed = len(reporter.stats.get("passed", []))
+        if executed < MINIMUM_EXECUTED:
+            reporter.write_line(f"only {executed} tests were executed, at least {MINIMUM_EXECUTED} are expected", red=True)
+            session.exitstatus = 1
