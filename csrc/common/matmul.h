@@ -13,7 +13,7 @@
 #include "common/scratch.h"
 #include "common/vector.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(PYKERN_TILE_TWIN)
 #include "common/amx.h"
 #endif
 
