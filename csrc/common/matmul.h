@@ -13,7 +13,7 @@
 #include "common/scratch.h"
 #include "common/vector.h"
 
-#if defined(__AMX_BF16__) || defined(PYKERN_TILE_TWIN)
+#if defined(PYKERN_SIMD_IS_amx) || defined(PYKERN_TILE_TWIN)
 #include "common/amx.h"
 #endif
 
@@ -233,7 +233,7 @@ void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t 
       for (int64_t column = 0; column < round_up(n, kPanel); ++column) c[row * c_row + column] = 0.0f;
     }
   }
-#if defined(__AMX_BF16__)
+#if defined(PYKERN_SIMD_IS_amx)
   if constexpr (sizeof(T) == 2) {
     if (m >= 8) return amx_matmul(m, round_up(n, kPanel), padded_k, a, a_row, b_packed, kPanel, c, c_row, accumulate);
   }

@@ -1,6 +1,6 @@
 #include "common/tile_check.h"
 
-#if defined(__AMX_BF16__) || defined(PYKERN_TILE_TWIN)
+#if defined(PYKERN_SIMD_IS_amx) || defined(PYKERN_TILE_TWIN)
 #include "common/amx.h"
 #include "common/vector.h"
 #endif
@@ -8,7 +8,7 @@
 namespace pykern::PYKERN_SIMD {
 
 bool tiles_work() {
-#if defined(__AMX_BF16__) || defined(PYKERN_TILE_TWIN)
+#if defined(PYKERN_SIMD_IS_amx) || defined(PYKERN_TILE_TWIN)
   // Sizes that need a tail of rows and of depth; small integers, so that every sum is exact.
   constexpr int64_t m = 33, n = 64, k = 70;
   const auto left = [](int64_t row, int64_t step) { return static_cast<float>((row * 5 + step * 3) % 7 - 3); };
