@@ -23,7 +23,7 @@ PYKERN_INLINE void block(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = accumulate ? load(c + row * c_row + v * kLanes) : zero();
+    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = zero();
   }
   for (int64_t step = 0; step < k; ++step) {
     vfloat column[kPanelVectors];
@@ -39,7 +39,11 @@ PYKERN_INLINE void block(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) store(c + row * c_row + v * kLanes, sum[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* target = c + row * c_row + v * kLanes;
+      // Added at the end: a sum of short sums rounds less than one long sum.
+      store(target, accumulate ? load(target) + sum[row][v] : sum[row][v]);
+    }
   }
 }
 
@@ -52,9 +56,7 @@ PYKERN_INLINE void block(int64_t k, const bf16* a, int64_t a_row, int64_t, const
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      sum[row][v] = accumulate ? _mm512_loadu_ps(c + row * c_row + v * kLanes) : _mm512_setzero_ps();
-    }
+    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = _mm512_setzero_ps();
   }
   for (int64_t step = 0; step < k; step += 2) {
     __m512bh column[kPanelVectors];
@@ -72,7 +74,10 @@ PYKERN_INLINE void block(int64_t k, const bf16* a, int64_t a_row, int64_t, const
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) _mm512_storeu_ps(c + row * c_row + v * kLanes, sum[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* target = c + row * c_row + v * kLanes;
+      store(target, accumulate ? load(target) + (vfloat)sum[row][v] : (vfloat)sum[row][v]);
+    }
   }
 }
 #endif
