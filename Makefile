@@ -58,19 +58,18 @@ except ImportError:
     sys.exit(1)
 endef
 
-# Makes the packages of an environment, and pykern's own sources, seen in another. A Python that is
-# itself of a virtual environment would otherwise hide that environment's torch.
-define SHARE
-import pathlib, sys, sysconfig
-folder = pathlib.Path(sys.argv[1], sysconfig.get_path("purelib", vars={"base": "."}))
-folder.joinpath("pykern-shared.pth").write_text("\n".join(sys.argv[2:] + ["$(CURDIR)"]) + "\n")
-endef
-
-define OUTER
+# The packages of the virtual environment that a Python belongs to, if it belongs to one.
+define PACKAGES
 import sys, sysconfig
 print(sysconfig.get_path("purelib") if sys.prefix != sys.base_prefix else "")
 endef
-export CHECK_PYTHON CHECK_TORCH SHARE OUTER
+
+# Makes these folders seen in the environment whose Python runs this.
+define SHARE
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "pykern-shared.pth").write_text("\n".join(sys.argv[1:]) + "\n")
+endef
+export CHECK_PYTHON CHECK_TORCH PACKAGES SHARE
 
 $(VENV)/.ready: Makefile pyproject.toml $(if $(TORCH_GIVEN),always)
 	@command -v $(PYTHON) >/dev/null || { echo "pykern: no $(PYTHON) was found; install Python 3.10 or newer, or name one: make PYTHON=..." >&2; exit 1; }
@@ -78,7 +77,7 @@ $(VENV)/.ready: Makefile pyproject.toml $(if $(TORCH_GIVEN),always)
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "pykern: no C++ compiler was found; install g++ or clang++, or name one in CXX" >&2; exit 1; }
 	@command -v nvcc >/dev/null || echo "pykern: no CUDA compiler (nvcc) was found; the CPU part alone is built"
 	$(PYTHON) -m venv --system-site-packages $(VENV)
-	@$(PY) -c "$$SHARE" $(VENV) $$($(PYTHON) -c "$$OUTER")
+	@$(PY) -c "$$SHARE" "$(CURDIR)" $$($(PYTHON) -c "$$PACKAGES")
 	@$(if $(TORCH_GIVEN),false,$(PY) -c "$$CHECK_TORCH" 2>/dev/null) || { echo "pykern: installing $(TORCH) into $(VENV)"; $(PY) -m pip install --quiet $(TORCH); }
 	$(PY) -m pip install --quiet $(TOOLS)
 	@touch $@
@@ -86,6 +85,6 @@ $(VENV)/.ready: Makefile pyproject.toml $(if $(TORCH_GIVEN),always)
 # Without dependencies: the list is complete, and pip must not bring another torch.
 $(PEERS)/.ready: $(VENV)/.ready tests/peers/requirements.txt
 	$(PYTHON) -m venv --system-site-packages $(PEERS)
-	@$(PY) -c "$$SHARE" $(PEERS) $$($(PY) -c "$$OUTER") $$($(PYTHON) -c "$$OUTER")
+	@$(PEERS)/bin/python -c "$$SHARE" "$(CURDIR)" $$($(PY) -c "$$PACKAGES") $$($(PYTHON) -c "$$PACKAGES")
 	$(PEERS)/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
 	@touch $@
