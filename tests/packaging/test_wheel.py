@@ -78,7 +78,7 @@ def test_source_archive_is_whole(unpacked):
         assert (unpacked / name).exists(), name
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".txt") or path.name == "VERSION":
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".map", ".txt") or path.name == "VERSION":
                 assert (unpacked / path.relative_to(ROOT)).exists(), path.relative_to(ROOT)
 
 
