@@ -144,7 +144,7 @@ PYKERN_INLINE void block(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = accumulate ? load(c + row * c_row + v * kLanes) : zero();
+    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = zero();
   }
   for (int64_t step = 0; step < k; ++step) {
     vfloat column[kPanelVectors];
@@ -160,7 +160,10 @@ PYKERN_INLINE void block(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) store(c + row * c_row + v * kLanes, sum[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* target = c + row * c_row + v * kLanes;
+      store(target, accumulate ? load(target) + sum[row][v] : sum[row][v]);
+    }
   }
 }
 
@@ -173,9 +176,7 @@ PYKERN_INLINE void block(int64_t k, const bf16* a, int64_t a_row, int64_t, const
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      sum[row][v] = accumulate ? _mm512_loadu_ps(c + row * c_row + v * kLanes) : _mm512_setzero_ps();
-    }
+    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = _mm512_setzero_ps();
   }
   for (int64_t step = 0; step < k; step += 2) {
     __m512bh column[kPanelVectors];
@@ -193,7 +194,10 @@ PYKERN_INLINE void block(int64_t k, const bf16* a, int64_t a_row, int64_t, const
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) _mm512_storeu_ps(c + row * c_row + v * kLanes, sum[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* target = c + row * c_row + v * kLanes;
+      _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), sum[row][v]) : sum[row][v]);
+    }
   }
 }
 #endif
@@ -225,7 +229,8 @@ void panel(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, co
 template <class T>
 void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b_packed, float* c,
             int64_t c_row, bool accumulate) {
-  // Deep products run in slices, so that a slice of one panel stays in the first-level cache.
+  // Deep products run in slices, so that a slice of one panel stays in the first-level cache. Each slice
+  // is summed from zero before it joins C: rounding errors grow with the slice and the number of slices.
   constexpr int64_t kSlice = 512 / sizeof(T);
   const int64_t padded_k = round_up(k, kDepth<T>);
   if (padded_k == 0 && !accumulate) {
