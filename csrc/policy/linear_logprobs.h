@@ -23,8 +23,7 @@ struct LinearLogprobsInput {
   double softcap;
 };
 
-// `statistics` is [all rows, 2], as in TokenLogprobsForward but for logits after bias, softcap and
-// temperature. `entropy` may be null.
+// `statistics` is [all rows, 2], as in TokenLogprobsForward, of the logits after bias and softcap. `entropy` may be null.
 struct LinearLogprobsForward {
   LinearLogprobsInput input;
   void *logprobs, *entropy, *statistics;

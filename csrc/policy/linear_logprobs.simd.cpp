@@ -15,35 +15,33 @@ struct Partial {
   float *maximum, *sum, *weighted;
 };
 
-// Finishes a tile of logits (bias, softcap, temperature), in place; returns the largest per lane.
+// Finishes a tile of logits (bias, softcap), in place; returns the largest per lane. The temperature
+// comes after the largest is subtracted, where it costs no digits.
 template <bool Softcap>
-PYKERN_INLINE void finish_logits(float* tile, int64_t count, const float* bias, float softcap, const float* inverse,
-                                 vfloat* largest) {
+PYKERN_INLINE void finish_logits(float* tile, int64_t count, const float* bias, float softcap, vfloat* largest) {
   const vfloat cap = broadcast(softcap), inverse_cap = broadcast(Softcap ? 1.0f / softcap : 0.0f);
-  vfloat scale[kPanelVectors];
-  for (int j = 0; j < kPanelVectors; ++j) scale[j] = load(inverse + j * kLanes);
   for (int64_t v = 0; v < count; ++v) {
     const vfloat offset = broadcast(bias ? bias[v] : 0.0f);
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) {
       vfloat z = load(tile + v * kPanel + j * kLanes) + offset;
       if (Softcap) z = cap * tanh(z * inverse_cap);
-      z *= scale[j];
-      store(tile + v * kPanel + j * kLanes, z);
+      if (Softcap || bias) store(tile + v * kPanel + j * kLanes, z);
       largest[j] = maximum(z, largest[j]);
     }
   }
 }
 
 template <bool Entropy>
-PYKERN_INLINE void add_tile(const float* tile, int64_t count, const vfloat* largest, float* maxima, float* sums,
-                            float* weighted_sums) {
+PYKERN_INLINE void add_tile(const float* tile, int64_t count, const vfloat* largest, const float* inverse, float* maxima,
+                            float* sums, float* weighted_sums) {
   const vfloat smallest = broadcast(kSmallestExponent);
-  vfloat reference[kPanelVectors], sum[kPanelVectors], weighted[kPanelVectors];
+  vfloat scale[kPanelVectors], reference[kPanelVectors], sum[kPanelVectors], weighted[kPanelVectors];
   for (int j = 0; j < kPanelVectors; ++j) {
     const vfloat before = load(maxima + j * kLanes);
+    scale[j] = load(inverse + j * kLanes);
     reference[j] = maximum(before, largest[j]);
-    const vfloat difference = before - reference[j];
+    const vfloat difference = (before - reference[j]) * scale[j];
     const vfloat shift = select(difference < smallest, smallest, difference);
     const vfloat factor = exp(shift);
     sum[j] = load(sums + j * kLanes);
@@ -55,7 +53,7 @@ PYKERN_INLINE void add_tile(const float* tile, int64_t count, const vfloat* larg
   for (int64_t v = 0; v < count; ++v) {
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) {
-      const vfloat exponent = load(tile + v * kPanel + j * kLanes) - reference[j];
+      const vfloat exponent = (load(tile + v * kPanel + j * kLanes) - reference[j]) * scale[j];
       const vfloat e = exp(exponent);
       tile_sum[j] += e;
       if (Entropy) tile_weighted[j] += e * select(exponent < smallest, smallest, exponent);
@@ -75,19 +73,21 @@ void write_token(const LinearLogprobsForward& params, const Partial& partial, in
     const float maximum = partial.maximum[s * stride + index];
     largest = maximum > largest ? maximum : largest;
   }
+  const int64_t row = params.input.active[index];
+  const double inverse = params.input.inverse_temperature[row];
   double sum = 0, weighted = 0;
   for (int64_t s = 0; s < stripes; ++s) {
     const int64_t at = s * stride + index;
-    const double shift = static_cast<double>(partial.maximum[at]) - largest;
+    const double shift = (static_cast<double>(partial.maximum[at]) - largest) * inverse;
     const double factor = __builtin_exp(shift);
     sum += factor * partial.sum[at];
     if (params.entropy) weighted += factor * (partial.weighted[at] + shift * partial.sum[at]);
   }
-  const int64_t row = params.input.active[index];
   const double log_sum = __builtin_log(sum);
   static_cast<float*>(params.statistics)[2 * row] = largest;
   static_cast<float*>(params.statistics)[2 * row + 1] = static_cast<float>(log_sum);
-  static_cast<float*>(params.logprobs)[row] = static_cast<float>(static_cast<double>(target_logit) - largest - log_sum);
+  const double exponent = (static_cast<double>(target_logit) - largest) * inverse;
+  static_cast<float*>(params.logprobs)[row] = static_cast<float>(exponent - log_sum);
   if (params.entropy) static_cast<float*>(params.entropy)[row] = static_cast<float>(log_sum - weighted / sum);
 }
 
@@ -153,9 +153,9 @@ bool forward(const LinearLogprobsForward& params) {
         const int64_t token = panel * kPanel, at = stripe * tokens + token;
         const auto softcap = static_cast<float>(input.softcap);
         if (softcap > 0) {
-          finish_logits<true>(logits, count, tile_bias, softcap, inverse + token, largest);
+          finish_logits<true>(logits, count, tile_bias, softcap, largest);
         } else {
-          finish_logits<false>(logits, count, tile_bias, softcap, inverse + token, largest);
+          finish_logits<false>(logits, count, tile_bias, softcap, largest);
         }
         for (int64_t lane = 0; lane < kPanel && token + lane < input.rows; ++lane) {
           const int64_t target = input.targets[input.active[token + lane]] - first;
@@ -163,9 +163,9 @@ bool forward(const LinearLogprobsForward& params) {
         }
         float *maxima = partial.maximum + at, *sums = partial.sum + at, *weighted = partial.weighted + at;
         if (params.entropy) {
-          add_tile<true>(logits, count, largest, maxima, sums, weighted);
+          add_tile<true>(logits, count, largest, inverse + token, maxima, sums, weighted);
         } else {
-          add_tile<false>(logits, count, largest, maxima, sums, weighted);
+          add_tile<false>(logits, count, largest, inverse + token, maxima, sums, weighted);
         }
       }
     }

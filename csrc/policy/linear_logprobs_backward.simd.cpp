@@ -19,7 +19,7 @@ constexpr int64_t kSkew = 32;
 
 // What the gradient of a logit needs of its token, one value per lane.
 struct Lanes {
-  float *inverse_temperature, *maximum, *log_sum, *grad_logprob, *grad_entropy, *constant;
+  float *inverse_temperature, *maximum, *log_sum, *grad_logprob, *grad_entropy, *entropy;
   int32_t* target;
 };
 constexpr int kLaneArrays = 7;
@@ -64,7 +64,7 @@ void logit_gradients(const float* logits, int64_t count, int64_t first, const fl
     const vfloat maximum = load(lanes.maximum + token + lane), log_sum = load(lanes.log_sum + token + lane);
     const vfloat grad_logprob = load(lanes.grad_logprob + token + lane);
     const vfloat grad_entropy = load(lanes.grad_entropy + token + lane);
-    const vfloat constant = load(lanes.constant + token + lane);
+    const vfloat entropy = load(lanes.entropy + token + lane);
     vint target_entry;
     std::memcpy(&target_entry, lanes.target + token + lane, sizeof target_entry);
     const auto gradient = [&](int64_t v) __attribute__((always_inline)) {
@@ -75,9 +75,9 @@ void logit_gradients(const float* logits, int64_t count, int64_t first, const fl
         z = cap * t;
         slope *= 1.0f - t * t;
       }
-      const vfloat exponent = (z * inverse - maximum) - log_sum;
-      vfloat factor = constant;
-      if (Entropy) factor -= grad_entropy * select(exponent < smallest, smallest, exponent);
+      const vfloat exponent = (z - maximum) * inverse - log_sum;
+      vfloat factor = -grad_logprob;
+      if (Entropy) factor -= grad_entropy * (select(exponent < smallest, smallest, exponent) + entropy);
       const vfloat direct = target_entry == broadcast(static_cast<int32_t>(first + v)) ? grad_logprob : zero();
       return (exp(exponent) * factor + direct) * slope;
     };
@@ -232,10 +232,8 @@ class Backward {
     fill_lanes(input_, lanes_.log_sum, 0.0f, [&](int64_t row) { return at(params_.statistics, 2 * row + 1); });
     fill_lanes(input_, lanes_.grad_logprob, 0.0f, [&](int64_t row) { return at(params_.grad_logprobs, row); });
     fill_lanes(input_, lanes_.grad_entropy, 0.0f, [&](int64_t row) { return at(params_.grad_entropy, row); });
-    fill_lanes(input_, lanes_.constant, 0.0f, [&](int64_t row) {
-      const float from_entropy = params_.grad_entropy ? at(params_.grad_entropy, row) * at(params_.entropy, row) : 0.0f;
-      return -at(params_.grad_logprobs, row) - from_entropy;
-    });
+    fill_lanes(input_, lanes_.entropy, 0.0f,
+               [&](int64_t row) { return params_.grad_entropy ? at(params_.entropy, row) : 0.0f; });
     for (int64_t index = 0; index < tokens_; ++index) {
       lanes_.target[index] =
           index < input_.rows ? static_cast<int32_t>(input_.targets[input_.active[index]]) : -1;

@@ -17,7 +17,7 @@ const double* weight_row(const LinearLogprobsInput& input, int64_t entry) {
   return static_cast<const double*>(input.weight) + entry * input.weight_stride;
 }
 
-// The logits of one row after bias, softcap and temperature, and d logit / d product.
+// The logits of one row after bias and softcap, and d (logit / temperature) / d product.
 void row_logits(const LinearLogprobsInput& input, int64_t row, std::vector<double>& logits, std::vector<double>& slope) {
   const double* hidden = hidden_row(input, row);
   for (int64_t v = 0; v < input.vocabulary; ++v) {
@@ -30,7 +30,7 @@ void row_logits(const LinearLogprobsInput& input, int64_t row, std::vector<doubl
       z = input.softcap * t;
       slope[v] *= 1 - t * t;
     }
-    logits[v] = z * input.inverse_temperature[row];
+    logits[v] = z;
   }
 }
 
@@ -42,17 +42,19 @@ void linear_logprobs_forward_f64(const LinearLogprobsForward& params) {
   for (int64_t index = 0; index < input.rows; ++index) {
     const int64_t row = input.active[index];
     row_logits(input, row, logits, slope);
+    const double inverse = input.inverse_temperature[row];
     double maximum = std::numeric_limits<double>::lowest(), sum = 0, weighted = 0;
     for (const double logit : logits) maximum = std::max(maximum, logit);
     for (const double logit : logits) {
-      const double e = std::exp(logit - maximum);
+      const double exponent = (logit - maximum) * inverse;
+      const double e = std::exp(exponent);
       sum += e;
-      weighted += e == 0 ? 0 : e * (logit - maximum);
+      weighted += e == 0 ? 0 : e * exponent;
     }
     const double log_sum = std::log(sum);
     static_cast<double*>(params.statistics)[2 * row] = maximum;
     static_cast<double*>(params.statistics)[2 * row + 1] = log_sum;
-    static_cast<double*>(params.logprobs)[row] = logits[input.targets[row]] - maximum - log_sum;
+    static_cast<double*>(params.logprobs)[row] = (logits[input.targets[row]] - maximum) * inverse - log_sum;
     if (params.entropy) static_cast<double*>(params.entropy)[row] = log_sum - weighted / sum;
   }
 }
@@ -68,12 +70,13 @@ void linear_logprobs_backward_f64(const LinearLogprobsBackward& params) {
   for (int64_t index = 0; index < input.rows; ++index) {
     const int64_t row = input.active[index];
     row_logits(input, row, logits, slope);
+    const double inverse = input.inverse_temperature[row];
     const double g_logprob = at(params.grad_logprobs, row), g_entropy = at(params.grad_entropy, row);
     const double entropy = params.grad_entropy ? at(params.entropy, row) : 0;
     double* to_hidden = grad_hidden ? grad_hidden + row * input.hidden_size : nullptr;
     if (to_hidden) std::fill(to_hidden, to_hidden + input.hidden_size, 0.0);
     for (int64_t v = 0; v < input.vocabulary; ++v) {
-      const double log_p = logits[v] - at(params.statistics, 2 * row) - at(params.statistics, 2 * row + 1);
+      const double log_p = (logits[v] - at(params.statistics, 2 * row)) * inverse - at(params.statistics, 2 * row + 1);
       const double p = std::exp(log_p);
       const double from_entropy = p == 0 ? 0 : p * (log_p + entropy);
       const double gradient = (g_logprob * ((v == input.targets[row]) - p) - g_entropy * from_entropy) * slope[v];

@@ -124,16 +124,17 @@ void backward_row(const TokenLogprobsBackward& params, int64_t index) {
   const T* logits = static_cast<const T*>(input.logits) + input.row_offset[index];
   const float inverse_temperature = static_cast<float>(input.inverse_temperature[index]);
   const float* statistics = static_cast<const float*>(params.statistics) + 2 * index;
-  const float constant = -g_logprob - (params.grad_entropy ? g_entropy * at(params.entropy) : 0.0f) -
-                         (params.grad_sum_p2 ? 2 * g_squares * at(params.sum_p2) : 0.0f);
   const vfloat reference = broadcast(statistics[0]), log_sum = broadcast(statistics[1]);
   const vfloat inverse = broadcast(inverse_temperature), smallest = broadcast(kSmallestExponent);
-  const vfloat base = broadcast(constant), from_entropy = broadcast(-g_entropy), from_squares = broadcast(2 * g_squares);
+  const vfloat entropy = broadcast(params.grad_entropy ? at(params.entropy) : 0.0f);
+  const vfloat sum_p2 = broadcast(params.grad_sum_p2 ? at(params.sum_p2) : 0.0f);
+  const vfloat from_logprob = broadcast(-g_logprob), from_entropy = broadcast(g_entropy);
+  const vfloat from_squares = broadcast(2 * g_squares);
   const auto of_vector = [&](vfloat logit) {
     const vfloat exponent = (logit - reference) * inverse - log_sum;
     const vfloat log_p = select(exponent < smallest, smallest, exponent);
     const vfloat p = exp(exponent);
-    return p * (base + from_entropy * log_p + from_squares * p) * inverse;
+    return p * (from_logprob - from_entropy * (log_p + entropy) + from_squares * (p - sum_p2)) * inverse;
   };
   int64_t i = 0;
   for (; i + kBlock <= input.vocabulary; i += kBlock) {
