@@ -40,13 +40,14 @@ PYKERN_INLINE void store_gradients(const GradientTarget<T>& target, int64_t v, i
     if (target.rows) store(target.rows + v * target.rows_stride + lane, even);
     if (target.packed) store(target.packed + v * kPanel + lane, even);
   } else {
-    const vhalf low = round_to_bf16(even), high = round_to_bf16(odd);
+    const vuint low = round_to_bf16_bits(even), high = round_to_bf16_bits(odd);
     if (target.rows) {
-      std::memcpy(target.rows + v * target.rows_stride + lane, &low, sizeof low);
-      if (has_odd) std::memcpy(target.rows + (v + 1) * target.rows_stride + lane, &high, sizeof high);
+      const vhalf even_row = __builtin_convertvector(low, vhalf), odd_row = __builtin_convertvector(high, vhalf);
+      std::memcpy(target.rows + v * target.rows_stride + lane, &even_row, sizeof even_row);
+      if (has_odd) std::memcpy(target.rows + (v + 1) * target.rows_stride + lane, &odd_row, sizeof odd_row);
     }
     if (target.packed) {
-      const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint) << 16;
+      const vuint pairs = low | high << 16;
       std::memcpy(target.packed + v * kPanel + 2 * lane, &pairs, sizeof pairs);
     }
   }
@@ -102,10 +103,10 @@ void transpose(T* target, int64_t target_stride, const Source* source, int64_t s
       const Source* from = source + row * source_stride + column;
       T* to = target + column * target_stride + row;
       if (width == kLanes && height == kLanes) {
-        vfloat square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(from + i * source_stride);
-        transpose_square(square);
-        for (int i = 0; i < kLanes; ++i) store(to + i * target_stride, square[i]);
+        vuint square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = (vuint)load(from + i * source_stride);
+        detail::transpose<kLanes>(square);
+        for (int i = 0; i < kLanes; ++i) store(to + i * target_stride, (vfloat)square[i]);
         continue;
       }
       for (int64_t i = 0; i < width; ++i) {
@@ -208,9 +209,10 @@ class Backward {
     parallel_tasks((batch_end - batch) / kPanel, [&](int64_t task, int thread) {
       const int64_t token = task * kPanel, slab = token / slab_ * slab_;
       const int64_t slab_count = batch_end - batch - slab < slab_ ? batch_end - batch - slab : slab_;
-      T* gathered = reinterpret_cast<T*>(thread_memory_.get<char>() + thread * thread_bytes_ + tile_bytes_);
-      const Rows<T> rows = panel_rows<T, Storage>(input_, (batch + token) / kPanel, gathered);
-      pack_columns(packed_.get<T>() + token * depth_, rows.first, rows.stride, depth_);
+      const Rows<Storage> rows = panel_rows(
+          input_, (batch + token) / kPanel,
+          reinterpret_cast<Storage*>(thread_memory_.get<char>() + thread * thread_bytes_ + tile_bytes_));
+      pack(packed_.get<T>() + token * depth_, rows.first, input_.hidden_size, kPanel, 1, rows.stride);
       if (!params_.grad_weight) return;
       T* packed_slab = packed_tokens_.get<T>() + slab * weight_columns_;
       for (int64_t column = 0; column < input_.hidden_size; column += kPanel) {

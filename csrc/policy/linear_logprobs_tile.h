@@ -53,74 +53,30 @@ int64_t converted_tile_size(const LinearLogprobsInput& input) {
   return kTile * round_up(input.hidden_size, kDepth<T>);
 }
 
-// Transposes a square of kLanes vectors in registers: at each step, blocks off the diagonal change places.
-PYKERN_INLINE void transpose_square(vfloat* rows) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    vint upper, lower;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      upper[lane] = lane & step ? lane - step + kLanes : lane;
-      lower[lane] = lane & step ? lane + kLanes : lane + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const vfloat a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + step] = __builtin_shuffle(a, b, lower);
-    }
-  }
-}
-
-// Rows of `depth` elements of T, kPanel of them, as one panel of a packed operand whose columns they
-// are. A unit is what lies side by side in a column: one float32, or a pair of bfloat16.
-template <class T>
-void pack_columns(T* packed, const T* rows, int64_t stride, int64_t depth) {
-  constexpr int64_t unit = kDepth<T>;
-  static_assert(unit * sizeof(T) == sizeof(float));
-  int64_t k = 0;
-  for (; k + kLanes * unit <= depth; k += kLanes * unit) {
-    for (int64_t column = 0; column < kPanel; column += kLanes) {
-      vfloat square[kLanes];
-      for (int i = 0; i < kLanes; ++i) std::memcpy(&square[i], rows + (column + i) * stride + k, kVectorBytes);
-      transpose_square(square);
-      for (int i = 0; i < kLanes; ++i) {
-        std::memcpy(packed + (k + i * unit) * kPanel + column * unit, &square[i], kVectorBytes);
-      }
-    }
-  }
-  for (; k < depth; k += unit) {
-    for (int64_t column = 0; column < kPanel; ++column) {
-      std::memcpy(packed + k * kPanel + column * unit, rows + column * stride + k, sizeof(float));
-    }
-  }
-}
-
 template <class T>
 struct Rows {
   const T* first;
   int64_t stride;
 };
 
-// The active hidden states of panel `panel` (kPanel tokens): in place where they lie in a row and have
-// the compute type, else copied into `gathered`, with zeros for tokens past the end.
-template <class T, class Storage>
-Rows<T> panel_rows(const LinearLogprobsInput& input, int64_t panel, T* gathered) {
+// The active hidden states of panel `panel`, kPanel rows: in place where they follow each other in
+// memory, else copied into `gathered`, with zeros for tokens past the end.
+template <class Storage>
+Rows<Storage> panel_rows(const LinearLogprobsInput& input, int64_t panel, Storage* gathered) {
   const int64_t begin = panel * kPanel, end = begin + kPanel;
-  const int64_t depth = round_up(input.hidden_size, kDepth<T>);
   const Storage* source = static_cast<const Storage*>(input.hidden);
-  if constexpr (sizeof(T) == sizeof(Storage)) {
-    if (depth == input.hidden_size && end <= input.rows && input.active[end - 1] - input.active[begin] == kPanel - 1) {
-      return {reinterpret_cast<const T*>(source + input.active[begin] * input.hidden_stride), input.hidden_stride};
-    }
+  if (end <= input.rows && input.active[end - 1] - input.active[begin] == kPanel - 1) {
+    return {source + input.active[begin] * input.hidden_stride, input.hidden_stride};
   }
   for (int64_t index = begin; index < end; ++index) {
-    const bool inside = index < input.rows;
-    convert_rows(gathered + (index - begin) * depth, depth,
-                 inside ? source + input.active[index] * input.hidden_stride : source, 0, 1,
-                 inside ? input.hidden_size : 0);
+    Storage* row = gathered + (index - begin) * input.hidden_size;
+    if (index < input.rows) {
+      std::memcpy(row, source + input.active[index] * input.hidden_stride, input.hidden_size * sizeof(Storage));
+    } else {
+      std::memset(row, 0, input.hidden_size * sizeof(Storage));
+    }
   }
-  return {gathered, depth};
+  return {gathered, input.hidden_size};
 }
 
 // Per-token values of all panels; tokens past the end get `padding`.
