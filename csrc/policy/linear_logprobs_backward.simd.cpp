@@ -14,6 +14,7 @@ constexpr int64_t kWeightElements = 1 << 21;        // of a group of weight rows
 constexpr int64_t kMaxGroupTiles = 8;
 constexpr int64_t kMinSlab = 256;
 constexpr int64_t kHiddenColumns = 4 * kPanel, kHiddenRows = 384;  // of one task of grad_hidden
+constexpr int64_t kWeightRows = 96;                                // of one task of grad_weight
 // Rows a power of two apart would share few cache sets.
 constexpr int64_t kSkew = 32;
 
@@ -304,10 +305,14 @@ class Backward {
   void use_gradients(int64_t first_tile, int64_t last_tile, int64_t batch, int64_t slab, int64_t count) {
     const int64_t hidden_blocks = ceil_div(input_.hidden_size, kHiddenRows);
     const int64_t hidden_tasks = params_.grad_hidden ? ceil_div(count, kHiddenColumns) * hidden_blocks : 0;
-    const int64_t weight_tasks = weight_needs_grad_ ? last_tile - first_tile : 0;
-    const int64_t padded_group = round_up(group_entries(first_tile, last_tile), kDepth<T>);
+    const int64_t entries = group_entries(first_tile, last_tile), padded_group = round_up(entries, kDepth<T>);
+    const int64_t weight_tasks = weight_needs_grad_ ? ceil_div(entries, kWeightRows) : 0;
     parallel_tasks(hidden_tasks + weight_tasks, [&](int64_t task, int) {
-      if (task >= hidden_tasks) return add_weight(first_tile, task - hidden_tasks, batch, slab, count);
+      if (task >= hidden_tasks) {
+        const int64_t entry = (task - hidden_tasks) * kWeightRows;
+        const int64_t weight_rows = entries - entry < kWeightRows ? entries - entry : kWeightRows;
+        return add_weight(first_tile * kTile, entry, weight_rows, batch, slab, count);
+      }
       const int64_t column = task / hidden_blocks * kHiddenColumns, row = task % hidden_blocks * kHiddenRows;
       const int64_t columns = count - column < kHiddenColumns ? count - column : kHiddenColumns;
       const int64_t rows = input_.hidden_size - row < kHiddenRows ? input_.hidden_size - row : kHiddenRows;
@@ -317,9 +322,10 @@ class Backward {
     });
   }
 
-  void add_weight(int64_t first_tile, int64_t group_tile, int64_t batch, int64_t slab, int64_t tokens) {
-    const int64_t first = (first_tile + group_tile) * kTile, count = tile_count(first_tile + group_tile);
-    const T* gradients = gradient_rows_.get<T>() + group_tile * kTile * rows_stride_;
+  // `count` vocabulary entries from `entry` of the group that starts at `group`, and one slab.
+  void add_weight(int64_t group, int64_t entry, int64_t count, int64_t batch, int64_t slab, int64_t tokens) {
+    const int64_t first = group + entry;
+    const T* gradients = gradient_rows_.get<T>() + entry * rows_stride_;
     if (params_.grad_bias) {
       for (int64_t v = 0; v < count; ++v) {
         const double sum = sum_row(gradients + v * rows_stride_, tokens);
@@ -327,7 +333,7 @@ class Backward {
       }
     }
     if (!params_.grad_weight) return;
-    float* sums = weight_sums_.get<float>() + group_tile * kTile * weight_columns_;
+    float* sums = weight_sums_.get<float>() + entry * weight_columns_;
     matmul(count, input_.hidden_size, tokens, gradients, rows_stride_, 1,
            packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, weight_columns_, slab > 0);
     if (slab + tokens == tokens_) {
