@@ -97,8 +97,8 @@ def linear_token_logprobs(
     Products of bfloat16 are taken in bfloat16 where the processor has them, with float32 sums; all
     other math is in float32, also for float16. Gradients are accumulated in float32 and have the
     dtypes of their tensors. Results and gradients are the same bit for bit for any number of threads.
-    Workspace: in the forward one copy of `hidden`; in the backward three copies of it, its gradient in
-    float32, and at most about 32 MiB (H <= 8192), whatever N and V.
+    Workspace: in the forward one copy of `hidden` and at most 400 bytes per token; in the backward two
+    copies of `hidden`, its gradient in float32, and about 24 MiB plus H KiB per thread, whatever V.
 
     Raises:
         TypeError, ValueError: an argument of unexpected type, shape or value.

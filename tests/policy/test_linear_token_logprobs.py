@@ -62,6 +62,13 @@ def test_several_groups_and_slabs(dtype):
     check_against_torch(hidden, weight, targets, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens_over_a_small_vocabulary(dtype):
+    hidden, weight, targets, bias = make(1700, 20, 261, dtype, bias=True)
+    targets[::5] = -100
+    check_against_torch(hidden, weight, targets, bias, entropy=True)
+
+
 @pytest.mark.parametrize("hidden_size", [700, 1100])
 def test_wide_hidden_states(hidden_size):
     hidden, weight, targets, _ = make(130, hidden_size, 500)
@@ -223,10 +230,11 @@ def test_views(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_for_any_number_of_threads(dtype):
-    hidden, weight, targets, bias = make(700, 24, 1700, dtype, bias=True)
+@pytest.mark.parametrize("rows, vocabulary", [(700, 1700), (1700, 261)])
+def test_same_bits_for_any_number_of_threads(dtype, rows, vocabulary):
+    hidden, weight, targets, bias = make(rows, 24, vocabulary, dtype, bias=True)
     targets[5] = -100
-    given = (hidden, weight, targets, bias, [torch.randn(700) for _ in range(2)])
+    given = (hidden, weight, targets, bias, [torch.randn(rows) for _ in range(2)])
     first = run(pykern.linear_token_logprobs, *given, entropy=True)
     for count in (1, 2, 3):
         with threads(count):
