@@ -1,4 +1,4 @@
-"""token_logprobs against log_softmax and logsumexp; linear_token_logprobs against the eager head, whole and in chunks."""
+"""token_logprobs against log_softmax and logsumexp; linear_token_logprobs against the eager head, whole and chunked."""
 
 from collections.abc import Callable
 

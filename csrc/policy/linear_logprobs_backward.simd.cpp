@@ -165,7 +165,8 @@ class Backward {
         gradient_rows_(weight_needs_grad_ ? group_tiles_ * kTile * rows_stride_ * sizeof(T) : 0),
         gradient_packed_(params.grad_hidden ? group_tiles_ * kTile * slab_ * sizeof(T) : 0),
         transposed_(params.grad_hidden ? input_.hidden_size * transposed_stride_ * sizeof(T) : 0),
-        own_weight_sums_(params.grad_weight && !weight_sums ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
+        own_weight_sums_(
+            params.grad_weight && !weight_sums ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
         hidden_sums_(params.grad_hidden ? input_.hidden_size * hidden_stride_ * sizeof(float) : 0),
         given_weight_sums_(weight_sums) {}
 
@@ -292,8 +293,8 @@ class Backward {
       const WeightTile<T> weight = weight_tile<T, Storage>(input_, first, count, reinterpret_cast<T*>(memory));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t token = slab + panel * kPanel;
-        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_, logits,
-               kPanel, false);
+        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_,
+               logits, kPanel, false);
         const GradientTarget<T> target{
             weight_needs_grad_ ? gradient_rows_.get<T>() + group_tile * kTile * rows_stride_ + panel * kPanel : nullptr,
             rows_stride_,
@@ -335,7 +336,8 @@ class Backward {
       const int64_t rows = input_.hidden_size - row < kHiddenRows ? input_.hidden_size - row : kHiddenRows;
       matmul(rows, columns, padded_group, transposed_.get<T>() + row * transposed_stride_, transposed_stride_, 1,
              gradient_packed_.get<T>() + column * padded_group,
-             hidden_sums_.get<float>() + row * hidden_stride_ + (slab - batch) + column, hidden_stride_, first_tile > 0);
+             hidden_sums_.get<float>() + row * hidden_stride_ + (slab - batch) + column, hidden_stride_,
+             first_tile > 0);
     });
   }
 

@@ -42,7 +42,8 @@ def check_against_torch(hidden, weight, targets, bias=None, **keywords):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "rows, hidden_size, vocabulary", [(1, 1, 1), (3, 5, 7), (65, 64, 192), (70, 33, 193), (200, 48, 401), (19, 300, 1000)]
+    "rows, hidden_size, vocabulary",
+    [(1, 1, 1), (3, 5, 7), (65, 64, 192), (70, 33, 193), (200, 48, 401), (19, 300, 1000)],
 )
 def test_matches_float64(dtype, rows, hidden_size, vocabulary):
     hidden, weight, targets, _ = make(rows, hidden_size, vocabulary, dtype)
@@ -133,9 +134,8 @@ def test_ignored_rows_are_not_read(dtype):
     assert all(not r[::3].any() and r.isfinite().all() for r in results)
     assert not grads[0][::3].any() and grads[0][1].any() and all(g.isfinite().all() for g in grads)
     kept = targets >= 0
-    few, few_grads = run(
-        pykern.linear_token_logprobs, hidden[kept], weight, targets[kept], None, [w[kept] for w in weights], entropy=True
-    )
+    given = (hidden[kept], weight, targets[kept], None, [w[kept] for w in weights])
+    few, few_grads = run(pykern.linear_token_logprobs, *given, entropy=True)
     assert all(torch.equal(r[kept], want) for r, want in zip(results, few))
     assert torch.equal(grads[0][kept], few_grads[0]) and torch.equal(grads[1], few_grads[1])
 
@@ -224,8 +224,9 @@ def test_views(dtype):
         (base.t()[:30, :40], weight[:150].t().contiguous().t()),
     ]
     for hidden, head in views:
-        ours = run(pykern.linear_token_logprobs, hidden, head, targets, None, [torch.ones(30)])
-        same = run(pykern.linear_token_logprobs, hidden.contiguous(), head.contiguous(), targets, None, [torch.ones(30)])
+        rest = (targets, None, [torch.ones(30)])
+        ours = run(pykern.linear_token_logprobs, hidden, head, *rest)
+        same = run(pykern.linear_token_logprobs, hidden.contiguous(), head.contiguous(), *rest)
         assert all(torch.equal(a, b) for a, b in zip(ours[0] + ours[1], same[0] + same[1]))
 
 
