@@ -1,5 +1,8 @@
+"""Cases of the policy family, one module per pair of ops."""
+
 from bench.harness import Case
+from bench.policy import cases_advantages
 
 
 def cases() -> list[Case]:
-    return []
+    return cases_advantages.cases()
