@@ -1,8 +1,13 @@
-"""Cases of the policy family, one module per pair of ops."""
+"""Cases of the policy family: those of every cases_*.py beside this file."""
 
+import importlib
+import pkgutil
+
+import bench.policy
 from bench.harness import Case
-from bench.policy import cases_advantages
 
 
 def cases() -> list[Case]:
-    return cases_advantages.cases()
+    names = sorted(module.name for module in pkgutil.iter_modules(bench.policy.__path__))
+    modules = [importlib.import_module(f"bench.policy.{name}") for name in names if name.startswith("cases_")]
+    return [case for module in modules for case in module.cases()]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pykern
 from tests.policy.loss_cases import arguments, batch, definition, ours, packed
@@ -329,3 +330,14 @@ def test_refuses_a_missing_horizon():
     logprobs = torch.zeros(3)
     with pytest.raises(ValueError, match="horizon: .* packed sequences needs it"):
         pykern.policy_loss(logprobs, logprobs, logprobs, cu_seqlens=torch.tensor([0, 3]), loss="dr_grpo")
+
+
+def test_cuda_tensors_without_cuda_kernels_get_one_clear_line(monkeypatch):
+    monkeypatch.setattr(pykern._native, "cuda_unavailable_reason", "this build of pykern has no CUDA kernels")
+    with FakeTensorMode():
+        logprobs, advantages = torch.empty(2, 3, device="cuda"), torch.empty(2, device="cuda")
+        ids = torch.empty(2, device="cuda", dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match="CUDA tensors: this build .* no CUDA kernels; move"):
+        pykern.policy_loss(logprobs, logprobs, advantages)
+    with pytest.raises(NotImplementedError, match="CUDA tensors: this build .* no CUDA kernels; move"):
+        pykern.group_advantages(advantages, ids)
