@@ -57,12 +57,55 @@ struct Adam {
   }
 };
 
+// w <- decay * w - step_size * direction, as a small change of w: 1 - decay keeps more digits than decay.
+struct WeightUpdate {
+  float shrink, step_size;
+
+  PYKERN_INLINE explicit WeightUpdate(const AdamRule& rule)
+      : shrink(static_cast<float>(1 - rule.decay)), step_size(static_cast<float>(rule.step_size)) {}
+
+  PYKERN_INLINE vfloat apply(vfloat weight, vfloat direction) const {
+    return weight - (weight * shrink + direction * step_size);
+  }
+
+  template <class T>
+  PYKERN_INLINE void row(T* weights, const float* direction, int64_t columns) const {
+    int64_t column = 0;
+    for (; column + kLanes <= columns; column += kLanes) {
+      store(weights + column, apply(load(weights + column), load(direction + column)));
+    }
+    if (column < columns) {
+      const int64_t rest = columns - column;
+      store_partial(weights + column, apply(load_partial(weights + column, rest), load(direction + column)), rest);
+    }
+  }
+
+  // Adds the gradient to the direction, times one factor for the row or one for each column.
+  template <class T>
+  PYKERN_INLINE void row_with_gradient(T* weights, const float* direction, const T* gradient, vfloat row_factor,
+                                       const float* column_factors, int64_t columns) const {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const int64_t count = lesser(kLanes, columns - column);
+      const bool whole = count == kLanes;
+      const vfloat factor = column_factors ? load(column_factors + column) : row_factor;
+      const vfloat slope = whole ? load(gradient + column) : load_partial(gradient + column, count);
+      const vfloat old = whole ? load(weights + column) : load_partial(weights + column, count);
+      const vfloat value = apply(old, load(direction + column) + slope * factor);
+      if (whole) {
+        store(weights + column, value);
+      } else {
+        store_partial(weights + column, value, count);
+      }
+    }
+  }
+};
+
 // --- Adam on whole parameters -------------------------------------------------------------------
 
 template <class T>
 void adam_typed(const AdamStep& step) {
   const Adam adam(step.rule);
-  const float decay = static_cast<float>(step.rule.decay), size = static_cast<float>(step.rule.step_size);
+  const WeightUpdate update(step.rule);
   constexpr int64_t kChunk = 16384;
   parallel_tasks(ceil_div(step.size, kChunk), [&](int64_t task, int) {
     const int64_t begin = task * kChunk, count = lesser(kChunk, step.size - begin);
@@ -75,7 +118,7 @@ void adam_typed(const AdamStep& step) {
       const Moments moments = adam.advance(load(grad + i) * adam.sign, {load(first + i), load(second + i)});
       store(first + i, moments.first);
       store(second + i, moments.second);
-      store(param + i, load(param + i) * decay - adam.direction(moments) * size);
+      store(param + i, update.apply(load(param + i), adam.direction(moments)));
     }
     if (i < count) {
       const int64_t rest = count - i;
@@ -83,7 +126,7 @@ void adam_typed(const AdamStep& step) {
                                            {load_partial(first + i, rest), load_partial(second + i, rest)});
       store_partial(first + i, moments.first, rest);
       store_partial(second + i, moments.second, rest);
-      store_partial(param + i, load_partial(param + i, rest) * decay - adam.direction(moments) * size, rest);
+      store_partial(param + i, update.apply(load_partial(param + i, rest), adam.direction(moments)), rest);
     }
   });
 }
@@ -129,41 +172,6 @@ PYKERN_INLINE vfloat direction_at(const Adam& adam, const float* first, const fl
   return adam.direction({load_partial(first, count), load_partial(second, count)});
 }
 
-// weights <- decay * weights - step_size * update [- row_factor * column_factors * gradient]
-template <class T>
-struct WeightUpdate {
-  float decay, step_size;
-
-  PYKERN_INLINE void row(T* weights, const float* update, int64_t columns) const {
-    int64_t column = 0;
-    for (; column + kLanes <= columns; column += kLanes) {
-      store(weights + column, load(weights + column) * decay - load(update + column) * step_size);
-    }
-    if (column < columns) {
-      const int64_t rest = columns - column;
-      const vfloat value = load_partial(weights + column, rest) * decay - load(update + column) * step_size;
-      store_partial(weights + column, value, rest);
-    }
-  }
-
-  PYKERN_INLINE void row_with_gradient(T* weights, const float* update, const T* gradient, vfloat row_factor,
-                                       const float* column_factors, int64_t columns) const {
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      const int64_t count = lesser(kLanes, columns - column);
-      const bool whole = count == kLanes;
-      const vfloat factor = column_factors ? load(column_factors + column) : row_factor;
-      const vfloat slope = whole ? load(gradient + column) : load_partial(gradient + column, count);
-      const vfloat old = whole ? load(weights + column) : load_partial(weights + column, count);
-      const vfloat value = old * decay - (load(update + column) + slope * factor) * step_size;
-      if (whole) {
-        store(weights + column, value);
-      } else {
-        store_partial(weights + column, value, count);
-      }
-    }
-  }
-};
-
 // What the tiles of one step share: the projector in the layouts that the products want.
 template <class T>
 struct Shared {
@@ -171,7 +179,7 @@ struct Shared {
 
   const LowRankStep& step;
   const Adam adam;
-  const WeightUpdate<T> weights;
+  const WeightUpdate weights;
   const bool fira;
   const int64_t lines, places, rank;  // kept axis, compressed axis
   const int64_t rank_padded = round_up(rank, kPanel), rank_even = round_up(rank, 2);
@@ -196,7 +204,7 @@ struct Shared {
   explicit Shared(const LowRankStep& s)
       : step(s),
         adam(s.rule),
-        weights{static_cast<float>(s.rule.decay), static_cast<float>(s.rule.step_size)},
+        weights(s.rule),
         fira(s.residual_norm != nullptr),
         lines(s.right ? s.rows : s.columns),
         places(s.right ? s.columns : s.rows),
@@ -271,7 +279,9 @@ struct Shared {
 
 PYKERN_INLINE float residual_square(double factor, double g, double r, double defect, double removed) {
   const double rest = g + (removed * removed - 2 * removed) * r + removed * removed * defect;
-  return static_cast<float>(factor * factor * (rest < 0 ? 0 : rest));
+  // What little is left of a line inside the subspace is rounding: it counts as nothing, lest the
+  // limiter hold later residuals to it.
+  return static_cast<float>(factor * factor * (rest < 1e-5 * g ? 0 : rest));
 }
 
 PYKERN_INLINE float norm_ratio(float direction_square, float low_square) {
