@@ -58,11 +58,10 @@ def peer_step(param: Tensor, projector: Tensor, right: bool, rank: int, fira: bo
             from galore_torch.galore_projector import GaLoreProjector as PeerProjector
     except ImportError:
         return None
-    group = {"params": [param], "rank": rank, "update_proj_gap": NEVER, "proj_type": "std"}
-    group["alpha" if fira else "scale"] = 1.0 if fira else 0.25
-    optimizer = Peer([group], lr=1e-3, no_deprecation_warning=True)
+    parts = {"update_proj_gap": NEVER, "proj_type": "std", **({"alpha": 1.0} if fira else {"scale": 0.25})}
+    optimizer = Peer([{"params": [param], "rank": rank, **parts}], lr=1e-3, no_deprecation_warning=True)
     # A singular value decomposition of a large weight takes minutes and is no part of an ordinary step.
-    chosen = PeerProjector(rank, update_proj_gap=NEVER, proj_type="std", **{"alpha" if fira else "scale": group["alpha" if fira else "scale"]})
+    chosen = PeerProjector(rank, **parts)
     chosen.ortho_matrix = projector.mT.contiguous() if right else projector
     # A step count that is no multiple of the gap: the package refreshes at step 0.
     optimizer.state[param].update(projector=chosen, step=1)
