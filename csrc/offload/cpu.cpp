@@ -5,6 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -105,6 +110,19 @@ void release(int64_t handle, int64_t item) {
   if (owner) owner->release(item);
 }
 
+// glibc maps allocations from a threshold on, and a freed mapping leaves the process. But it raises
+// the threshold to the largest mapping freed so far, up to 32 MiB; the tensors below it then come
+// from a heap that keeps, and by the slack that aligned requests need can't reuse, what is freed.
+bool map_allocations(int64_t threshold) {
+#if defined(__GLIBC__)
+  constexpr int64_t kMostThatGlibcTakes = int64_t{32} << 20;
+  return mallopt(M_MMAP_THRESHOLD, static_cast<int>(std::min(threshold, kMostThatGlibcTakes))) == 1;
+#else
+  (void)threshold;
+  return false;
+#endif
+}
+
 void synchronize(int64_t handle) { engine(handle)->synchronize(); }
 std::string take_failure(int64_t handle) { return engine(handle)->take_failure(); }
 std::string description(int64_t handle) { return engine(handle)->description(); }
@@ -121,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(pykern, CompositeExplicitAutograd, m) {
   m.impl("offload_reserve", TORCH_BOX(&reserve));
   m.impl("offload_unreserve", TORCH_BOX(&unreserve));
   m.impl("offload_release", TORCH_BOX(&release));
+  m.impl("offload_map_allocations", TORCH_BOX(&map_allocations));
   m.impl("offload_synchronize", TORCH_BOX(&synchronize));
   m.impl("offload_take_failure", TORCH_BOX(&take_failure));
   m.impl("offload_description", TORCH_BOX(&description));

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
   m.def("offload_unreserve(int engine, int item) -> ()");
   m.def("offload_load(int engine, int item) -> Tensor");
   m.def("offload_release(int engine, int item) -> ()");
+  m.def("offload_map_allocations(int threshold) -> bool");
   m.def("offload_synchronize(int engine) -> ()");
   m.def("offload_take_failure(int engine) -> str");
   m.def("offload_description(int engine) -> str");

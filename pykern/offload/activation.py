@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import _native
-from .engine import Engine
+from .engine import Engine, return_freed_memory
 from .views import View
 
 _KEPT = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
@@ -170,6 +170,9 @@ class ActivationOffload:
         threads: threads that copy.
         queue_bytes: bytes of tensors whose writing has not ended, at most (or one larger tensor); the forward waits
             for the storage beyond that.
+        map_allocations: with storage="file", set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
+            for good. Otherwise its heap keeps most of the memory that the activations gave up. An environment that
+            sets MALLOC_MMAP_THRESHOLD_ has precedence.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -191,6 +194,7 @@ class ActivationOffload:
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
         queue_bytes: int = 32 << 20,
+        map_allocations: bool = True,
         debug_delays: int | None = None,
     ) -> None:
         if storage == "pinned":
@@ -224,6 +228,9 @@ class ActivationOffload:
                 "pass path= a folder on a disk",
                 stacklevel=2,
             )
+
+        if map_allocations and storage == "file":
+            return_freed_memory(max(min_bytes, 1 << 16))
 
         self._min_bytes, self._keep_last, self._prefetch = min_bytes, keep_last, prefetch
         self._skip = skip

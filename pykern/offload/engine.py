@@ -17,6 +17,7 @@ _reserve = torch.ops.pykern.offload_reserve.default
 _unreserve = torch.ops.pykern.offload_unreserve.default
 _load = torch.ops.pykern.offload_load.default
 _release = torch.ops.pykern.offload_release.default
+_map_allocations = torch.ops.pykern.offload_map_allocations.default
 _synchronize = torch.ops.pykern.offload_synchronize.default
 _take_failure = torch.ops.pykern.offload_take_failure.default
 _description = torch.ops.pykern.offload_description.default
@@ -30,6 +31,14 @@ _COUNTERS = (
 )  # fmt: skip
 
 _MEBIBYTE = 1 << 20
+
+
+def return_freed_memory(threshold: int) -> bool:
+    """Makes the C library map allocations of `threshold` bytes or more, so that they leave the process when freed.
+
+    Process-wide. False, and nothing happens, where the library can't, or where the environment decides it.
+    """
+    return "MALLOC_MMAP_THRESHOLD_" not in os.environ and _map_allocations(threshold)
 
 
 class Engine:
