@@ -277,6 +277,18 @@ def test_parameters_and_buffers_of_the_module_stay():
     assert kept[2] > kept[0]
 
 
+def test_frozen_parameters_and_views_of_them_stay():
+    weight = torch.nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    x = torch.randn(16, 64, requires_grad=True)
+    offload = pykern.ActivationOffload(min_bytes=0, keep_last=0)
+    with offload:
+        loss = (torch.nn.functional.linear(x, weight) @ weight.t() * weight[:16]).sum()
+    stats = offload.stats()
+    assert stats["kept"]["parameter"] == 3
+    assert stats["offloads"] == stats["kept"]["last"] == 0
+    loss.backward()
+
+
 def test_skip_decides():
     model, x = make("mlp")
     seen = []
