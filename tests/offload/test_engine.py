@@ -386,8 +386,13 @@ def test_full_disk_is_told_before_training(tmp_path):
         pykern.ActivationOffload("file", path=tmp_path, capacity=capacity)
     message = str(raised.value)
     assert "\n" not in message
-    assert all(part in message for part in (str(tmp_path), str(capacity), "bytes are free", "capacity=", "path="))
+    assert all(part in message for part in (str(tmp_path), str(capacity), "bytes free there", "capacity=", "path="))
     assert descriptors(tmp_path) == []
+
+
+def test_folder_that_takes_no_file():
+    with pytest.raises(OSError, match=r"path: cannot create a file: .* \(spill file in /proc, "):
+        pykern.ActivationOffload("file", path="/proc")
 
 
 def in_a_process(code):
