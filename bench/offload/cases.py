@@ -4,7 +4,7 @@ The threshold of mapped allocations is left alone here, since it would slow down
 same process; `peak_memory.py` gives every provider a process of its own, and measures memory.
 """
 
-import functools
+from functools import partial
 
 from bench.harness import Case
 from bench.offload.peak_memory import MODELS, build, checkpointed
@@ -26,16 +26,16 @@ def make(name: str) -> dict:
             loss().backward()
 
     return {
-        "pykern, file": functools.partial(step, lambda: file),
-        "pykern, memory": functools.partial(step, lambda: memory),
-        "plain PyTorch": functools.partial(step, torch.enable_grad),
-        "save_on_cpu": functools.partial(step, torch.autograd.graph.save_on_cpu),
-        "checkpoint": functools.partial(step, torch.enable_grad, checkpointed(name)),
+        "pykern, file": partial(step, lambda: file),
+        "pykern, memory": partial(step, lambda: memory),
+        "plain PyTorch": partial(step, torch.enable_grad),
+        "save_on_cpu": partial(step, torch.autograd.graph.save_on_cpu),
+        "checkpoint": partial(step, torch.enable_grad, checkpointed(name)),
     }
 
 
 def cases() -> list[Case]:
-    shapes = {"mlp": "24 x 512, 4096 rows", "transformer": "8 layers of 256, 4 x 512 tokens"}
+    shapes = {"mlp": "24 layers of 256, 8192 rows", "transformer": "8 layers of 256, 4 x 512 tokens"}
     # Matrix products of forward and backward; attention's own, a few percent, are left out.
-    flops = {"mlp": 6 * 24 * 512 * 512 * 4096, "transformer": 6 * 8 * 12 * 256 * 256 * 2048}
-    return [Case("offload", f"step_{name}", shapes[name], functools.partial(make, name), flops[name]) for name in MODELS]
+    flops = {"mlp": 6 * 24 * 256 * 256 * 8192, "transformer": 6 * 8 * 12 * 256 * 256 * 2048}
+    return [Case("offload", f"step_{name}", shapes[name], partial(make, name), flops[name]) for name in MODELS]
