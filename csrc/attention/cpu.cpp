@@ -164,6 +164,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
                                       output<double>(grad_k), output<double>(grad_v));
     return {grad_q, grad_k, grad_v};
   }
+  // Large key tiles read the queries less often; small ones give many threads something to do. By
+  // the shape alone, so that results don't depend on the threads.
+  problem.key_tile_units = std::clamp<int64_t>(problem.units * problem.key_heads / 16, 1, kMaxKeyTileUnits);
   problem.grad_out = view(grad_out_rows);
   problem.out = view(out_rows);
   problem.lse = input<float>(lse_rows);

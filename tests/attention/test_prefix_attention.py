@@ -11,6 +11,10 @@ from tests.support import assert_accurate, assert_grads, poison, threads
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def large_tree():
+    return pykern.PrefixTree.from_groups([450, 70], [[90, 33, 141, 1, 64], [100, 0, 128]])
+
+
 def run(function, inputs, grads):
     """out, lse and the gradients of q, k, v."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -80,6 +84,12 @@ def test_random_trees(seed):
     check(tree, 3, 1, 16, 24, (torch.float32, torch.bfloat16)[seed % 2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_with_large_key_tiles(dtype):
+    """Enough keys and heads that the backward's key tiles hold several units, on ragged boundaries."""
+    check(large_tree(), 4, 4, 16, 16, dtype)
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0, 2.5])
 def test_scale(scale):
     check(TREES["group"](), 2, 2, 16, 16, torch.float32, scale=scale)
@@ -145,20 +155,28 @@ def test_rows_that_see_nothing(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_poison_stays_on_its_own_paths(which, dtype, value, cpu_level):
     """A token of one response holds NaN or infinity: nothing that doesn't share a path with it may tell."""
-    tree = pykern.PrefixTree.from_groups([70], [[20, 30, 25]])
-    inputs = dict(zip(("q", "k", "v", "grad_out"), make_inputs(tree, 2, 1, 16, 16, dtype), strict=True))
+    check_poison(pykern.PrefixTree.from_groups([70], [[20, 30, 25]]), 2, 1, 100, which, dtype, value)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_poison_stays_on_its_own_paths_in_large_key_tiles(which, dtype):
+    check_poison(large_tree(), 4, 4, 580, which, dtype, float("nan"))
+
+
+def check_poison(tree, heads, key_heads, token, which, dtype, value):
+    inputs = dict(zip(("q", "k", "v", "grad_out"), make_inputs(tree, heads, key_heads, 16, 16, dtype), strict=True))
 
     def results():
-        grads = (inputs["grad_out"], torch.zeros(145, 2))
+        grads = (inputs["grad_out"], torch.zeros(tree.num_tokens, heads))
         return run(ours(tree), (inputs["q"], inputs["k"], inputs["v"]), grads)
 
     clean = results()
-    token = 100
     inputs[which][token] = value
     dirty = results()
     visible = reference.visibility(tree.subtree_end)
     sees, seen = visible[:, token], visible[token]
-    own = torch.arange(145) == token
+    own = torch.arange(tree.num_tokens) == token
     # Rows of (out, lse, grad_q) that see the token or are it; rows of (grad_k, grad_v) that meet them.
     queries = {"q": own, "grad_out": own, "k": sees, "v": sees}[which]
     keys = seen if which in ("q", "grad_out") else (visible & sees[:, None]).any(dim=0)
