@@ -96,12 +96,13 @@ struct Workspace {
 struct KeyTile {
   int64_t first_key, first_tile, stop_tile;  // the query tiles that may see it
 
-  PYKERN_INLINE KeyTile(const PrefixAttention& problem, int64_t index) : first_key(index * problem.key_tile_units * kUnitKeys) {
-    int64_t stop = 0;
+  PYKERN_INLINE KeyTile(const PrefixAttention& problem, int64_t index) {
     const int64_t begin = index * problem.key_tile_units;
+    int64_t stop = 0;
     for (int64_t unit = begin; unit < begin + problem.key_tile_units && unit < problem.units; ++unit) {
       if (problem.unit_max_end[unit] > stop) stop = problem.unit_max_end[unit];
     }
+    first_key = begin * kUnitKeys;
     first_tile = first_key / problem.tile_tokens;
     stop_tile = stop > first_key ? ceil_div(stop, problem.tile_tokens) : first_tile;
   }
@@ -251,8 +252,8 @@ class BackwardKeyTile {
     const int64_t first = segment.unit * kUnitKeys;
     matmul_panels(problem_.value_size, keys, m, grad_out, grad_row, grad_column, work_.weights + at, panel_size,
                   work_.grad_v + first * problem_.value_size, kPanel, problem_.value_size * kPanel, true);
-    matmul_panels(problem_.key_size, keys, m, queries, query_row, query_column, grad_logits_of(segment) + at, panel_size,
-                  work_.grad_k + first * problem_.key_size, kPanel, problem_.key_size * kPanel, true);
+    matmul_panels(problem_.key_size, keys, m, queries, query_row, query_column, grad_logits_of(segment) + at,
+                  panel_size, work_.grad_k + first * problem_.key_size, kPanel, problem_.key_size * kPanel, true);
   }
 
   // Logits and gradients of weights become weights and gradients of logits (the scale left out).
@@ -298,8 +299,8 @@ class BackwardKeyTile {
     }
   }
 
-  PYKERN_INLINE void store_operands(const Segment& segment, int64_t panel, int64_t row, int v, const vfloat (&weight)[2],
-                                    const vfloat (&grad)[2]) {
+  PYKERN_INLINE void store_operands(const Segment& segment, int64_t panel, int64_t row, int v,
+                                    const vfloat (&weight)[2], const vfloat (&grad)[2]) {
     const int64_t at = (panel * sizes_.tile_rows + row) * kPanel;
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(C) == 2) {
@@ -455,7 +456,9 @@ void load_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<
     bad |= copy_row(grad, sizes.value_depth, grad_row, problem.value_size);
     vfloat sum = zero();
     int64_t column = 0;
-    for (; column + kLanes <= problem.value_size; column += kLanes) sum += load(grad_row + column) * load(out_row + column);
+    for (; column + kLanes <= problem.value_size; column += kLanes) {
+      sum += load(grad_row + column) * load(out_row + column);
+    }
     if (column < problem.value_size) {
       const int64_t rest = problem.value_size - column;
       sum += load_partial(grad_row + column, rest) * load_partial(out_row + column, rest);
