@@ -1,32 +1,14 @@
-// bfloat16 products on the tile registers. A tile holds 16 rows of 64 bytes: 16 x 32 elements of A,
-// 16 pairs of rows x 16 columns of B, or 16 x 16 float32 sums.
+// bfloat16 products on the tile registers: a tile holds 16 x 32 elements of A, 16 pairs of rows x
+// 16 columns of B, or 16 x 16 float32 sums.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 
 #include "common/numeric.h"
+#include "common/tiles.h"
 
 namespace pykern::PYKERN_SIMD {
-
-// Loads the tile configuration for a scope and releases the tiles after it: a thread that keeps
-// live tile state makes every context switch dearer.
-class TileScope {
- public:
-  PYKERN_INLINE TileScope() {
-    struct alignas(64) {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } configuration;
-    _tile_loadconfig(&configuration);
-  }
-  PYKERN_INLINE ~TileScope() { _tile_release(); }
-};
 
 // Up to 32 x 32 sums of C as 2 x 2 tiles. `a` points to full tiles: 32 readable rows, k a multiple
 // of 32.
@@ -34,31 +16,31 @@ PYKERN_INLINE void amx_block(int64_t k, const bf16* a, int64_t a_row, const bf16
                              int64_t c_row, bool accumulate) {
   const int64_t a_bytes = a_row * 2, b_bytes = b_row * 4, c_bytes = c_row * 4;
   if (accumulate) {
-    _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + 16, c_bytes);
-    _tile_loadd(2, c + 16 * c_row, c_bytes);
-    _tile_loadd(3, c + 16 * c_row + 16, c_bytes);
+    tile_load<0>(c, c_bytes);
+    tile_load<1>(c + 16, c_bytes);
+    tile_load<2>(c + 16 * c_row, c_bytes);
+    tile_load<3>(c + 16 * c_row + 16, c_bytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
   }
   for (int64_t step = 0; step < k; step += 32) {
     const bf16* pairs = b + step * b_row;
-    _tile_loadd(4, a + step, a_bytes);
-    _tile_loadd(6, pairs, b_bytes);
-    _tile_loadd(7, pairs + 32, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 16 * a_row + step, a_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_load<4>(a + step, a_bytes);
+    tile_load<6>(pairs, b_bytes);
+    tile_load<7>(pairs + 32, b_bytes);
+    tile_multiply_bf16<0, 4, 6>();
+    tile_multiply_bf16<1, 4, 7>();
+    tile_load<5>(a + 16 * a_row + step, a_bytes);
+    tile_multiply_bf16<2, 5, 6>();
+    tile_multiply_bf16<3, 5, 7>();
   }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16, c_bytes);
-  _tile_stored(2, c + 16 * c_row, c_bytes);
-  _tile_stored(3, c + 16 * c_row + 16, c_bytes);
+  tile_store<0>(c, c_bytes);
+  tile_store<1>(c + 16, c_bytes);
+  tile_store<2>(c + 16 * c_row, c_bytes);
+  tile_store<3>(c + 16 * c_row + 16, c_bytes);
 }
 
 // See matmul(): n is a multiple of `panel` (itself a multiple of 32), k is even.

@@ -1,8 +1,11 @@
 #include "common/cpu_level.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+
+#include "common/tile_check.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -55,11 +58,12 @@ bool tile_permission() {
 #endif
 }
 
-bool processor_has(CpuLevel level) {
-  unsigned a, b, c, d, b7, c7, d7, a71, ignored;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return level == CpuLevel::portable;
-  if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return level == CpuLevel::portable;
-  __cpuid_count(7, 1, a71, ignored, ignored, ignored);
+CpuLevel processor_level() {
+  unsigned a, b, c, d, a7, b7, c7, d7;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return CpuLevel::portable;
+  if (!__get_cpuid_count(7, 0, &a7, &b7, &c7, &d7)) return CpuLevel::portable;
+  unsigned a71 = 0, ignored;
+  if (a7 >= 1) __cpuid_count(7, 1, a71, ignored, ignored, ignored);
   const bool saves_state = c & (1u << 27);
   const unsigned long long state = saves_state ? enabled_state() : 0;
   const bool ymm = (state & 0x6) == 0x6;
@@ -67,28 +71,35 @@ bool processor_has(CpuLevel level) {
   const bool tiles = (state & 0x60000) == 0x60000;
   const bool fma_f16c = (c & (1u << 12)) && (c & (1u << 29));
   const bool avx2 = ymm && fma_f16c && (b7 & (1u << 5));
-  const bool avx512 = avx2 && zmm && (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31));
-  const bool avx512_bf16 = avx512 && (a71 & (1u << 5));
-  switch (level) {
-    case CpuLevel::portable: return true;
-    case CpuLevel::avx2: return avx2;
-    case CpuLevel::avx512: return avx512;
-    case CpuLevel::avx512_bf16: return avx512_bf16;
-    case CpuLevel::amx: return avx512_bf16 && tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && tile_permission();
-  }
-  return false;
+  if (!avx2) return CpuLevel::portable;
+  if (!(zmm && (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31)))) return CpuLevel::avx2;
+  if (!(a71 & (1u << 5))) return CpuLevel::avx512;
+  if (!(tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && tile_permission())) return CpuLevel::avx512_bf16;
+  return CpuLevel::amx;
 }
 
 #else
 
-bool processor_has(CpuLevel level) { return level == CpuLevel::portable; }
+CpuLevel processor_level() { return CpuLevel::portable; }
 
 #endif
 
+// The fastest level of this processor that may be used. Asked once: in a virtual machine every
+// question to the processor costs tens of microseconds.
+CpuLevel usable_level() {
+  static const CpuLevel level = [] {
+    const CpuLevel found = processor_level();
+#ifdef PYKERN_HAS_amx
+    if (found == CpuLevel::amx && !amx::tiles_work()) return CpuLevel::avx512_bf16;
+#endif
+    return found;
+  }();
+  return level;
+}
+
 CpuLevel highest_up_to(CpuLevel limit) {
-  for (int level = static_cast<int>(limit); level > 0; --level) {
-    const auto candidate = static_cast<CpuLevel>(level);
-    if (built(candidate) && processor_has(candidate)) return candidate;
+  for (int level = std::min(static_cast<int>(limit), static_cast<int>(usable_level())); level > 0; --level) {
+    if (built(static_cast<CpuLevel>(level))) return static_cast<CpuLevel>(level);
   }
   return CpuLevel::portable;
 }

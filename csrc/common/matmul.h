@@ -1,139 +1,18 @@
 // Matrix products that stay in cache: C[m, n] (+)= A[m, k] B[k, n], accumulated in float32.
-// Include from *.simd.cpp files only.
-//
-// B is packed once and used many times. A packed B is a row of panels, each kPanel columns wide
-// and all of k deep; in a panel, `kDepth<T>` successive rows of one column lie side by side, which
-// is the operand layout of both the AVX-512 and the AMX bfloat16 dot product. Columns past n and
-// rows past k are zero.
+// Include from *.simd.cpp files only. B is packed once (pack.h) and used many times.
 //
 // C must have room for round_up(n, kPanel) columns: the products write whole panels.
 #pragma once
 
-#include "common/numeric.h"
-#include "common/scratch.h"
-#include "common/vector.h"
+#include "common/pack.h"
 
-#if defined(__AMX_BF16__)
+#if defined(PYKERN_SIMD_IS_amx) || defined(PYKERN_TILE_TWIN)
 #include "common/amx.h"
 #endif
 
 namespace pykern::PYKERN_SIMD {
 
-// The type in which the products of T are taken: bfloat16 stays narrow where the level has a dot
-// product for it, everything else is float32.
-template <class T>
-struct ComputeType {
-  using type = float;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ComputeType<bf16> {
-  using type = bf16;
-};
-#endif
-template <class T>
-using compute_t = typename ComputeType<T>::type;
-
-#if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;
-#else
-constexpr int kPanelVectors = 2;
-#endif
-constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int kBlockRows = 6;
-
-template <class T>
-constexpr int kDepth = 1;
-template <>
-inline constexpr int kDepth<bf16> = 2;
-
-// Elements of a packed B.
-template <class T>
-PYKERN_INLINE int64_t packed_size(int64_t k, int64_t n) {
-  return round_up(k, kDepth<T>) * round_up(n, kPanel);
-}
-
-// Packs B, whose element (row, column) is source[row * row_stride + column * column_stride],
-// converting from its storage type.
-template <class T, class Source>
-void pack(T* packed, const Source* source, int64_t k, int64_t n, int64_t row_stride, int64_t column_stride) {
-  constexpr int depth = kDepth<T>;
-  const int64_t padded_k = round_up(k, depth);
-  for (int64_t column0 = 0; column0 < n; column0 += kPanel) {
-    const int64_t columns = n - column0 < kPanel ? n - column0 : kPanel;
-    for (int64_t row0 = 0; row0 < padded_k; row0 += depth) {
-      T* target = packed + row0 * kPanel;
-      for (int step = 0; step < depth; ++step) {
-        const int64_t row = row0 + step;
-        const Source* from = source + row * row_stride + column0 * column_stride;
-        const bool inside = row < k;
-        if (inside && column_stride == 1 && columns == kPanel && depth == 1) {
-          for (int v = 0; v < kPanelVectors; ++v) store(target + v * kLanes, load(from + v * kLanes));
-          continue;
-        }
-        for (int64_t column = 0; column < kPanel; ++column) {
-          const float value = inside && column < columns ? widen(from[column * column_stride]) : 0.0f;
-          narrow(value, target + column * depth + step);
-        }
-      }
-    }
-    packed += padded_k * kPanel;
-  }
-}
-
-#if defined(__AVX512BF16__)
-// bfloat16 to bfloat16 moves bits: no conversion, and pairs travel as one 32-bit unit.
-PYKERN_INLINE void pack(bf16* packed, const bf16* source, int64_t k, int64_t n, int64_t row_stride,
-                        int64_t column_stride) {
-  const int64_t padded_k = round_up(k, 2);
-  for (int64_t column0 = 0; column0 < n; column0 += kPanel) {
-    const int64_t columns = n - column0 < kPanel ? n - column0 : kPanel;
-    for (int64_t row = 0; row < padded_k; row += 2) {
-      uint32_t* target = reinterpret_cast<uint32_t*>(packed + row * kPanel);
-      const bf16* even = source + row * row_stride + column0 * column_stride;
-      const bf16* odd = even + row_stride;
-      const bool has_odd = row + 1 < k;
-      if (column_stride == 1 && columns == kPanel && has_odd) {
-        for (int v = 0; v < kPanel; v += 16) {
-          const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + v)));
-          const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + v)));
-          _mm512_storeu_si512(target + v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-      } else if (row_stride == 1 && has_odd) {
-        for (int64_t column = 0; column < columns; ++column) {
-          std::memcpy(target + column, even + column * column_stride, 4);
-        }
-        for (int64_t column = columns; column < kPanel; ++column) target[column] = 0;
-      } else {
-        for (int64_t column = 0; column < kPanel; ++column) {
-          uint32_t pair = 0;
-          if (column < columns) {
-            pair = even[column * column_stride].bits;
-            if (has_odd) pair |= static_cast<uint32_t>(odd[column * column_stride].bits) << 16;
-          }
-          target[column] = pair;
-        }
-      }
-    }
-    packed += padded_k * kPanel;
-  }
-}
-#endif
-
-// Copies a row-major tile of `rows` x `columns`, converting; columns up to `stride` become zero, so
-// an odd k may be rounded up.
-template <class T, class Source>
-void convert_rows(T* target, int64_t stride, const Source* source, int64_t source_stride, int64_t rows,
-                  int64_t columns) {
-  for (int64_t row = 0; row < rows; ++row) {
-    T* to = target + row * stride;
-    const Source* from = source + row * source_stride;
-    int64_t column = 0;
-    for (; column + kLanes <= columns; column += kLanes) store(to + column, load(from + column));
-    for (; column < columns; ++column) narrow(widen(from[column]), to + column);
-    for (; column < stride; ++column) narrow(0.0f, to + column);
-  }
-}
 
 namespace detail {
 
@@ -144,7 +23,7 @@ PYKERN_INLINE void block(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = accumulate ? load(c + row * c_row + v * kLanes) : zero();
+    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = zero();
   }
   for (int64_t step = 0; step < k; ++step) {
     vfloat column[kPanelVectors];
@@ -160,7 +39,11 @@ PYKERN_INLINE void block(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) store(c + row * c_row + v * kLanes, sum[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* target = c + row * c_row + v * kLanes;
+      // Added at the end: a sum of short sums rounds less than one long sum.
+      store(target, accumulate ? load(target) + sum[row][v] : sum[row][v]);
+    }
   }
 }
 
@@ -173,9 +56,7 @@ PYKERN_INLINE void block(int64_t k, const bf16* a, int64_t a_row, int64_t, const
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      sum[row][v] = accumulate ? _mm512_loadu_ps(c + row * c_row + v * kLanes) : _mm512_setzero_ps();
-    }
+    for (int v = 0; v < kPanelVectors; ++v) sum[row][v] = _mm512_setzero_ps();
   }
   for (int64_t step = 0; step < k; step += 2) {
     __m512bh column[kPanelVectors];
@@ -193,7 +74,10 @@ PYKERN_INLINE void block(int64_t k, const bf16* a, int64_t a_row, int64_t, const
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) _mm512_storeu_ps(c + row * c_row + v * kLanes, sum[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* target = c + row * c_row + v * kLanes;
+      store(target, accumulate ? load(target) + (vfloat)sum[row][v] : (vfloat)sum[row][v]);
+    }
   }
 }
 #endif
@@ -233,7 +117,7 @@ void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t 
       for (int64_t column = 0; column < round_up(n, kPanel); ++column) c[row * c_row + column] = 0.0f;
     }
   }
-#if defined(__AMX_BF16__)
+#if defined(PYKERN_SIMD_IS_amx)
   if constexpr (sizeof(T) == 2) {
     if (m >= 8) return amx_matmul(m, round_up(n, kPanel), padded_k, a, a_row, b_packed, kPanel, c, c_row, accumulate);
   }

@@ -135,15 +135,16 @@ PYKERN_INLINE vfloat load(const f16* source) {
 
 PYKERN_INLINE void store(float* target, vfloat value) { std::memcpy(target, &value, sizeof value); }
 
-PYKERN_INLINE vhalf round_to_bf16(vfloat value) {
+// Rounded to nearest, ties to even, in the low half of each lane; NaN stays NaN.
+PYKERN_INLINE vuint round_to_bf16_bits(vfloat value) {
   const vuint bits = (vuint)value;
   const vuint rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const vuint quiet_nan = bits >> 16 | 0x40;
-  return __builtin_convertvector(value != value ? quiet_nan : rounded, vhalf);
+  return value != value ? quiet_nan : rounded;
 }
 
 PYKERN_INLINE void store(bf16* target, vfloat value) {
-  const vhalf half = round_to_bf16(value);
+  const vhalf half = __builtin_convertvector(round_to_bf16_bits(value), vhalf);
   std::memcpy(target, &half, sizeof half);
 }
 
@@ -160,16 +161,37 @@ PYKERN_INLINE void store(f16* target, vfloat value) {
 // The first `count` < kLanes elements; the other lanes are zero and their memory is not touched.
 template <class T>
 PYKERN_INLINE vfloat load_partial(const T* source, int64_t count) {
+#if defined(__AVX512F__)
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return (vfloat)_mm512_maskz_loadu_ps(lanes, source);
+  } else {
+    const __m256i halves = _mm256_maskz_loadu_epi16(lanes, source);
+    return load(reinterpret_cast<const T*>(&halves));
+  }
+#else
   T buffer[kLanes] = {};
   for (int64_t lane = 0; lane < count; ++lane) buffer[lane] = source[lane];
   return load(buffer);
+#endif
 }
 
 template <class T>
 PYKERN_INLINE void store_partial(T* target, vfloat value, int64_t count) {
+#if defined(__AVX512F__)
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(target, lanes, (__m512)value);
+  } else {
+    __m256i halves;
+    store(reinterpret_cast<T*>(&halves), value);
+    _mm256_mask_storeu_epi16(target, lanes, halves);
+  }
+#else
   T buffer[kLanes];
   store(buffer, value);
   for (int64_t lane = 0; lane < count; ++lane) target[lane] = buffer[lane];
+#endif
 }
 
 // --- reductions over the lanes, always in the same order -----------------------------------------
