@@ -1,0 +1,11 @@
+// The attention family's ops. Tokens are packed in depth-first order of a prefix tree: key j is
+// visible to query i iff j <= i < subtree_end[j].
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+  m.def(
+      "prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor subtree_end, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}

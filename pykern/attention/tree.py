@@ -1,0 +1,397 @@
+"""The prefix tree: which token sees which, as two int32 tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree:
+    """Packed tokens of many sequences, every shared prefix stored once.
+
+    Tokens lie in depth-first order of their prefix tree (or forest): a token, then all that follows it.
+
+    subtree_end: int32 [T]. One past the last token of the subtree of token j, so **key j is visible to query i
+        iff j <= i < subtree_end[j]**. `subtree_end[j] == j` makes j a padding token that no query sees.
+    position: int32 [T], the number of tokens before j on its own path: the position for rotary embeddings, and
+        the distance that windows count. Computed if left out.
+
+    The constructor checks that the intervals nest (ValueError otherwise), which needs the values on the host;
+    the class methods build trees that do. Both tensors are plain: they can be saved for a checkpointed backward,
+    sent between pipeline stages and passed to `prefix_attention` as a tuple instead of the tree.
+    """
+
+    subtree_end: Tensor
+    position: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        ends = _int32_vector(self.subtree_end, "subtree_end")
+        host = ends.cpu().numpy().astype(np.int64)
+        _check_nested(host)
+        depth = _depths(host)
+        if self.position is None:
+            position = torch.from_numpy(depth.astype(np.int32)).to(ends.device)
+        else:
+            position = _int32_vector(self.position, "position")
+            if position.shape != ends.shape or position.device != ends.device:
+                raise ValueError(
+                    f"position: expected shape {tuple(ends.shape)} on {ends.device} as subtree_end has, got "
+                    f"{tuple(position.shape)} on {position.device}; leave it out to have it computed"
+                )
+            given = position.cpu().numpy()
+            wrong = np.flatnonzero((given != depth) & (host > np.arange(len(host))))
+            if len(wrong):
+                raise ValueError(
+                    f"position: expected {depth[wrong[0]]} ancestors for token {wrong[0]}, got {given[wrong[0]]}; "
+                    "leave it out to have it computed"
+                )
+        object.__setattr__(self, "subtree_end", ends)
+        object.__setattr__(self, "position", position)
+        object.__setattr__(self, "_last_rows", None)
+
+    # --- constructors -----------------------------------------------------------------------------
+
+    @classmethod
+    def _trusted(cls, ends: np.ndarray, position: np.ndarray, last_rows: np.ndarray) -> "PrefixTree":
+        """A tree whose arrays nest by construction. last_rows: the last row of every original sequence, -1 if empty."""
+        if len(ends) > _INT32_MAX:
+            raise ValueError(f"tree: expected at most {_INT32_MAX} tokens, got {len(ends)}; split the batch")
+        tree = object.__new__(cls)
+        object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
+        object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
+        object.__setattr__(tree, "_last_rows", last_rows)
+        return tree
+
+    @classmethod
+    def from_groups(cls, prefix_lens: Sequence[int], response_lens: Sequence[Sequence[int]]) -> "PrefixTree":
+        """A forest of depth two: prompts, each with its responses.
+
+        prefix_lens: P lengths. response_lens: P lists of lengths; lists may be empty and lengths zero.
+        Rows: prompt 0, its responses, prompt 1, its responses, ... One sequence per response (its prompt and itself);
+        a prompt without responses is a sequence of its own.
+        """
+        if len(prefix_lens) != len(response_lens):
+            raise ValueError(
+                f"response_lens: expected one list for each of the {len(prefix_lens)} prompts, got {len(response_lens)} lists"
+            )
+        lengths: list[int] = []
+        parents: list[int] = []
+        for prefix, responses in zip(prefix_lens, response_lens, strict=True):
+            root = len(lengths)
+            lengths.append(prefix)
+            lengths.extend(responses)
+            parents.append(-1)
+            parents.extend([root] * len(responses))
+        return cls.from_parents(lengths, parents)
+
+    @classmethod
+    def from_parents(cls, lengths: Sequence[int], parents: Sequence[int]) -> "PrefixTree":
+        """A tree of any depth from its nodes.
+
+        lengths: tokens of each node, zero allowed. parents: the index of each node's parent, -1 for a root.
+        Rows follow depth-first order, children of one node in the order of their indices: where every node comes
+        right after its parent or an earlier sibling's subtree, rows are the nodes in the order given.
+        One sequence per node without children, in the order of nodes.
+        """
+        sizes = _host_vector(lengths, "lengths")
+        above = _host_vector(parents, "parents")
+        nodes = len(sizes)
+        if len(above) != nodes:
+            raise ValueError(f"parents: expected one for each of the {nodes} nodes, got {len(above)}")
+        if nodes and sizes.min() < 0:
+            raise ValueError(f"lengths: expected lengths >= 0, got {sizes.min()} for node {sizes.argmin()}")
+        if nodes and not ((above >= -1) & (above < nodes)).all():
+            wrong = np.flatnonzero((above < -1) | (above >= nodes))[0]
+            raise ValueError(f"parents: expected -1 (a root) or a node below {nodes}, got {above[wrong]} for node {wrong}")
+
+        order = _depth_first(above)
+        # Subtree sizes, children before parents; then each node's first row, parents before children.
+        parent_list, size_list = above.tolist(), sizes.tolist()
+        subtree = list(size_list)
+        for node in reversed(order):
+            if parent_list[node] >= 0:
+                subtree[parent_list[node]] += subtree[node]
+        starts = np.zeros(nodes, dtype=np.int64)
+        depth = np.zeros(nodes, dtype=np.int64)
+        row_order = np.asarray(order, dtype=np.int64)
+        starts[row_order] = np.cumsum(sizes[row_order]) - sizes[row_order]
+        depth_list = [0] * nodes
+        for node in order:
+            parent = parent_list[node]
+            depth_list[node] = depth_list[parent] + size_list[parent] if parent >= 0 else 0
+        depth[:] = depth_list
+
+        ordered_sizes = sizes[row_order]
+        ends = np.repeat((starts + np.asarray(subtree, dtype=np.int64))[row_order], ordered_sizes)
+        within = np.arange(len(ends)) - np.repeat(starts[row_order], ordered_sizes)
+        position = np.repeat(depth[row_order], ordered_sizes) + within
+
+        # A sequence ends in the last row of its leaf, or of the nearest ancestor that has rows.
+        leaf = np.ones(nodes, dtype=bool)
+        leaf[above[above >= 0]] = False
+        last_list = [-1] * nodes
+        start_list = starts.tolist()
+        for node in order:
+            if size_list[node]:
+                last_list[node] = start_list[node] + size_list[node] - 1
+            elif parent_list[node] >= 0:
+                last_list[node] = last_list[parent_list[node]]
+        return cls._trusted(ends, position, np.asarray(last_list, dtype=np.int64)[leaf])
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Sequence[int] | Tensor]) -> tuple["PrefixTree", Tensor]:
+        """The token trie of the sequences: prefixes that any of them share are stored once, duplicates too.
+
+        sequences: token ids, 1-D each, any integer type; empty ones allowed.
+        Returns the tree, whose sequences are the given ones in the given order, and the packed token ids, int64 [T].
+        Siblings lie in the order of their token ids.
+        """
+        arrays = [_host_vector(sequence, f"sequences[{index}]") for index, sequence in enumerate(sequences)]
+        # Big-endian bytes of the ids, sign bit flipped, compare as the ids do.
+        keys = [(array ^ np.int64(-(2**63))).astype(">i8").tobytes() for array in arrays]
+        order = sorted(range(len(arrays)), key=keys.__getitem__)
+
+        pieces, starts = [], []
+        open_nodes: list[tuple[int, int, int]] = []  # (first position, first row, rows), root to tip
+        closed: list[tuple[int, int, int]] = []  # (first row, rows, subtree end)
+        last_rows = np.full(len(arrays), -1, dtype=np.int64)
+        rows = 0
+        previous = np.zeros(0, dtype=np.int64)
+        for index in order:
+            array = arrays[index]
+            shared = _common_prefix(previous, array)
+            while open_nodes and open_nodes[-1][0] + open_nodes[-1][2] > shared:
+                position, first, count = open_nodes.pop()
+                kept = max(shared - position, 0)
+                closed.append((first + kept, count - kept, rows))
+                if kept:
+                    open_nodes.append((position, first, kept))
+            if len(array) > shared:
+                open_nodes.append((shared, rows, len(array) - shared))
+                pieces.append(array[shared:])
+                starts.append(shared)
+                rows += len(array) - shared
+            if open_nodes:
+                _, first, count = open_nodes[-1]
+                last_rows[index] = first + count - 1
+            previous = array
+        closed.extend((first, count, rows) for _, first, count in open_nodes)
+
+        closed.sort()
+        parts = np.asarray(closed, dtype=np.int64).reshape(-1, 3)
+        ends = np.repeat(parts[:, 2], parts[:, 1])
+        sizes = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
+        offsets = np.asarray(starts, dtype=np.int64) - (np.cumsum(sizes) - sizes)
+        position = np.arange(rows) + np.repeat(offsets, sizes)
+        tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+        return cls._trusted(ends, position, last_rows), torch.from_numpy(tokens)
+
+    # --- what it holds ------------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """T, rows of the packed batch."""
+        return self.subtree_end.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """Original sequences that the tree packs."""
+        return len(self._sequences[1]) - 1
+
+    @property
+    def sequence_rows(self) -> Tensor:
+        """int64 [sum of lengths]: the packed row of every token of every original sequence, one after the other.
+
+        `packed[tree.sequence_rows]` unpacks; `cu_seqlens` says where each sequence begins.
+        A tree made from tensors has one sequence per token without descendants.
+        """
+        return self._sequences[0].to(self.subtree_end.device)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [sequences + 1]: sequence s is `sequence_rows[cu_seqlens[s] : cu_seqlens[s + 1]]`."""
+        return self._sequences[1].to(self.subtree_end.device)
+
+    @cached_property
+    def _sequences(self) -> tuple[Tensor, Tensor]:
+        ends = self.subtree_end.cpu().numpy().astype(np.int64)
+        rows = np.arange(len(ends))
+        last = self._last_rows
+        if last is None:
+            last = np.flatnonzero(ends == rows + 1)
+        # Nodes: runs of tokens that are one another's only child, so that they have one end.
+        first, parent_row = _runs(ends)
+        node_of = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(ends))))
+        depth = _depths(ends)
+        lengths = np.where(last >= 0, depth[last] + 1, 0) if len(ends) else np.zeros(len(last), dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        result = np.empty(offsets[-1], dtype=np.int64)
+        active = np.flatnonzero(last >= 0)
+        tip = last[active]
+        while len(active):
+            node = node_of[tip]
+            count = tip - first[node] + 1
+            begin = offsets[active] + depth[first[node]]
+            step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            result[np.repeat(begin, count) + step] = np.repeat(first[node], count) + step
+            tip = parent_row[node]
+            active, tip = active[tip >= 0], tip[tip >= 0]
+        return torch.from_numpy(result), torch.from_numpy(offsets.astype(np.int32))
+
+    @cached_property
+    def visible_pairs(self) -> int:
+        """Query-key pairs that see each other: the sum of subtree_end[j] - j."""
+        ends = self.subtree_end.cpu().to(torch.int64)
+        return int((ends - torch.arange(len(ends))).clamp(min=0).sum())
+
+    def flops(self, num_heads: int, head_dim: int, value_dim: int | None = None, *, backward: bool = False) -> int:
+        """Floating-point operations of `prefix_attention` on this tree, visible pairs only.
+
+        The forward's two products, and with `backward` the five of the backward besides.
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+        products = head_dim + value_dim
+        if backward:
+            products += 3 * head_dim + 2 * value_dim
+        return 2 * num_heads * self.visible_pairs * products
+
+    def to(self, device: torch.device | str) -> "PrefixTree":
+        """The same tree with its tensors on `device`."""
+        device = torch.device(device)
+        if device == self.subtree_end.device:
+            return self
+        tree = object.__new__(PrefixTree)
+        object.__setattr__(tree, "subtree_end", self.subtree_end.to(device))
+        object.__setattr__(tree, "position", self.position.to(device))
+        object.__setattr__(tree, "_last_rows", self._last_rows)
+        return tree
+
+
+def _int32_vector(tensor: Tensor, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected an int32 tensor, got {type(tensor).__name__}; use torch.tensor(..., dtype=torch.int32)")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}; use .to(torch.int32)")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {tuple(tensor.shape)}")
+    return tensor.contiguous()
+
+
+def _host_vector(values: Sequence[int] | Tensor, name: str) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _depth_first(parents: np.ndarray) -> list[int]:
+    """Nodes in depth-first order, children in the order of their indices."""
+    nodes = len(parents)
+    if (parents < np.arange(nodes)).all() and _is_depth_first(parents):
+        return list(range(nodes))
+    grouped = np.argsort(parents, kind="stable").tolist()
+    bounds = np.searchsorted(parents[grouped], np.arange(-1, nodes + 1)).tolist()
+    order: list[int] = []
+    waiting = grouped[bounds[0] : bounds[1]][::-1]
+    while waiting:
+        node = waiting.pop()
+        order.append(node)
+        waiting.extend(grouped[bounds[node + 1] : bounds[node + 2]][::-1])
+    if len(order) != nodes:
+        missing = sorted(set(range(nodes)) - set(order))[0]
+        raise ValueError(f"parents: expected every node to lead to a root, but node {missing} is its own ancestor")
+    return order
+
+
+def _is_depth_first(parents: np.ndarray) -> bool:
+    path: list[int] = []
+    for node, parent in enumerate(parents.tolist()):
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            return False
+        path.append(node)
+    return True
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    length = min(len(a), len(b))
+    # In growing blocks: most neighbours differ early or share nearly everything.
+    begin, block = 0, 256
+    while begin < length:
+        end = min(begin + block, length)
+        different = a[begin:end] != b[begin:end]
+        if different.any():
+            return begin + int(different.argmax())
+        begin, block = end, block * 4
+    return length
+
+
+def _depths(ends: np.ndarray) -> np.ndarray:
+    """Proper ancestors of every token: the intervals that hold it and began before it."""
+    count = len(ends)
+    rows = np.arange(count)
+    real = ends > rows
+    change = np.zeros(count + 2, dtype=np.int64)
+    change[1 : count + 1] += real
+    # A token without descendants opens and closes at once.
+    np.add.at(change, ends[real], -1)
+    return np.cumsum(change)[:count]
+
+
+def _check_nested(ends: np.ndarray) -> None:
+    count = len(ends)
+    rows = np.arange(count)
+    wrong = np.flatnonzero((ends < rows) | (ends > count))
+    if len(wrong):
+        token = wrong[0]
+        raise ValueError(
+            f"subtree_end: expected {token} (padding) to {count} for token {token}, got {ends[token]}; "
+            "it is one past the last token of the subtree"
+        )
+    real = np.flatnonzero(ends > rows)
+    if not len(real):
+        return
+    # Neighbours with one end are a chain, so only the first of each run can cross an open interval.
+    firsts = real[np.flatnonzero(np.diff(ends[real], prepend=-1))]
+    open_ends: list[int] = []
+    for row, end in zip(firsts.tolist(), ends[firsts].tolist(), strict=True):
+        while open_ends and open_ends[-1] <= row:
+            open_ends.pop()
+        if open_ends and end > open_ends[-1]:
+            raise ValueError(
+                f"subtree_end: expected nested subtrees, but that of token {row} ends at {end}, beyond "
+                f"{open_ends[-1]} where a subtree around it ends; put the tokens in depth-first order"
+            )
+        open_ends.append(end)
+
+
+def _runs(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row and parent row (-1 for none) of every maximal run of tokens that follow one another on a path."""
+    rows = np.arange(len(ends))
+    if not len(ends):
+        return rows, rows
+    chained = (ends[1:] == ends[:-1]) & (ends[:-1] > rows[1:])
+    first = np.flatnonzero(np.concatenate([[True], ~chained]))
+    last = np.append(first[1:], len(ends)) - 1
+    parent = np.full(len(first), -1, dtype=np.int64)
+    path: list[tuple[int, int]] = []
+    for node, (row, end, tip) in enumerate(zip(first.tolist(), ends[first].tolist(), last.tolist(), strict=True)):
+        while path and path[-1][0] <= row:
+            path.pop()
+        if path:
+            parent[node] = path[-1][1]
+        if end > row:
+            path.append((end, tip))
+    return first, parent
+
+
+__all__ = ["PrefixTree"]
