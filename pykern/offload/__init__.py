@@ -1,1 +1,3 @@
-__all__: list[str] = []
+from .activation import ActivationOffload
+
+__all__ = ["ActivationOffload"]

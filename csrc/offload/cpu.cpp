@@ -1,0 +1,152 @@
+// The engine's ops. They have no fake kernel and no autograd formula on purpose: they move bytes in
+// and out of a store that outlives every graph, are called from saved-tensor hooks alone, which run
+// beside traced code and never in it, and their effect has no shape for a tracer to know.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "common/checks.h"
+#include "offload/engine.h"
+
+namespace pykern {
+namespace {
+
+struct Opened {
+  std::shared_ptr<Engine> engine;
+  std::string error;
+  int process;
+};
+
+// Never destroyed: engines left open at the end of the process go with it, threads and all.
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<int64_t, Opened> engines;
+  int64_t next = 1;
+};
+
+Registry& registry() {
+  static Registry* const all = new Registry;
+  return *all;
+}
+
+std::shared_ptr<Engine> engine(int64_t handle) {
+  const std::lock_guard<std::mutex> guard(registry().mutex);
+  const auto found = registry().engines.find(handle);
+  if (found == registry().engines.end() || !found->second.engine) {
+    throw std::runtime_error("ActivationOffload: closed before its saved tensors were used");
+  }
+  return found->second.engine;
+}
+
+// An empty folder opens the arena. A handle is returned even if opening fails: `offload_error` then
+// tells why, and `offload_close` ends it.
+int64_t open_engine(std::string folder, int64_t limit, int64_t initial, int64_t growth, int64_t threads,
+                    int64_t queue_bytes, int64_t delay_seed) {
+  MediumResult made = folder.empty() ? make_arena(limit) : make_spill_file(folder);
+  Opened opened{nullptr, made.error, getpid()};
+  if (made.medium) {
+    opened.engine = std::make_shared<Engine>(std::move(made.medium),
+                                             Engine::Options{limit, growth, threads, queue_bytes, delay_seed});
+    if (initial > 0) opened.error = opened.engine->preallocate(initial);
+  }
+  const std::lock_guard<std::mutex> guard(registry().mutex);
+  const int64_t handle = registry().next++;
+  registry().engines.emplace(handle, std::move(opened));
+  return handle;
+}
+
+std::string opening_error(int64_t handle) {
+  const std::lock_guard<std::mutex> guard(registry().mutex);
+  const auto found = registry().engines.find(handle);
+  return found == registry().engines.end() ? "closed" : found->second.error;
+}
+
+void close_engine(int64_t handle) {
+  Opened closed;
+  {
+    const std::lock_guard<std::mutex> guard(registry().mutex);
+    const auto found = registry().engines.find(handle);
+    if (found == registry().engines.end()) return;
+    closed = std::move(found->second);
+    registry().engines.erase(found);
+  }
+  // A forked child has the engine but not its threads; joining them would wait for ever.
+  if (closed.process != getpid()) new std::shared_ptr<Engine>(std::move(closed.engine));
+}
+
+int64_t store(int64_t handle, const Tensor& source) {
+  check_cpu(source, "source");
+  check_dim(source, 1, "source");
+  check_type(source, ScalarType::Byte, "source");
+  check_contiguous(source, "source");
+  return engine(handle)->store(source);
+}
+
+Tensor load(int64_t handle, int64_t item) { return engine(handle)->load(item); }
+void reserve(int64_t handle, int64_t item) { engine(handle)->reserve(item); }
+void unreserve(int64_t handle, int64_t item) { engine(handle)->unreserve(item); }
+
+// Called by finalizers, which may come after the engine's own.
+void release(int64_t handle, int64_t item) {
+  std::shared_ptr<Engine> owner;
+  {
+    const std::lock_guard<std::mutex> guard(registry().mutex);
+    const auto found = registry().engines.find(handle);
+    if (found == registry().engines.end() || found->second.process != getpid()) return;
+    owner = found->second.engine;
+  }
+  if (owner) owner->release(item);
+}
+
+// glibc maps allocations from a threshold on, and a freed mapping leaves the process. But it raises
+// the threshold to the largest mapping freed so far, up to 32 MiB; the tensors below it then come
+// from a heap that keeps, and by the slack that aligned requests need can't reuse, what is freed.
+bool map_allocations(int64_t threshold) {
+#if defined(__GLIBC__)
+  constexpr int64_t kMostThatGlibcTakes = int64_t{32} << 20;
+  return mallopt(M_MMAP_THRESHOLD, static_cast<int>(std::min(threshold, kMostThatGlibcTakes))) == 1;
+#else
+  (void)threshold;
+  return false;
+#endif
+}
+
+void synchronize(int64_t handle) { engine(handle)->synchronize(); }
+std::string take_failure(int64_t handle) { return engine(handle)->take_failure(); }
+std::string description(int64_t handle) { return engine(handle)->description(); }
+std::vector<double> counters(int64_t handle) { return engine(handle)->counters(); }
+void reset_counters(int64_t handle) { engine(handle)->reset_counters(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pykern, CompositeExplicitAutograd, m) {
+  m.impl("offload_open", TORCH_BOX(&open_engine));
+  m.impl("offload_error", TORCH_BOX(&opening_error));
+  m.impl("offload_close", TORCH_BOX(&close_engine));
+  m.impl("offload_load", TORCH_BOX(&load));
+  m.impl("offload_reserve", TORCH_BOX(&reserve));
+  m.impl("offload_unreserve", TORCH_BOX(&unreserve));
+  m.impl("offload_release", TORCH_BOX(&release));
+  m.impl("offload_map_allocations", TORCH_BOX(&map_allocations));
+  m.impl("offload_synchronize", TORCH_BOX(&synchronize));
+  m.impl("offload_take_failure", TORCH_BOX(&take_failure));
+  m.impl("offload_description", TORCH_BOX(&description));
+  m.impl("offload_counters", TORCH_BOX(&counters));
+  m.impl("offload_reset_counters", TORCH_BOX(&reset_counters));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pykern, CPU, m) { m.impl("offload_store", TORCH_BOX(&store)); }
+
+}  // namespace pykern

@@ -1,0 +1,39 @@
+// Where offloaded bytes lie: one range of addresses [0, extent) that grows.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace pykern {
+
+// Calls on disjoint ranges may run at once. Each returns an empty string, or why it failed.
+class Medium {
+ public:
+  virtual ~Medium() = default;
+  virtual int64_t granularity() const = 0;
+  // Makes [0, extent) usable; what was usable before stays so if it fails.
+  virtual std::string grow(int64_t extent) = 0;
+  virtual std::string write(int64_t offset, const void* source, int64_t bytes) = 0;
+  // `target` is aligned to kPage and has room for `bytes` rounded up to kPage.
+  virtual std::string read(int64_t offset, void* target, int64_t bytes) = 0;
+  // "memory", "file, direct", "file, buffered", or "file, in memory" for a file system without a disk.
+  virtual std::string description() const = 0;
+};
+
+constexpr int64_t kPage = 4096;
+
+struct MediumResult {
+  std::unique_ptr<Medium> medium;
+  std::string error;
+};
+
+// A second arena of ordinary memory, of at most `limit` bytes.
+MediumResult make_arena(int64_t limit);
+// A file in `folder` that has no name any more when this returns.
+MediumResult make_spill_file(const std::string& folder);
+
+// "what: text of the error number".
+std::string system_error(const std::string& what, int code);
+
+}  // namespace pykern

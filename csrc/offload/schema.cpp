@@ -1,0 +1,20 @@
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+  m.def(
+      "offload_open(str folder, int limit, int initial, int growth, int threads, int queue_bytes, int delay_seed) "
+      "-> int");
+  m.def("offload_error(int engine) -> str");
+  m.def("offload_close(int engine) -> ()");
+  m.def("offload_store(int engine, Tensor source) -> int");
+  m.def("offload_reserve(int engine, int item) -> ()");
+  m.def("offload_unreserve(int engine, int item) -> ()");
+  m.def("offload_load(int engine, int item) -> Tensor");
+  m.def("offload_release(int engine, int item) -> ()");
+  m.def("offload_map_allocations(int threshold) -> bool");
+  m.def("offload_synchronize(int engine) -> ()");
+  m.def("offload_take_failure(int engine) -> str");
+  m.def("offload_description(int engine) -> str");
+  m.def("offload_counters(int engine) -> float[]");
+  m.def("offload_reset_counters(int engine) -> ()");
+}

@@ -1,0 +1,107 @@
+"""The native engine's ops, and the lifetime of one engine."""
+
+import os
+import shutil
+import weakref
+
+import torch
+from torch import Tensor
+
+from .. import _native  # noqa: F401  (registers the ops)
+
+_open = torch.ops.pykern.offload_open.default
+_error = torch.ops.pykern.offload_error.default
+_close = torch.ops.pykern.offload_close.default
+_store = torch.ops.pykern.offload_store.default
+_reserve = torch.ops.pykern.offload_reserve.default
+_unreserve = torch.ops.pykern.offload_unreserve.default
+_load = torch.ops.pykern.offload_load.default
+_release = torch.ops.pykern.offload_release.default
+_map_allocations = torch.ops.pykern.offload_map_allocations.default
+_synchronize = torch.ops.pykern.offload_synchronize.default
+_take_failure = torch.ops.pykern.offload_take_failure.default
+_description = torch.ops.pykern.offload_description.default
+_counters = torch.ops.pykern.offload_counters.default
+_reset_counters = torch.ops.pykern.offload_reset_counters.default
+
+# The order of Engine::counters in csrc/offload/engine.h.
+_COUNTERS = (
+    "offloads", "offloaded_bytes", "reloads", "reloaded_bytes", "forwards", "forwarded_bytes",
+    "stall_seconds", "queue_seconds", "slots", "peak_slots", "slot_bytes", "peak_slot_bytes", "extent_bytes",
+)  # fmt: skip
+
+_MEBIBYTE = 1 << 20
+
+
+def return_freed_memory(threshold: int) -> bool:
+    """Makes the C library map allocations of `threshold` bytes or more, so that they leave the process when freed.
+
+    Process-wide. False, and nothing happens, where the library can't, or where the environment decides it.
+    """
+    return "MALLOC_MMAP_THRESHOLD_" not in os.environ and _map_allocations(threshold)
+
+
+class Engine:
+    """A C++ engine: a medium (arena or spill file), its slots, and the threads that copy.
+
+    Closed when the last reference goes; whoever holds an item of it holds the engine.
+    """
+
+    def __init__(
+        self, folder: str | None, capacity: int | None, threads: int, queue_bytes: int, delay_seed: int | None
+    ) -> None:
+        if folder is None:
+            limit = capacity or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            initial, growth = 0, 64 * _MEBIBYTE
+        else:
+            limit = -1 if capacity is None else -(-capacity // 4096) * 4096
+            initial, growth = capacity or 256 * _MEBIBYTE, 256 * _MEBIBYTE
+        self.handle = _open(
+            folder or "", limit, initial, growth, threads, queue_bytes, -1 if delay_seed is None else delay_seed
+        )
+        self._closing = weakref.finalize(self, _close, self.handle)
+        error = _error(self.handle)
+        if error:
+            self.close()
+            if folder is None:
+                raise MemoryError(f"capacity: {error}; pass a smaller capacity")
+            raise OSError(
+                f"path: {error} for the spill file in {folder}, where {shutil.disk_usage(folder).free} bytes are free; "
+                "pass path= a folder with more room, or a smaller capacity="
+            )
+        self.description: str = _description(self.handle)
+
+    def close(self) -> None:
+        self._closing()
+
+    def store(self, source: Tensor) -> int:
+        """Starts writing a 1-D uint8 tensor; the item's number, or -1 if the tensor must stay where it is."""
+        return _store(self.handle, source)
+
+    def reserve(self, item: int) -> None:
+        """Starts reading the item and keeps what was read until `unreserve`."""
+        _reserve(self.handle, item)
+
+    def unreserve(self, item: int) -> None:
+        _unreserve(self.handle, item)
+
+    def load(self, item: int) -> Tensor:
+        """The item's bytes, uint8; waits for them if need be."""
+        return _load(self.handle, item)
+
+    def release(self, item: int) -> None:
+        _release(self.handle, item)
+
+    def synchronize(self) -> None:
+        _synchronize(self.handle)
+
+    def take_failure(self) -> str:
+        """Why writing or growing failed since the last call, or an empty string."""
+        return _take_failure(self.handle)
+
+    def counters(self) -> dict[str, float]:
+        values = dict(zip(_COUNTERS, _counters(self.handle), strict=True))
+        return {name: value if name.endswith("seconds") else int(value) for name, value in values.items()}
+
+    def reset_counters(self) -> None:
+        _reset_counters(self.handle)
