@@ -16,7 +16,7 @@ def _resident(name: str) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Gives the C allocator's free pages back, so that one side's leftovers do not count as the other's need."""
+    # glibc keeps freed pages; left there, they would count as the next update's need.
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
@@ -31,8 +31,9 @@ class PeakMemory:
     resident size since the process began. CUDA: PyTorch's allocated bytes. `method` says which.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, trim: bool = False):
+        """trim: first return what the C allocator holds free, for two processes to be comparable."""
+        self.device, self.trim = device, trim
         self.before = self.peak = 0
         self.method = "allocated CUDA memory"
 
@@ -42,7 +43,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
             return self
-        _return_freed_memory()
+        if self.trim:
+            _return_freed_memory()
         try:
             _CLEAR.write_text("5")
             self.before = _resident("VmRSS")

@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / (2 * shape.layers) ** 0.5 if residual else 0.02)
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5 / ((2 * shape.layers) ** 0.5 if residual else 1))
         if shape.tie_head:
             self.head.weight = self.embedding.weight
 

@@ -10,12 +10,14 @@ from .. import (
     ActivationOffload,
     FiraAdamW,
     GaLoreAdamW,
+    PackedBatch,
     group_advantages,
     linear_token_logprobs,
     low_rank_groups,
     policy_loss,
 )
-from .batch import Groups, Packed, pack_shared
+from .batch import Groups, flat_gradient, pack_groups
+from .compare import PlainPyTorch, differences
 from .config import Config
 from .data import Dataset, Example, supervised
 from .memory import PeakMemory
@@ -39,12 +41,12 @@ def make_optimizer(config: Config, model: Transformer, learning_rate: float) -> 
     return kind(groups, lr=learning_rate)
 
 
-def make_offload(config: Config):
+def make_offload(config: Config, model: Transformer):
     """A context that keeps activations elsewhere between forward and backward, or one that does nothing."""
     if config.offload == "none":
         return nullcontext()
-    keywords = {"directory": config.spill_dir} if config.offload == "file" and config.spill_dir else {}
-    return ActivationOffload(storage=config.offload, **keywords)
+    keywords = {"path": config.spill_dir} if config.offload == "file" and config.spill_dir else {}
+    return ActivationOffload(storage=config.offload, parameters=model, **keywords)
 
 
 class Trainer:
@@ -58,7 +60,7 @@ class Trainer:
         self.warmup_steps = 0
         self.step = 0
         self.optimizer = self._new_optimizer()
-        self.offload = make_offload(config)
+        self.offload = make_offload(config, self.model)
         self.generator = torch.Generator(device=self.device).manual_seed(config.seed + 1)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -94,9 +96,9 @@ class Trainer:
 
     # Model
 
-    def logprobs(self, packed: Packed, temperature: float) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float) -> Tensor:
         """Log-probabilities of the packed response tokens, [targets], in float32."""
-        hidden = self.model(packed.tokens, packed.tree.position, tree_attention(packed.tree))
+        hidden = self.model(packed.token_ids, packed.tree.position, tree_attention(packed.tree))
         rows = hidden.index_select(0, packed.predictor_rows)
         return linear_token_logprobs(rows, self.model.head.weight, packed.targets, temperature=temperature)
 
@@ -114,7 +116,7 @@ class Trainer:
             right += sum(self.dataset.reward(e, group[0]) for e, group in zip(chunk, rollouts.responses))
         return right / len(examples)
 
-    def descend(self, loss: Tensor) -> float:
+    def descend(self) -> float:
         """Clips the gradients' norm and steps the optimizer; the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -126,23 +128,23 @@ class Trainer:
         """One step of cross-entropy on worked solutions."""
         config, begin = self.config, time.perf_counter()
         examples = self.dataset.take(self.warmup_steps * config.warmup_prompts, config.warmup_prompts)
-        packed = pack_shared(Groups(self.dataset.shared, *supervised(examples)), self.device)
+        packed = pack_groups(Groups(self.dataset.shared, *supervised(examples)), self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with self.offload:
             loss = -self.logprobs(packed, temperature=1.0).mean()
             loss.backward()
-        norm = self.descend(loss)
+        norm = self.descend()
         self.warmup_steps += 1
         return {
             "phase": "warmup",
             "step": self.warmup_steps,
             "loss": float(loss.detach()),
             "gradient_norm": norm,
-            "tokens": packed.num_tokens,
+            "tokens": packed.tree.num_tokens,
             "seconds": {"update": time.perf_counter() - begin},
         }
 
-    def collect(self) -> tuple[Groups, Tensor, dict]:
+    def collect(self) -> tuple[Groups, dict]:
         """The next batch: responses (sampled, or the file's), rewards [responses], advantages, old log-probabilities."""
         config = self.config
         examples = self.dataset.take(self.step * config.prompts, config.prompts)
@@ -151,7 +153,7 @@ class Trainer:
             groups = Groups(self.dataset.shared, prompts, [list(example.responses) for example in examples])
             rewards = [reward for example in examples for reward in example.rewards]
             with torch.no_grad():
-                groups.old_logprobs = self.logprobs(pack_shared(groups, self.device), config.temperature)
+                groups.old_logprobs = self.logprobs(pack_groups(groups, self.device), config.temperature)
         else:
             rollouts = self.sample(examples, config.responses, config.temperature)
             groups = Groups(self.dataset.shared, prompts, rollouts.responses, old_logprobs=rollouts.logprobs)
@@ -162,12 +164,16 @@ class Trainer:
         groups.advantages = group_advantages(scores, group_ids, estimator=config.estimator)
         lengths = [len(response) for _, response in groups.flat()]
         facts = {"reward": sum(rewards) / len(rewards), "response_length": sum(lengths) / len(lengths)}
-        return groups, scores, facts
+        return groups, facts
 
     def update(self, groups: Groups) -> dict:
-        """Pack, forward, loss, backward, step: what `compare` does beside it in plain PyTorch."""
+        """Pack, forward, loss, backward, step: what `compare` does beside it in plain PyTorch.
+
+        Loss, gradient and its norm are those of the first of `config.updates` passes over the batch.
+        """
         config = self.config
-        packed = pack_shared(groups, self.device)
+        packed = pack_groups(groups, self.device)
+        first = {}
         for _ in range(config.updates):
             self.optimizer.zero_grad(set_to_none=True)
             with self.offload:
@@ -179,31 +185,33 @@ class Trainer:
                     loss=config.loss,
                 )
                 loss.backward()
-            norm = self.descend(loss)
-        return {
-            "loss": float(loss.detach()),
-            "gradient_norm": norm,
-            "tokens": packed.num_tokens,
-            "policy": {name: float(value) for name, value in metrics.items()},
-        }
+            if not first:
+                first = {"loss": float(loss.detach()), "gradient": flat_gradient(self.model)}
+            norm = self.descend()
+            first.setdefault("gradient_norm", norm)
+        policy = {name: float(value) for name, value in metrics.items()}
+        return {**first, "tokens": packed.tree.num_tokens, "policy": policy}
 
-    def grpo_step(self, before_update=None) -> dict:
-        """Collect and update. `before_update(groups)` sees the batch before the weights change."""
+    def grpo_step(self, plain: PlainPyTorch | None = None) -> dict:
+        """Collect and update; with `plain`, the same update beside it, whose findings go under "compare"."""
         begin = time.perf_counter()
-        groups, _, facts = self.collect()
+        groups, facts = self.collect()
         collected = time.perf_counter()
-        if before_update is not None:
-            before_update(groups)
+        other = plain.update(self.model, groups) if plain else None
         started = time.perf_counter()
-        with PeakMemory(self.device) as memory:
+        with PeakMemory(self.device, trim=plain is not None) as memory:
             row = self.update(groups)
         ended = time.perf_counter()
         self.step += 1
-        return {
+        gradient = row.pop("gradient")
+        row = {
             "phase": "grpo",
             "step": self.step,
             **facts,
             **row,
             "seconds": {"collect": collected - begin, "update": ended - started},
-            "memory": {"peak": memory.peak, "before": memory.before},
+            "memory": {"peak": memory.peak, "before": memory.before, "method": memory.method},
         }
+        if other:
+            row["compare"] = differences(row, gradient, other, groups)
+        return row
