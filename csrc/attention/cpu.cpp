@@ -20,6 +20,16 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
+// lse or its gradient, [tokens, query_heads].
+Tensor statistics(const Tensor& tensor, const Tensor& q, const char* name) {
+  check_cpu(tensor, name);
+  check_type(tensor, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, name);
+  check_dim(tensor, 2, name);
+  check_size(tensor, 0, q.size(0), name);
+  check_size(tensor, 1, q.size(1), name);
+  return torch::stable::contiguous(tensor);
+}
+
 HeadsView view(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
 // Fills a PrefixAttention and owns the arrays that it points to.
@@ -77,43 +87,51 @@ class Problem {
     problem.unit_min_end = min_end_.data();
     problem.unit_max_end = max_end_.data();
     // About as many rows as keep the vector units busy and the tile in the second-level cache.
-    problem.tile_tokens = std::max<int64_t>(1, tile_rows_ / problem.group());
+    problem.tile_tokens = std::max<int64_t>(1, kTileRows / problem.group());
     problem.tiles = ceil_div(problem.tokens, problem.tile_tokens);
   }
 
  private:
-  static constexpr int64_t tile_rows_ = 192;
+  static constexpr int64_t kTileRows = 192;
   Tensor q_, k_, v_;
   std::vector<int32_t> ends_, min_end_, max_end_;
 };
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, double scale) {
-  if (q.scalar_type() != ScalarType::Double) {
-    const auto d = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Double); };
-    auto [o, l] = forward(d(q), d(k), d(v), subtree_end, scale);
-    return {torch::stable::to(o, q.scalar_type()), torch::stable::to(l, ScalarType::Float)};
+// Tiles by falling number of units that they read, so that the last to start are short.
+std::vector<int64_t> tiles_by_work(const PrefixAttention& problem) {
+  std::vector<int64_t> work(problem.tiles), order(problem.tiles);
+  for (int64_t tile = 0; tile < problem.tiles; ++tile) {
+    const int64_t first = tile * problem.tile_tokens;
+    const int64_t stop = std::min(first + problem.tile_tokens, problem.tokens);
+    for (int64_t unit = 0; unit * kUnitKeys < stop; ++unit) work[tile] += problem.unit_max_end[unit] > first;
   }
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  return order;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, double scale) {
   PrefixAttentionForward problem{};
   Problem owner;
   owner.describe(problem, q, k, v, subtree_end, scale);
   const bool float64 = q.scalar_type() == ScalarType::Double;
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, float64 ? ScalarType::Double : ScalarType::Float);
-  if (q.numel() == 0 && out.numel() == 0 && lse.numel() == 0) return {out, lse};
-  prefix_attention_forward_float64(problem, output<double>(out), output<double>(lse));
+  if (lse.numel() == 0) return {out, lse};
+  if (float64) {
+    prefix_attention_forward_float64(problem, output<double>(out), output<double>(lse));
+    return {out, lse};
+  }
+  const std::vector<int64_t> order = tiles_by_work(problem);
+  problem.tile_order = order.data();
+  problem.out = out.mutable_data_ptr();
+  problem.lse = output<float>(lse);
+  STD_TORCH_CHECK(prefix_attention_forward()(data_type(q, "q"), problem), "prefix_attention: out of memory");
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v,
                                             Tensor out, Tensor lse, Tensor subtree_end, double scale) {
-  if (q.scalar_type() != ScalarType::Double) {
-    const auto d = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Double); };
-    const auto type = q.scalar_type();
-    std::optional<Tensor> gl;
-    if (grad_lse) gl = d(*grad_lse);
-    auto [a, b, c] = backward(d(grad_out), gl, d(q), d(k), d(v), d(out), d(lse), subtree_end, scale);
-    return {torch::stable::to(a, type), torch::stable::to(b, type), torch::stable::to(c, type)};
-  }
   PrefixAttentionBackward problem{};
   Problem owner;
   owner.describe(problem, q, k, v, subtree_end, scale);
@@ -121,14 +139,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   Tensor grad_k = torch::stable::new_empty(k, k.sizes());
   Tensor grad_v = torch::stable::new_empty(v, v.sizes());
   if (lse.numel() == 0) return {grad_q, grad_k, grad_v};
+  for (const auto& [tensor, name] : {std::pair{&grad_out, "grad_out"}, {&out, "out"}}) {
+    check_cpu(*tensor, name);
+    check_type(*tensor, q.scalar_type(), name);
+    check_dim(*tensor, 3, name);
+    check_size(*tensor, 0, q.size(0), name);
+    check_size(*tensor, 1, q.size(1), name);
+    check_size(*tensor, 2, v.size(2), name);
+  }
+  const bool float64 = q.scalar_type() == ScalarType::Double;
+  const Tensor lse_rows = statistics(lse, q, "lse");
+  std::optional<Tensor> grad_lse_rows;
+  if (grad_lse) grad_lse_rows = statistics(*grad_lse, q, "grad_lse");
   const Tensor grad_out_rows = with_contiguous_rows(grad_out);
   const Tensor out_rows = with_contiguous_rows(out);
-  const Tensor lse_rows = torch::stable::contiguous(lse);
-  std::optional<Tensor> grad_lse_rows;
-  if (grad_lse) grad_lse_rows = torch::stable::contiguous(*grad_lse);
-  prefix_attention_backward_float64(problem, view(grad_out_rows), view(out_rows), input<double>(lse_rows),
-                                    grad_lse_rows ? input<double>(*grad_lse_rows) : nullptr, output<double>(grad_q),
-                                    output<double>(grad_k), output<double>(grad_v));
+  if (float64) {
+    prefix_attention_backward_float64(problem, view(grad_out_rows), view(out_rows), input<double>(lse_rows),
+                                      grad_lse_rows ? input<double>(*grad_lse_rows) : nullptr, output<double>(grad_q),
+                                      output<double>(grad_k), output<double>(grad_v));
+    return {grad_q, grad_k, grad_v};
+  }
+  problem.grad_out = view(grad_out_rows);
+  problem.out = view(out_rows);
+  problem.lse = input<float>(lse_rows);
+  problem.grad_lse = grad_lse_rows ? input<float>(*grad_lse_rows) : nullptr;
+  problem.grad_q = grad_q.mutable_data_ptr();
+  problem.grad_k = grad_k.mutable_data_ptr();
+  problem.grad_v = grad_v.mutable_data_ptr();
+  STD_TORCH_CHECK(prefix_attention_backward()(data_type(q, "q"), problem), "prefix_attention: out of memory");
   return {grad_q, grad_k, grad_v};
 }
 

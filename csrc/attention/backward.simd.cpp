@@ -1,0 +1,516 @@
+// The backward of prefix attention. A task owns a tile of keys of one head and walks the contiguous
+// range of query tiles that may see it: it recomputes the weights, sums the gradients of its keys and
+// values, and adds its share to the gradient of each query tile it passes.
+//
+// Those shares are added in the order of the key tiles: a task waits until its predecessors have
+// passed the query tile. Tasks start in that order too, so the earliest one under way never waits,
+// and all sums have one order whatever the number of threads.
+#include <sched.h>
+
+#include "attention/prefix_attention.h"
+#include "attention/tiles.h"
+#include "common/parallel.h"
+
+namespace pykern::PYKERN_SIMD {
+namespace {
+
+constexpr int64_t kTileUnits = 2;
+constexpr int64_t kTileKeys = kTileUnits * kUnitKeys;
+constexpr int64_t kTilePanels = kTileKeys / kPanel;
+constexpr int64_t kUnitPanels = kUnitKeys / kPanel;
+
+// The products with the transposed queries read them in place where elements may be strided.
+template <class C>
+constexpr bool kNeedsTransposed = sizeof(C) == 2;
+
+// The operands of some heads, packed once for all tasks. Query rows are those of the tiles, tile
+// after tile.
+template <class C>
+struct Operands {
+  C* keys_across;    // keys as [key_size, keys]
+  C* values_across;  // values as [value_size, keys]
+  C* keys_along;     // keys as [keys, key_size]
+  C* queries;        // [rows, key_depth]
+  C* grad_out;       // [rows, value_depth]
+  C* queries_transposed;   // per tile [key_size, tile_rows]; only where kNeedsTransposed
+  C* grad_out_transposed;  // per tile [value_size, tile_rows]
+  float* lse;              // [rows]
+  float* delta;            // [rows], the sum of grad_out * out, less the gradient of lse
+  float* grad_q;           // [rows, key_columns]
+  uint8_t* keys_finite;    // [units], keys and values
+  uint8_t* queries_finite;  // [tiles], queries and grad_out
+  int32_t* turn;           // [tiles], the key tile whose share comes next
+
+  PYKERN_INLINE void carve(Pieces& pieces, const PrefixAttention& problem) {
+    const Sizes<C> sizes(problem);
+    const int64_t rows = problem.tiles * sizes.tile_rows;
+    keys_across = pieces.take<C>(sizes.keys * sizes.key_depth);
+    values_across = pieces.take<C>(sizes.keys * sizes.value_depth);
+    keys_along = pieces.take<C>(sizes.keys * sizes.key_columns);
+    queries = pieces.take<C>(rows * sizes.key_depth);
+    grad_out = pieces.take<C>(rows * sizes.value_depth);
+    queries_transposed = pieces.take<C>(kNeedsTransposed<C> ? rows * problem.key_size : 0);
+    grad_out_transposed = pieces.take<C>(kNeedsTransposed<C> ? rows * problem.value_size : 0);
+    lse = pieces.take<float>(rows);
+    delta = pieces.take<float>(rows);
+    grad_q = pieces.take<float>(rows * sizes.key_columns);
+    keys_finite = pieces.take<uint8_t>(problem.units);
+    queries_finite = pieces.take<uint8_t>(problem.tiles);
+    turn = pieces.take<int32_t>(problem.tiles);
+  }
+};
+
+// One thread's key tile.
+template <class C>
+struct Workspace {
+  C* staged;      // a unit of keys
+  float* logits;  // [panels, tile_rows, kPanel]; then the weights
+  float* grad;    // the same of the gradients of weights; then of logits
+  // The operands of the products. For float they are the two above in place.
+  C* weights;      // as B [tile_rows, keys]
+  C* grad_logits;  // as B [tile_rows, keys]
+  C* grad_rows;    // as A [tile_rows, kTileKeys]
+  float* grad_k;   // [panels, key_size, kPanel], transposed
+  float* grad_v;   // [panels, value_size, kPanel]
+  PYKERN_INLINE void carve(Pieces& pieces, const PrefixAttention& problem) {
+    const Sizes<C> sizes(problem);
+    const int64_t depth = sizes.key_depth > sizes.value_depth ? sizes.key_depth : sizes.value_depth;
+    staged = pieces.take<C>(kUnitKeys * depth);
+    logits = pieces.take<float>(sizes.tile_rows * kTileKeys);
+    grad = pieces.take<float>(sizes.tile_rows * kTileKeys);
+    if constexpr (sizeof(C) == sizeof(float)) {
+      weights = logits;
+      grad_logits = grad_rows = grad;
+    } else {
+      weights = pieces.take<C>(sizes.tile_rows * kTileKeys);
+      grad_logits = pieces.take<C>(sizes.tile_rows * kTileKeys);
+      grad_rows = pieces.take<C>(sizes.tile_rows * kTileKeys);
+    }
+    grad_k = pieces.take<float>(problem.key_size * kTileKeys);
+    grad_v = pieces.take<float>(problem.value_size * kTileKeys);
+  }
+};
+
+struct KeyTile {
+  int64_t first_key, first_tile, stop_tile;  // the query tiles that may see it
+
+  PYKERN_INLINE KeyTile(const PrefixAttention& problem, int64_t index) : first_key(index * kTileKeys) {
+    int64_t stop = 0;
+    for (int64_t unit = index * kTileUnits; unit < (index + 1) * kTileUnits && unit < problem.units; ++unit) {
+      if (problem.unit_max_end[unit] > stop) stop = problem.unit_max_end[unit];
+    }
+    first_tile = first_key / problem.tile_tokens;
+    stop_tile = stop > first_key ? ceil_div(stop, problem.tile_tokens) : first_tile;
+  }
+};
+
+// The first key tile from `index` on that passes the query tile.
+PYKERN_INLINE int32_t next_turn(const PrefixAttention& problem, int64_t index, int64_t tile) {
+  const int64_t key_tiles = ceil_div(problem.units, kTileUnits);
+  for (; index < key_tiles; ++index) {
+    const KeyTile keys(problem, index);
+    if (keys.first_tile <= tile && tile < keys.stop_tile) break;
+  }
+  return static_cast<int32_t>(index);
+}
+
+PYKERN_INLINE void wait_for_turn(const int32_t* turn, int64_t index) {
+  for (int64_t spin = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != index; ++spin) {
+    if (spin < 1000) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+PYKERN_INLINE vhalf narrow_lanes(vfloat value) { return (vhalf)_mm512_cvtneps_pbh((__m512)value); }
+
+// One vector of an even row and the same of the odd row below, as a B operand holds them.
+PYKERN_INLINE void store_pair(bf16* target, vhalf even, vhalf odd) {
+  const vuint pairs = __builtin_convertvector(even, vuint) | __builtin_convertvector(odd, vuint) << 16;
+  std::memcpy(target, &pairs, sizeof pairs);
+}
+#endif
+
+template <class T>
+class BackwardKeyTile {
+ public:
+  using C = compute_t<T>;
+
+  PYKERN_INLINE BackwardKeyTile(const PrefixAttentionBackward& problem, const Operands<C>& operands,
+                                const Workspace<C>& workspace, int64_t index, int64_t head)
+      : problem_(problem),
+        data_(operands),
+        work_(workspace),
+        sizes_(problem),
+        index_(index),
+        head_(head),
+        keys_(problem, index),
+        units_(problem.units - index * kTileUnits < kTileUnits ? problem.units - index * kTileUnits : kTileUnits) {}
+
+  void run() {
+    std::memset(work_.grad_k, 0, problem_.key_size * kTileKeys * sizeof(float));
+    std::memset(work_.grad_v, 0, problem_.value_size * kTileKeys * sizeof(float));
+    for (int64_t tile = keys_.first_tile; tile < keys_.stop_tile; ++tile) visit(Tile(problem_, tile));
+    write(work_.grad_k, static_cast<float>(problem_.scale), static_cast<T*>(problem_.grad_k), problem_.key_size);
+    write(work_.grad_v, 1.0f, static_cast<T*>(problem_.grad_v), problem_.value_size);
+  }
+
+ private:
+  // Units of the tile that the same rows see, so that their products are taken together.
+  struct Segment {
+    int64_t unit, count;  // within the key tile
+    Range rows;
+    bool masked, selected;
+  };
+
+  void visit(const Tile& tile) {
+    Segment segments[kTileUnits];
+    int64_t count = 0;
+    for (int64_t i = 0; i < units_; ++i) {
+      const int64_t unit = index_ * kTileUnits + i;
+      Segment own{i, 1, visible_rows(problem_, tile, unit), !fully_visible(problem_, tile, unit), false};
+      own.selected = own.masked && !(data_.keys_finite[unit] && data_.queries_finite[tile.index]);
+      if (own.rows.empty()) continue;
+      Segment* last = count > 0 ? &segments[count - 1] : nullptr;
+      if (last && last->unit + last->count == i && last->rows == own.rows && last->selected == own.selected) {
+        last->masked |= own.masked;
+        ++last->count;
+      } else {
+        segments[count++] = own;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) add_keys_and_values(tile, segments[i]);
+    wait_for_turn(data_.turn + tile.index, index_);
+    for (int64_t i = 0; i < count; ++i) add_queries(tile, segments[i]);
+    __atomic_store_n(data_.turn + tile.index, next_turn(problem_, index_ + 1, tile.index), __ATOMIC_RELEASE);
+  }
+
+  void add_keys_and_values(const Tile& tile, const Segment& segment) {
+    const Range rows = segment.rows;
+    const int64_t m = rows.end - rows.begin, keys = segment.count * kUnitKeys;
+    const int64_t key = keys_.first_key + segment.unit * kUnitKeys;
+    const int64_t row = tile.index * sizes_.tile_rows + rows.begin;
+    const int64_t panel = segment.unit * kUnitPanels, panel_size = sizes_.tile_rows * kPanel;
+    const int64_t at = panel * panel_size + rows.begin * kPanel;
+    matmul_panels(m, keys, problem_.key_size, data_.queries + row * sizes_.key_depth, sizes_.key_depth, 1,
+                  data_.keys_across + key * sizes_.key_depth, sizes_.key_depth * kPanel, work_.logits + at, kPanel,
+                  panel_size, false);
+    matmul_panels(m, keys, problem_.value_size, data_.grad_out + row * sizes_.value_depth, sizes_.value_depth, 1,
+                  data_.values_across + key * sizes_.value_depth, sizes_.value_depth * kPanel, work_.grad + at, kPanel,
+                  panel_size, false);
+    if (segment.masked) {
+      differentiate<true>(tile, segment);
+    } else {
+      differentiate<false>(tile, segment);
+    }
+    if (segment.selected) {
+      add_visible_keys_and_values(tile, segment);
+      return;
+    }
+    const C* queries = data_.queries + row * sizes_.key_depth;
+    const C* grad_out = data_.grad_out + row * sizes_.value_depth;
+    int64_t query_row = 1, query_column = sizes_.key_depth, grad_row = 1, grad_column = sizes_.value_depth;
+    if constexpr (kNeedsTransposed<C>) {
+      queries = data_.queries_transposed + tile.index * sizes_.tile_rows * problem_.key_size + rows.begin;
+      grad_out = data_.grad_out_transposed + tile.index * sizes_.tile_rows * problem_.value_size + rows.begin;
+      query_row = grad_row = sizes_.tile_rows;
+      query_column = grad_column = 1;
+    }
+    matmul_panels(problem_.value_size, keys, m, grad_out, grad_row, grad_column, work_.weights + at, panel_size,
+                  work_.grad_v + panel * problem_.value_size * kPanel, kPanel, problem_.value_size * kPanel, true);
+    matmul_panels(problem_.key_size, keys, m, queries, query_row, query_column, work_.grad_logits + at, panel_size,
+                  work_.grad_k + panel * problem_.key_size * kPanel, kPanel, problem_.key_size * kPanel, true);
+  }
+
+  // Logits and gradients of weights become weights and gradients of logits (the scale left out).
+  template <bool Masked>
+  void differentiate(const Tile& tile, const Segment& segment) {
+    const float scale = static_cast<float>(problem_.scale);
+    const vint lanes = lane_numbers();
+    const int64_t first_row = tile.index * sizes_.tile_rows, group = problem_.group();
+    for (int64_t panel = segment.unit * kUnitPanels; panel < (segment.unit + segment.count) * kUnitPanels; ++panel) {
+      const int64_t key = keys_.first_key + panel * kPanel;
+      vint keys[kPanelVectors], ends[kPanelVectors];
+      for (int v = 0; v < kPanelVectors; ++v) {
+        keys[v] = lanes + static_cast<int32_t>(key + v * kLanes);
+        ends[v] = load_ends(problem_.subtree_end + key + v * kLanes);
+      }
+      for (int64_t row = segment.rows.begin; row < segment.rows.end; row += 2) {
+        const int64_t at = (panel * sizes_.tile_rows + row) * kPanel;
+        int32_t token[2];
+        float lse[2], delta[2];
+        for (int i = 0; i < 2; ++i) {
+          token[i] = row + i < tile.rows ? static_cast<int32_t>(tile.first_token + (row + i) / group) : -1;
+          lse[i] = data_.lse[first_row + row + i];
+          delta[i] = data_.delta[first_row + row + i];
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) {
+          vfloat weight[2], grad[2];
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            const int64_t here = at + i * kPanel + v * kLanes;
+            weight[i] = exp(load(work_.logits + here) * scale - lse[i]);
+            grad[i] = weight[i] * (load(work_.grad + here) - delta[i]);
+            if (Masked) {
+              const vint sees = (keys[v] <= token[i]) & (token[i] < ends[v]);
+              weight[i] = select(sees, weight[i], zero());
+              grad[i] = select(sees, grad[i], zero());
+            }
+          }
+          store_operands(at, panel, row, v, weight, grad);
+        }
+      }
+    }
+  }
+
+  PYKERN_INLINE void store_operands(int64_t at, int64_t panel, int64_t row, int v, const vfloat (&weight)[2],
+                                    const vfloat (&grad)[2]) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(C) == 2) {
+      const vhalf even = narrow_lanes(grad[0]), odd = narrow_lanes(grad[1]);
+      store_pair(work_.weights + at + v * 2 * kLanes, narrow_lanes(weight[0]), narrow_lanes(weight[1]));
+      store_pair(work_.grad_logits + at + v * 2 * kLanes, even, odd);
+      bf16* rows = work_.grad_rows + row * kTileKeys + panel * kPanel + v * kLanes;
+      std::memcpy(rows, &even, sizeof even);
+      std::memcpy(rows + kTileKeys, &odd, sizeof odd);
+      return;
+    }
+#endif
+    (void)panel;
+    (void)row;
+    for (int i = 0; i < 2; ++i) {
+      store(work_.logits + at + i * kPanel + v * kLanes, weight[i]);
+      store(work_.grad + at + i * kPanel + v * kLanes, grad[i]);
+    }
+  }
+
+  // The share of this key tile in the gradient of a query tile.
+  void add_queries(const Tile& tile, const Segment& segment) {
+    if (segment.selected) return add_visible_queries(tile, segment);
+    const Range rows = segment.rows;
+    float* grad_q = data_.grad_q + (tile.index * sizes_.tile_rows + rows.begin) * sizes_.key_columns;
+    const int64_t keys = segment.count * kUnitKeys, key = segment.unit * kUnitKeys;
+    const C* along = data_.keys_along + (keys_.first_key + key) * kPanel;
+    if constexpr (sizeof(C) == 2) {
+      matmul_panels(rows.end - rows.begin, problem_.key_size, keys, work_.grad_rows + rows.begin * kTileKeys + key,
+                    kTileKeys, 1, along, sizes_.keys * kPanel, grad_q, sizes_.key_columns, kPanel, true);
+    } else {
+      for (int64_t panel = 0; panel < keys / kPanel; ++panel) {
+        const int64_t at = ((key / kPanel + panel) * sizes_.tile_rows + rows.begin) * kPanel;
+        matmul_panels(rows.end - rows.begin, problem_.key_size, kPanel, work_.grad_rows + at, kPanel, 1,
+                      along + panel * kPanel * kPanel, sizes_.keys * kPanel, grad_q, sizes_.key_columns, kPanel, true);
+      }
+    }
+  }
+
+  // --- the same products over visible pairs alone, for tiles that hide NaN or infinity behind the mask
+
+  template <class Body>
+  PYKERN_INLINE void for_visible(const Tile& tile, const Segment& segment, const Body& body) {
+    for (int64_t column = segment.unit * kUnitKeys; column < (segment.unit + segment.count) * kUnitKeys; ++column) {
+      const int64_t key = keys_.first_key + column;
+      for (int64_t row = segment.rows.begin; row < segment.rows.end && row < tile.rows; ++row) {
+        if (visible(problem_, tile.first_token + row / problem_.group(), key)) body(row, column);
+      }
+    }
+  }
+
+  // A weight, or a gradient of a logit, from its B operand.
+  PYKERN_INLINE float operand(const C* values, int64_t row, int64_t column) const {
+    constexpr int64_t depth = kDepth<C>;
+    return widen(values[(column / kPanel * sizes_.tile_rows + row / depth * depth) * kPanel + column % kPanel * depth +
+                        row % depth]);
+  }
+
+  void add_visible_keys_and_values(const Tile& tile, const Segment& segment) {
+    for_visible(tile, segment, [&](int64_t row, int64_t column) {
+      const int64_t token = tile.first_token + row / problem_.group();
+      const int64_t head = head_ * problem_.group() + row % problem_.group();
+      const int64_t panel = column / kPanel, lane = column % kPanel;
+      add_scaled(work_.grad_v + panel * problem_.value_size * kPanel + lane, kPanel, operand(work_.weights, row, column),
+                 row_of<T>(problem_.grad_out, token, head), problem_.value_size);
+      add_scaled(work_.grad_k + panel * problem_.key_size * kPanel + lane, kPanel,
+                 operand(work_.grad_logits, row, column), row_of<T>(problem_.q, token, head), problem_.key_size);
+    });
+  }
+
+  void add_visible_queries(const Tile& tile, const Segment& segment) {
+    for_visible(tile, segment, [&](int64_t row, int64_t column) {
+      add_scaled(data_.grad_q + (tile.index * sizes_.tile_rows + row) * sizes_.key_columns, 1,
+                 operand(work_.grad_logits, row, column), row_of<T>(problem_.k, keys_.first_key + column, head_),
+                 problem_.key_size);
+    });
+  }
+
+  // From [panels, size, kPanel] to rows of [tokens, key_heads, size].
+  void write(const float* sums, float factor, T* target, int64_t size) {
+    for (int64_t column = 0; column < kTileKeys && keys_.first_key + column < problem_.tokens; ++column) {
+      T* to = target + ((keys_.first_key + column) * problem_.key_heads + head_) * size;
+      const float* from = sums + column / kPanel * size * kPanel + column % kPanel;
+      for (int64_t i = 0; i < size; ++i) narrow(from[i * kPanel] * factor, to + i);
+    }
+  }
+
+  const PrefixAttentionBackward& problem_;
+  const Operands<C>& data_;
+  const Workspace<C>& work_;
+  const Sizes<C> sizes_;
+  const int64_t index_, head_;
+  const KeyTile keys_;
+  const int64_t units_;
+};
+
+template <class T>
+void pack_unit(const PrefixAttention& problem, const Operands<compute_t<T>>& data, compute_t<T>* staged, int64_t head,
+               int64_t unit) {
+  using C = compute_t<T>;
+  const Sizes<C> sizes(problem);
+  bool finite =
+      stage_unit<C, T>(problem, problem.v, head, unit, problem.value_size, sizes.value_depth, staged);
+  pack_across(data.values_across, staged, unit, problem.value_size, sizes.value_depth);
+  finite &= stage_unit<C, T>(problem, problem.k, head, unit, problem.key_size, sizes.key_depth, staged);
+  pack_across(data.keys_across, staged, unit, problem.key_size, sizes.key_depth);
+  pack_along(data.keys_along, staged, unit, sizes.keys, problem.key_size, sizes.key_depth);
+  data.keys_finite[unit] = finite;
+}
+
+template <class C>
+void transpose_rows(C* target, int64_t target_row, const C* source, int64_t source_row, int64_t rows, int64_t columns) {
+  constexpr int64_t block = 16;
+  for (int64_t row0 = 0; row0 < rows; row0 += block) {
+    const int64_t stop = row0 + block < rows ? row0 + block : rows;
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t row = row0; row < stop; ++row) target[column * target_row + row] = source[row * source_row + column];
+    }
+  }
+}
+
+template <class T>
+void load_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<T>>& data, int64_t head,
+               const Tile& tile) {
+  using C = compute_t<T>;
+  const Sizes<C> sizes(problem);
+  const int64_t group = problem.group(), first = tile.index * sizes.tile_rows;
+  vint bad = {};
+  for (int64_t row = 0; row < sizes.tile_rows; ++row) {
+    C* query = data.queries + (first + row) * sizes.key_depth;
+    C* grad = data.grad_out + (first + row) * sizes.value_depth;
+    const int64_t token = tile.first_token + row / group, query_head = head * group + row % group;
+    const int64_t at = token * problem.query_heads + query_head;
+    if (row >= tile.rows || problem.lse[at] == -kInfinity) {
+      // Sees nothing: whatever stands there adds nothing.
+      zero_row(query, sizes.key_depth);
+      zero_row(grad, sizes.value_depth);
+      data.lse[first + row] = kInfinity;
+      data.delta[first + row] = 0.0f;
+      continue;
+    }
+    const T* grad_row = row_of<T>(problem.grad_out, token, query_head);
+    const T* out_row = row_of<T>(problem.out, token, query_head);
+    bad |= copy_row(query, sizes.key_depth, row_of<T>(problem.q, token, query_head), problem.key_size);
+    bad |= copy_row(grad, sizes.value_depth, grad_row, problem.value_size);
+    vfloat sum = zero();
+    int64_t column = 0;
+    for (; column + kLanes <= problem.value_size; column += kLanes) sum += load(grad_row + column) * load(out_row + column);
+    if (column < problem.value_size) {
+      const int64_t rest = problem.value_size - column;
+      sum += load_partial(grad_row + column, rest) * load_partial(out_row + column, rest);
+    }
+    data.lse[first + row] = problem.lse[at];
+    data.delta[first + row] = sum_lanes(sum) - (problem.grad_lse ? problem.grad_lse[at] : 0.0f);
+  }
+  data.queries_finite[tile.index] = !any(bad);
+  if constexpr (kNeedsTransposed<C>) {
+    transpose_rows(data.queries_transposed + first * problem.key_size, sizes.tile_rows,
+                   data.queries + first * sizes.key_depth, sizes.key_depth, sizes.tile_rows, problem.key_size);
+    transpose_rows(data.grad_out_transposed + first * problem.value_size, sizes.tile_rows,
+                   data.grad_out + first * sizes.value_depth, sizes.value_depth, sizes.tile_rows, problem.value_size);
+  }
+  std::memset(data.grad_q + first * sizes.key_columns, 0, sizes.tile_rows * sizes.key_columns * sizeof(float));
+  data.turn[tile.index] = next_turn(problem, 0, tile.index);
+}
+
+template <class T>
+void write_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<T>>& data, int64_t head,
+                const Tile& tile) {
+  const Sizes<compute_t<T>> sizes(problem);
+  const int64_t group = problem.group(), size = problem.key_size;
+  const float scale = static_cast<float>(problem.scale);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const int64_t token = tile.first_token + row / group;
+    const float* sums = data.grad_q + (tile.index * sizes.tile_rows + row) * sizes.key_columns;
+    T* target = static_cast<T*>(problem.grad_q) + (token * problem.query_heads + head * group + row % group) * size;
+    int64_t column = 0;
+    for (; column + kLanes <= size; column += kLanes) store(target + column, load(sums + column) * scale);
+    for (; column < size; ++column) narrow(sums[column] * scale, target + column);
+  }
+}
+
+template <class T>
+bool run_backward(const PrefixAttentionBackward& problem) {
+  using C = compute_t<T>;
+  Pieces head_count(nullptr), thread_count(nullptr);
+  Operands<C>().carve(head_count, problem);
+  Workspace<C>().carve(thread_count, problem);
+  // As many heads at a time as fit a modest workspace; results don't depend on it.
+  constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
+  int64_t heads = kWorkspaceBytes / head_count.used();
+  heads = heads < 1 ? 1 : heads > problem.key_heads ? problem.key_heads : heads;
+  const Scratch scratch(heads * head_count.used() + max_threads() * thread_count.used());
+  char* memory = scratch.get<char>();
+  if (!memory) return false;
+  const auto head_memory = [&](int64_t slot) {
+    Operands<C> operands;
+    Pieces pieces(memory + slot * head_count.used());
+    operands.carve(pieces, problem);
+    return operands;
+  };
+  const auto thread_memory = [&](int thread) {
+    Workspace<C> workspace;
+    Pieces pieces(memory + heads * head_count.used() + thread * thread_count.used());
+    workspace.carve(pieces, problem);
+    return workspace;
+  };
+
+  const int64_t key_tiles = ceil_div(problem.units, kTileUnits);
+  for (int64_t first_head = 0; first_head < problem.key_heads; first_head += heads) {
+    const int64_t count = problem.key_heads - first_head < heads ? problem.key_heads - first_head : heads;
+    parallel_tasks(count * (problem.units + problem.tiles), [&](int64_t task, int thread) {
+      const int64_t slot = task % count, part = task / count;
+      const Operands<C> operands = head_memory(slot);
+      if (part < problem.units) {
+        pack_unit<T>(problem, operands, thread_memory(thread).staged, first_head + slot, part);
+      } else {
+        load_tile<T>(problem, operands, first_head + slot, Tile(problem, part - problem.units));
+      }
+    });
+    parallel_tasks(count * key_tiles, [&](int64_t task, int thread) {
+      const Operands<C> operands = head_memory(task % count);
+      const Workspace<C> workspace = thread_memory(thread);
+      BackwardKeyTile<T>(problem, operands, workspace, task / count, first_head + task % count).run();
+    });
+    parallel_tasks(count * problem.tiles, [&](int64_t task, int) {
+      write_tile<T>(problem, head_memory(task % count), first_head + task % count, Tile(problem, task / count));
+    });
+  }
+  return true;
+}
+
+}  // namespace
+
+bool prefix_attention_backward(DataType type, const PrefixAttentionBackward& problem) {
+  switch (type) {
+    case DataType::f32: return run_backward<float>(problem);
+    case DataType::bf16: return run_backward<bf16>(problem);
+    case DataType::f16: return run_backward<f16>(problem);
+    default: return false;
+  }
+}
+
+}  // namespace pykern::PYKERN_SIMD

@@ -1,0 +1,193 @@
+// What the forward and the backward kernels share: tiles of stacked queries, packed keys, masks.
+// Include from *.simd.cpp files only.
+//
+// A tile holds the queries of `tile_tokens` neighbouring tokens for all query heads that share one
+// key head: row t * group + g is head g of the tile's token t. So a group of heads fills the
+// matrix unit even where sequences are short.
+#pragma once
+
+#include "attention/prefix_attention.h"
+#include "common/matmul.h"
+#include "common/scratch.h"
+#include "common/vector.h"
+
+namespace pykern::PYKERN_SIMD {
+
+constexpr float kInfinity = __builtin_inff();
+
+// Hands out pieces of one allocation; with a null base it only counts.
+class Pieces {
+ public:
+  PYKERN_INLINE explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  PYKERN_INLINE T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+  PYKERN_INLINE int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Sizes in elements that follow from a problem and the type C of its products.
+template <class C>
+struct Sizes {
+  PYKERN_INLINE explicit Sizes(const PrefixAttention& problem)
+      : keys(problem.units * kUnitKeys),
+        key_depth(round_up(problem.key_size, kDepth<C>)),
+        value_depth(round_up(problem.value_size, kDepth<C>)),
+        key_columns(round_up(problem.key_size, kPanel)),
+        value_columns(round_up(problem.value_size, kPanel)),
+        tile_rows(round_up(problem.tile_tokens * problem.group(), 2)) {}
+
+  int64_t keys;
+  int64_t key_depth, value_depth;      // a head's size as the depth of a product
+  int64_t key_columns, value_columns;  // a head's size as the columns of a product
+  int64_t tile_rows;                   // even, so that rows can be paired
+};
+
+// --- who sees whom ------------------------------------------------------------------------------
+
+struct Range {
+  int64_t begin, end;
+  PYKERN_INLINE bool empty() const { return begin >= end; }
+  PYKERN_INLINE bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
+};
+
+struct Tile {
+  int64_t index;
+  int64_t first_token, stop_token;
+  int64_t rows;  // of real queries; the tile's buffers have up to one more, which sees nothing
+
+  PYKERN_INLINE Tile(const PrefixAttention& problem, int64_t tile)
+      : index(tile),
+        first_token(tile * problem.tile_tokens),
+        stop_token(first_token + problem.tile_tokens < problem.tokens ? first_token + problem.tile_tokens
+                                                                      : problem.tokens),
+        rows((stop_token - first_token) * problem.group()) {}
+};
+
+// Rows of the tile that may see keys of the unit, widened to whole pairs.
+PYKERN_INLINE Range visible_rows(const PrefixAttention& problem, const Tile& tile, int64_t unit) {
+  const int64_t key = unit * kUnitKeys, stop = problem.unit_max_end[unit];
+  const int64_t begin = key > tile.first_token ? key : tile.first_token;
+  const int64_t end = stop < tile.stop_token ? stop : tile.stop_token;
+  if (begin >= end) return {0, 0};
+  const int64_t group = problem.group();
+  return {(begin - tile.first_token) * group / 2 * 2, round_up((end - tile.first_token) * group, 2)};
+}
+
+PYKERN_INLINE bool fully_visible(const PrefixAttention& problem, const Tile& tile, int64_t unit) {
+  return (unit + 1) * kUnitKeys - 1 <= tile.first_token && problem.unit_min_end[unit] >= tile.stop_token;
+}
+
+PYKERN_INLINE bool visible(const PrefixAttention& problem, int64_t token, int64_t key) {
+  return key <= token && token < problem.subtree_end[key];
+}
+
+PYKERN_INLINE vint lane_numbers() {
+  vint lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+PYKERN_INLINE vint load_ends(const int32_t* source) {
+  vint value;
+  std::memcpy(&value, source, sizeof value);
+  return value;
+}
+
+// --- copies ---------------------------------------------------------------------------------------
+
+PYKERN_INLINE bool any(vint condition) {
+  int32_t lanes = 0;
+  for (int lane = 0; lane < kLanes; ++lane) lanes |= condition[lane];
+  return lanes != 0;
+}
+
+// Converts one row, zeros behind it up to `stride`; says in which lanes NaN or infinity went by.
+template <class C, class T>
+PYKERN_INLINE vint copy_row(C* target, int64_t stride, const T* source, int64_t columns) {
+  vint bad = {};
+  int64_t column = 0;
+  for (; column + kLanes <= columns; column += kLanes) {
+    const vfloat value = load(source + column);
+    bad |= (value - value) != zero();
+    store(target + column, value);
+  }
+  if (column < columns) {
+    const vfloat value = load_partial(source + column, columns - column);
+    bad |= (value - value) != zero();
+    store_partial(target + column, value, columns - column);
+  }
+  for (column = columns; column < stride; ++column) narrow(0.0f, target + column);
+  return bad;
+}
+
+template <class C>
+PYKERN_INLINE void zero_row(C* target, int64_t stride) {
+  std::memset(target, 0, stride * sizeof(C));
+}
+
+template <class T>
+PYKERN_INLINE const T* row_of(const HeadsView& view, int64_t token, int64_t head) {
+  return static_cast<const T*>(view.data) + token * view.token_stride + head * view.head_stride;
+}
+
+// Copies a unit of keys or values of one head to [kUnitKeys, depth]. Rows that no query sees become
+// zero, whatever they hold. Returns whether all the others are finite.
+template <class C, class T>
+bool stage_unit(const PrefixAttention& problem, const HeadsView& view, int64_t head, int64_t unit, int64_t size,
+                int64_t depth, C* staged) {
+  vint bad = {};
+  for (int64_t row = 0; row < kUnitKeys; ++row) {
+    const int64_t key = unit * kUnitKeys + row;
+    if (problem.subtree_end[key] > key) {
+      bad |= copy_row(staged + row * depth, depth, row_of<T>(view, key, head), size);
+    } else {
+      zero_row(staged + row * depth, depth);
+    }
+  }
+  return !any(bad);
+}
+
+// Packs a staged unit as the B operand [size, keys] of one head: the unit's panels follow each other.
+template <class C>
+PYKERN_INLINE void pack_across(C* packed, const C* staged, int64_t unit, int64_t size, int64_t depth) {
+  pack(packed + unit * kUnitKeys * depth, staged, size, kUnitKeys, 1, depth);
+}
+
+// Packs a staged unit into the B operand [all keys, size] of one head, whose panels are `keys` deep.
+template <class C>
+PYKERN_INLINE void pack_along(C* packed, const C* staged, int64_t unit, int64_t keys, int64_t size, int64_t depth) {
+  for (int64_t column = 0; column < size; column += kPanel) {
+    pack(packed + column * keys + unit * kUnitKeys * kPanel, staged + column, kUnitKeys,
+         size - column < kPanel ? size - column : kPanel, depth, 1);
+  }
+}
+
+// --- products -------------------------------------------------------------------------------------
+
+// matmul over the panels of a B packed for other, larger products: its panels lie b_panel elements
+// apart, those of C c_panel.
+template <class C>
+PYKERN_INLINE void matmul_panels(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_column,
+                                 const C* b, int64_t b_panel, float* c, int64_t c_row, int64_t c_panel,
+                                 bool accumulate) {
+  for (int64_t panel = 0; panel * kPanel < n; ++panel) {
+    matmul(m, kPanel, k, a, a_row, a_column, b + panel * b_panel, c + panel * c_panel, c_row, accumulate);
+  }
+}
+
+// target += factor * source, a row at a time: for the pairs of a tile whose masked partners hold NaN
+// or infinity, which a product would spread.
+template <class T>
+PYKERN_INLINE void add_scaled(float* target, int64_t target_stride, float factor, const T* source, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) target[i * target_stride] += factor * widen(source[i]);
+}
+
+}  // namespace pykern::PYKERN_SIMD
