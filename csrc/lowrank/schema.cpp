@@ -1,0 +1,17 @@
+#include <torch/csrc/stable/library.h>
+
+namespace pykern {
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+  m.def(
+      "low_rank_adam_step(Tensor(a!) param, Tensor grad, Tensor projector, Tensor(b!) exp_avg, "
+      "Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor(e!)? residual_norm, Tensor lr, *, float beta1, float beta2, "
+      "float eps, float weight_decay, float scale, bool right, bool decay_after, bool corrected_eps, "
+      "bool scaled_residual, bool maximize) -> ()");
+  m.def(
+      "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
+      "Tensor lr, *, float beta1, float beta2, float eps, float weight_decay, bool decay_after, "
+      "bool corrected_eps, bool maximize) -> ()");
+}
+
+}  // namespace pykern
