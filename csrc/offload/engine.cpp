@@ -204,7 +204,7 @@ void Engine::release(int64_t number) {
 void Engine::synchronize() {
   {
     Lock lock(mutex_);
-    work_ended_.wait(lock, [&] { return writes_.empty() && active_writes_ == 0; });
+    work_ended_.wait(lock, [&] { return writes_.empty() && reads_.empty() && active_ == 0; });
   }
   drop_finished();
 }
@@ -272,7 +272,7 @@ void Engine::work(int64_t worker) {
     const ItemPointer item = std::move(queue.front());
     queue.pop_front();
     item->active = true;
-    if (!is_read) ++active_writes_;
+    ++active_;
     lock.unlock();
     pause(random);
     lock.lock();
@@ -281,7 +281,7 @@ void Engine::work(int64_t worker) {
     pause(random);
     lock.lock();
     item->active = false;
-    if (!is_read) --active_writes_;
+    --active_;
     if (item->released) {
       drop_source(*item);
       return_slot(*item);
@@ -327,7 +327,7 @@ void Engine::run_read(Lock& lock, const ItemPointer& item) {
 
 void Engine::pause(std::mt19937_64& random) const {
   if (options_.delay_seed < 0) return;
-  std::this_thread::sleep_for(std::chrono::microseconds(random() % 1500));
+  std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
 }
 
 }  // namespace pykern

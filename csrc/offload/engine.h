@@ -52,7 +52,7 @@ class Engine {
   // reservation, keeps it alive.
   torch::stable::Tensor load(int64_t item);
   void release(int64_t item);
-  // Waits for all writes and drops their sources.
+  // Waits until the threads have nothing to do, and drops the sources of what they wrote.
   void synchronize();
 
   // Why writes or growth failed, once; then an empty string.
@@ -97,7 +97,7 @@ class Engine {
   std::unordered_map<int64_t, ItemPointer> items_;
   std::deque<ItemPointer> writes_, reads_;
   std::vector<torch::stable::Tensor> finished_;
-  int64_t next_item_ = 1, queued_bytes_ = 0, active_writes_ = 0;
+  int64_t next_item_ = 1, queued_bytes_ = 0, active_ = 0;
   bool stopping_ = false, write_failed_ = false;
   std::string failure_;
 

@@ -33,6 +33,12 @@ class SpillFile : public Medium {
   int64_t granularity() const override { return kPage; }
 
   std::string grow(int64_t extent) override {
+    // Asked first: some file systems fill the disk up before they notice that it is not enough.
+    struct statfs system;
+    if (fstatfs(file_, &system) == 0 && system.f_blocks > 0 &&
+        static_cast<uint64_t>(extent - size_) / system.f_bsize > system.f_bavail) {
+      return system_error("cannot preallocate " + std::to_string(extent) + " bytes", ENOSPC);
+    }
     int code;
     do {
       code = fallocate(file_, 0, size_, extent - size_) == 0 ? 0 : errno;

@@ -30,7 +30,9 @@ _COUNTERS = (
     "stall_seconds", "queue_seconds", "slots", "peak_slots", "slot_bytes", "peak_slot_bytes", "extent_bytes",
 )  # fmt: skip
 
-_MEBIBYTE = 1 << 20
+# By how much the storage grows when it is full and has no fixed capacity. A file starts at that size.
+ARENA_GROWTH = 64 << 20
+FILE_GROWTH = 256 << 20
 
 
 def return_freed_memory(threshold: int) -> bool:
@@ -52,10 +54,10 @@ class Engine:
     ) -> None:
         if folder is None:
             limit = capacity or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            initial, growth = 0, 64 * _MEBIBYTE
+            initial, growth = 0, ARENA_GROWTH
         else:
             limit = -1 if capacity is None else -(-capacity // 4096) * 4096
-            initial, growth = capacity or 256 * _MEBIBYTE, 256 * _MEBIBYTE
+            initial, growth = capacity or FILE_GROWTH, FILE_GROWTH
         self.handle = _open(
             folder or "", limit, initial, growth, threads, queue_bytes, -1 if delay_seed is None else delay_seed
         )
