@@ -1,1 +1,3 @@
-__all__: list[str] = []
+from .logprobs import linear_token_logprobs, token_logprobs
+
+__all__ = ["linear_token_logprobs", "token_logprobs"]

@@ -1,0 +1,367 @@
+// Backward. A group of vocabulary entries x a slab of tokens at a time: its logits are recomputed and
+// turned into their gradients, which stay in a buffer of a few MiB; then every tile of the group adds
+// its product with the hidden states to grad_weight, and every block of tokens its product with the
+// weight to grad_hidden. Each sum has one owner and a fixed order, whatever the number of threads.
+#include "policy/linear_logprobs.h"
+
+#include "policy/linear_logprobs_tile.h"
+
+namespace pykern::PYKERN_SIMD {
+namespace {
+
+constexpr int64_t kGradientElements = 1 << 20;      // of a group x slab
+constexpr int64_t kWeightElements = 1 << 21;        // of a group of weight rows
+constexpr int64_t kMaxGroupTiles = 8;
+constexpr int64_t kMinSlab = 256;
+constexpr int64_t kHiddenColumns = 4 * kPanel, kHiddenRows = 384;  // of one task of grad_hidden
+// Rows a power of two apart would share few cache sets.
+constexpr int64_t kSkew = 32;
+
+// What the gradient of a logit needs of its token, one value per lane.
+struct Lanes {
+  float *inverse_temperature, *maximum, *log_sum, *grad_logprob, *grad_entropy, *entropy;
+  int32_t* target;
+};
+constexpr int kLaneArrays = 7;
+
+// Where a panel of logit gradients goes: `rows` has the tokens of one vocabulary entry side by side,
+// `packed` is the matrix product's operand. Either may be null.
+template <class T>
+struct GradientTarget {
+  T* rows;
+  int64_t rows_stride;
+  T* packed;
+};
+
+template <class T>
+PYKERN_INLINE void store_gradients(const GradientTarget<T>& target, int64_t v, int64_t lane, vfloat even, vfloat odd,
+                                   bool has_odd) {
+  if constexpr (kDepth<T> == 1) {
+    if (target.rows) store(target.rows + v * target.rows_stride + lane, even);
+    if (target.packed) store(target.packed + v * kPanel + lane, even);
+  } else {
+    const vhalf low = round_to_bf16(even), high = round_to_bf16(odd);
+    if (target.rows) {
+      std::memcpy(target.rows + v * target.rows_stride + lane, &low, sizeof low);
+      if (has_odd) std::memcpy(target.rows + (v + 1) * target.rows_stride + lane, &high, sizeof high);
+    }
+    if (target.packed) {
+      const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint) << 16;
+      std::memcpy(target.packed + v * kPanel + 2 * lane, &pairs, sizeof pairs);
+    }
+  }
+}
+
+// d loss / d logit = (g_l ([v = target] - p) - g_H p (log p + H)) / T, times 1 - tanh^2 under a softcap.
+template <class T, bool Softcap, bool Entropy>
+void logit_gradients(const float* logits, int64_t count, int64_t first, const float* bias, float softcap,
+                     const Lanes& lanes, int64_t token, const GradientTarget<T>& target) {
+  const vfloat smallest = broadcast(kSmallestExponent);
+  const vfloat cap = broadcast(softcap), inverse_cap = broadcast(Softcap ? 1.0f / softcap : 0.0f);
+  for (int j = 0; j < kPanelVectors; ++j) {
+    const int64_t lane = j * kLanes;
+    const vfloat inverse = load(lanes.inverse_temperature + token + lane);
+    const vfloat maximum = load(lanes.maximum + token + lane), log_sum = load(lanes.log_sum + token + lane);
+    const vfloat grad_logprob = load(lanes.grad_logprob + token + lane);
+    const vfloat grad_entropy = load(lanes.grad_entropy + token + lane);
+    const vfloat entropy = load(lanes.entropy + token + lane);
+    vint target_entry;
+    std::memcpy(&target_entry, lanes.target + token + lane, sizeof target_entry);
+    const auto gradient = [&](int64_t v) __attribute__((always_inline)) {
+      vfloat z = load(logits + v * kPanel + lane) + broadcast(bias ? bias[v] : 0.0f);
+      vfloat slope = inverse;
+      if (Softcap) {
+        const vfloat t = tanh(z * inverse_cap);
+        z = cap * t;
+        slope *= 1.0f - t * t;
+      }
+      const vfloat exponent = (z - maximum) * inverse - log_sum;
+      vfloat factor = -grad_logprob;
+      if (Entropy) factor -= grad_entropy * (select(exponent < smallest, smallest, exponent) + entropy);
+      const vfloat direct = target_entry == broadcast(static_cast<int32_t>(first + v)) ? grad_logprob : zero();
+      return (exp(exponent) * factor + direct) * slope;
+    };
+    int64_t v = 0;
+    for (; v + 2 <= count; v += 2) {
+      const vfloat even = gradient(v), odd = gradient(v + 1);
+      store_gradients(target, v, lane, even, odd, true);
+      if (kDepth<T> == 1) store_gradients(target, v + 1, lane, odd, odd, false);
+    }
+    if (v < count) store_gradients(target, v, lane, gradient(v), zero(), false);
+  }
+}
+
+// target[h * target_stride + v] = source[v * source_stride + h]
+template <class T, class Storage>
+void transpose(T* target, int64_t target_stride, const Storage* source, int64_t source_stride, int64_t count,
+               int64_t hidden_size) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t h0 = 0; h0 < hidden_size; h0 += kBlock) {
+    const int64_t h1 = h0 + kBlock < hidden_size ? h0 + kBlock : hidden_size;
+    for (int64_t v0 = 0; v0 < count; v0 += kBlock) {
+      const int64_t v1 = v0 + kBlock < count ? v0 + kBlock : count;
+      for (int64_t h = h0; h < h1; ++h) {
+        for (int64_t v = v0; v < v1; ++v) {
+          if constexpr (sizeof(T) == sizeof(Storage)) {
+            std::memcpy(target + h * target_stride + v, source + v * source_stride + h, sizeof(T));
+          } else {
+            narrow(widen(source[v * source_stride + h]), target + h * target_stride + v);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+double sum_row(const T* row, int64_t count) {
+  vfloat sum = zero();
+  for (int64_t i = 0; i < count; i += kLanes) sum += load(row + i);
+  return sum_lanes(sum);
+}
+
+template <class Storage>
+class Backward {
+  using T = compute_t<Storage>;
+
+ public:
+  explicit Backward(const LinearLogprobsBackward& params)
+      : params_(params),
+        input_(params.input),
+        threads_(max_threads()),
+        depth_(round_up(input_.hidden_size, kDepth<T>)),
+        panels_(ceil_div(input_.rows, kPanel)),
+        tokens_(panels_ * kPanel),
+        tiles_(ceil_div(input_.vocabulary, kTile)),
+        group_tiles_(group_tiles(input_.hidden_size, tiles_)),
+        slab_(slab_tokens(tokens_, group_tiles_ * kTile)),
+        weight_columns_(round_up(input_.hidden_size, kPanel)),
+        hidden_stride_(tokens_ + kSkew),
+        rows_stride_(slab_ + kSkew),
+        transposed_stride_(group_tiles_ * kTile + kSkew),
+        tile_bytes_(round_up(converted_tile_size<T>(input_) * sizeof(T), 64)),
+        thread_bytes_(tile_bytes_ + kTile * kPanel * sizeof(float)),
+        weight_needs_grad_(params.grad_weight || params.grad_bias),
+        packed_(packed_size<T>(depth_, tokens_) * sizeof(T)),
+        packed_tokens_(params.grad_weight ? tokens_ * weight_columns_ * sizeof(T) : 0),
+        lane_memory_(kLaneArrays * tokens_ * sizeof(float)),
+        bias_(input_.vocabulary * sizeof(float)),
+        thread_memory_(threads_ * thread_bytes_),
+        gradient_rows_(weight_needs_grad_ ? group_tiles_ * kTile * rows_stride_ * sizeof(T) : 0),
+        gradient_packed_(params.grad_hidden ? group_tiles_ * kTile * slab_ * sizeof(T) : 0),
+        transposed_(params.grad_hidden ? input_.hidden_size * transposed_stride_ * sizeof(T) : 0),
+        weight_sums_(params.grad_weight ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
+        hidden_sums_(params.grad_hidden ? input_.hidden_size * hidden_stride_ * sizeof(float) : 0) {}
+
+  bool run() {
+    const Scratch* const workspace[] = {&packed_,        &packed_tokens_,   &lane_memory_, &bias_,        &thread_memory_,
+                                        &gradient_rows_, &gradient_packed_, &transposed_,  &weight_sums_, &hidden_sums_};
+    for (const Scratch* memory : workspace) {
+      if (!memory->get<char>()) return false;
+    }
+    if (!pack_hidden()) return false;
+    fill();
+    for (int64_t first_tile = 0; first_tile < tiles_; first_tile += group_tiles_) {
+      const int64_t last_tile = first_tile + group_tiles_ < tiles_ ? first_tile + group_tiles_ : tiles_;
+      if (params_.grad_hidden) transpose_weight(first_tile, last_tile);
+      for (int64_t token = 0; token < tokens_; token += slab_) {
+        const int64_t count = tokens_ - token < slab_ ? tokens_ - token : slab_;
+        make_gradients(first_tile, last_tile, token, count);
+        use_gradients(first_tile, last_tile, token, count);
+      }
+    }
+    if (params_.grad_hidden) write_hidden();
+    return true;
+  }
+
+ private:
+  static int64_t group_tiles(int64_t hidden_size, int64_t tiles) {
+    int64_t count = kWeightElements / ((hidden_size > 0 ? hidden_size : 1) * kTile);
+    count = count < kMaxGroupTiles ? count : kMaxGroupTiles;
+    count = count < tiles ? count : tiles;
+    return count > 0 ? count : 1;
+  }
+
+  static int64_t slab_tokens(int64_t tokens, int64_t group) {
+    int64_t limit = kGradientElements / group;
+    limit = limit > kMinSlab ? limit : kMinSlab;
+    return round_up(ceil_div(tokens, ceil_div(tokens, limit)), kPanel);
+  }
+
+  int64_t tile_count(int64_t tile) const {
+    const int64_t left = input_.vocabulary - tile * kTile;
+    return left < kTile ? left : kTile;
+  }
+
+  const Storage* weight_row(int64_t entry) const {
+    return static_cast<const Storage*>(input_.weight) + entry * input_.weight_stride;
+  }
+
+  bool pack_hidden() {
+    const Scratch gathered(tokens_ * depth_ * sizeof(T));
+    T* rows = gathered.get<T>();
+    if (!rows) return false;
+    parallel_tasks(panels_, [&](int64_t panel, int) {
+      T* panel_rows = rows + panel * kPanel * depth_;
+      gather_panel<T, Storage>(input_, panel, panel_rows, depth_);
+      pack(packed_.get<T>() + panel * kPanel * depth_, panel_rows, depth_, kPanel, 1, depth_);
+    });
+    if (!params_.grad_weight) return true;
+    const int64_t column_panels = weight_columns_ / kPanel;
+    parallel_tasks(ceil_div(tokens_, slab_) * column_panels, [&](int64_t task, int) {
+      const int64_t token = task / column_panels * slab_, column = task % column_panels * kPanel;
+      const int64_t count = tokens_ - token < slab_ ? tokens_ - token : slab_;
+      const int64_t columns = input_.hidden_size - column < kPanel ? input_.hidden_size - column : kPanel;
+      pack(packed_tokens_.get<T>() + token * weight_columns_ + column * count, rows + token * depth_ + column, count,
+           columns, depth_, 1);
+    });
+    return true;
+  }
+
+  // Lanes past the last token have probability 0 and no gradient.
+  void fill() {
+    float* memory = lane_memory_.get<float>();
+    lanes_ = {memory, memory + tokens_, memory + 2 * tokens_, memory + 3 * tokens_, memory + 4 * tokens_,
+              memory + 5 * tokens_, reinterpret_cast<int32_t*>(memory + 6 * tokens_)};
+    const auto at = [](const void* pointer, int64_t row) {
+      return pointer ? static_cast<const float*>(pointer)[row] : 0.0f;
+    };
+    fill_lanes(input_, lanes_.inverse_temperature, 1.0f,
+               [&](int64_t row) { return static_cast<float>(input_.inverse_temperature[row]); });
+    fill_lanes(input_, lanes_.maximum, -kLowest, [&](int64_t row) { return at(params_.statistics, 2 * row); });
+    fill_lanes(input_, lanes_.log_sum, 0.0f, [&](int64_t row) { return at(params_.statistics, 2 * row + 1); });
+    fill_lanes(input_, lanes_.grad_logprob, 0.0f, [&](int64_t row) { return at(params_.grad_logprobs, row); });
+    fill_lanes(input_, lanes_.grad_entropy, 0.0f, [&](int64_t row) { return at(params_.grad_entropy, row); });
+    fill_lanes(input_, lanes_.entropy, 0.0f,
+               [&](int64_t row) { return params_.grad_entropy ? at(params_.entropy, row) : 0.0f; });
+    for (int64_t index = 0; index < tokens_; ++index) {
+      lanes_.target[index] =
+          index < input_.rows ? static_cast<int32_t>(input_.targets[input_.active[index]]) : -1;
+    }
+    if (input_.bias) {
+      for (int64_t v = 0; v < input_.vocabulary; ++v) bias_.get<float>()[v] = static_cast<float>(input_.bias[v]);
+    }
+  }
+
+  void transpose_weight(int64_t first_tile, int64_t last_tile) {
+    parallel_tasks(last_tile - first_tile, [&](int64_t task, int) {
+      const int64_t tile = first_tile + task, count = tile_count(tile);
+      T* target = transposed_.get<T>() + task * kTile;
+      transpose(target, transposed_stride_, weight_row(tile * kTile), input_.weight_stride, count, input_.hidden_size);
+      for (int64_t v = count; v < round_up(count, kDepth<T>); ++v) {
+        for (int64_t h = 0; h < input_.hidden_size; ++h) narrow(0.0f, target + h * transposed_stride_ + v);
+      }
+    });
+  }
+
+  void make_gradients(int64_t first_tile, int64_t last_tile, int64_t slab_token, int64_t slab_count) {
+    const int64_t slab_panels = slab_count / kPanel, group_tiles = last_tile - first_tile;
+    const int64_t padded_group = round_up(group_entries(first_tile, last_tile), kDepth<T>);
+    int64_t chunk = slab_panels;
+    while (chunk > 1 && group_tiles * ceil_div(slab_panels, chunk) < 4 * threads_) chunk = (chunk + 1) / 2;
+    const int64_t chunks = ceil_div(slab_panels, chunk);
+    parallel_tasks(group_tiles * chunks, [&](int64_t task, int thread) {
+      const int64_t group_tile = task / chunks, first_panel = task % chunks * chunk;
+      const int64_t last_panel = first_panel + chunk < slab_panels ? first_panel + chunk : slab_panels;
+      const int64_t first = (first_tile + group_tile) * kTile, count = tile_count(first_tile + group_tile);
+      char* memory = thread_memory_.get<char>() + thread * thread_bytes_;
+      float* logits = reinterpret_cast<float*>(memory + tile_bytes_);
+      const WeightTile<T> weight = weight_tile<T, Storage>(input_, first, count, reinterpret_cast<T*>(memory));
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t token = slab_token + panel * kPanel;
+        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + token * depth_, logits, kPanel,
+               false);
+        const GradientTarget<T> target{
+            weight_needs_grad_ ? gradient_rows_.get<T>() + group_tile * kTile * rows_stride_ + panel * kPanel : nullptr,
+            rows_stride_,
+            params_.grad_hidden ? gradient_packed_.get<T>() + (panel * padded_group + group_tile * kTile) * kPanel
+                                : nullptr};
+        const float* bias = input_.bias ? bias_.get<float>() + first : nullptr;
+        const auto softcap = static_cast<float>(input_.softcap);
+        if (softcap > 0) {
+          params_.grad_entropy
+              ? logit_gradients<T, true, true>(logits, count, first, bias, softcap, lanes_, token, target)
+              : logit_gradients<T, true, false>(logits, count, first, bias, softcap, lanes_, token, target);
+        } else {
+          params_.grad_entropy
+              ? logit_gradients<T, false, true>(logits, count, first, bias, softcap, lanes_, token, target)
+              : logit_gradients<T, false, false>(logits, count, first, bias, softcap, lanes_, token, target);
+        }
+      }
+    });
+  }
+
+  int64_t group_entries(int64_t first_tile, int64_t last_tile) const {
+    const int64_t end = last_tile * kTile;
+    return (end < input_.vocabulary ? end : input_.vocabulary) - first_tile * kTile;
+  }
+
+  void use_gradients(int64_t first_tile, int64_t last_tile, int64_t token, int64_t count) {
+    const int64_t hidden_blocks = ceil_div(input_.hidden_size, kHiddenRows);
+    const int64_t hidden_tasks = params_.grad_hidden ? ceil_div(count, kHiddenColumns) * hidden_blocks : 0;
+    const int64_t weight_tasks = weight_needs_grad_ ? last_tile - first_tile : 0;
+    const int64_t padded_group = round_up(group_entries(first_tile, last_tile), kDepth<T>);
+    parallel_tasks(hidden_tasks + weight_tasks, [&](int64_t task, int) {
+      if (task >= hidden_tasks) return add_weight(first_tile, task - hidden_tasks, token, count);
+      const int64_t column = task / hidden_blocks * kHiddenColumns, row = task % hidden_blocks * kHiddenRows;
+      const int64_t columns = count - column < kHiddenColumns ? count - column : kHiddenColumns;
+      const int64_t rows = input_.hidden_size - row < kHiddenRows ? input_.hidden_size - row : kHiddenRows;
+      matmul(rows, columns, padded_group, transposed_.get<T>() + row * transposed_stride_, transposed_stride_, 1,
+             gradient_packed_.get<T>() + column * padded_group,
+             hidden_sums_.get<float>() + row * hidden_stride_ + token + column, hidden_stride_, first_tile > 0);
+    });
+  }
+
+  void add_weight(int64_t first_tile, int64_t group_tile, int64_t token, int64_t tokens) {
+    const int64_t first = (first_tile + group_tile) * kTile, count = tile_count(first_tile + group_tile);
+    const T* gradients = gradient_rows_.get<T>() + group_tile * kTile * rows_stride_;
+    if (params_.grad_bias) {
+      for (int64_t v = 0; v < count; ++v) {
+        const double sum = sum_row(gradients + v * rows_stride_, tokens);
+        params_.grad_bias[first + v] = token > 0 ? params_.grad_bias[first + v] + sum : sum;
+      }
+    }
+    if (!params_.grad_weight) return;
+    float* sums = weight_sums_.get<float>() + group_tile * kTile * weight_columns_;
+    matmul(count, input_.hidden_size, tokens, gradients, rows_stride_, 1,
+           packed_tokens_.get<T>() + token * weight_columns_, sums, weight_columns_, token > 0);
+    if (token + tokens == tokens_) {
+      convert_rows(static_cast<Storage*>(params_.grad_weight) + first * input_.hidden_size, input_.hidden_size, sums,
+                   weight_columns_, count, input_.hidden_size);
+    }
+  }
+
+  void write_hidden() {
+    parallel_tasks(panels_, [&](int64_t panel, int) {
+      for (int64_t h0 = 0; h0 < input_.hidden_size; h0 += kLanes) {
+        const int64_t count = input_.hidden_size - h0 < kLanes ? input_.hidden_size - h0 : kLanes;
+        for (int64_t lane = 0; lane < kPanel && panel * kPanel + lane < input_.rows; ++lane) {
+          const int64_t index = panel * kPanel + lane;
+          const float* sums = hidden_sums_.get<float>() + h0 * hidden_stride_ + index;
+          Storage* row = static_cast<Storage*>(params_.grad_hidden) + input_.active[index] * input_.hidden_size + h0;
+          for (int64_t h = 0; h < count; ++h) narrow(sums[h * hidden_stride_], row + h);
+        }
+      }
+    });
+  }
+
+  const LinearLogprobsBackward& params_;
+  const LinearLogprobsInput& input_;
+  const int threads_;
+  const int64_t depth_, panels_, tokens_, tiles_, group_tiles_, slab_, weight_columns_;
+  const int64_t hidden_stride_, rows_stride_, transposed_stride_, tile_bytes_, thread_bytes_;
+  const bool weight_needs_grad_;
+  const Scratch packed_, packed_tokens_, lane_memory_, bias_, thread_memory_;
+  const Scratch gradient_rows_, gradient_packed_, transposed_, weight_sums_, hidden_sums_;
+  Lanes lanes_{};
+};
+
+}  // namespace
+
+bool linear_logprobs_backward(const LinearLogprobsBackward& params) {
+  if (params.input.type == DataType::f32) return Backward<float>(params).run();
+  if (params.input.type == DataType::bf16) return Backward<bf16>(params).run();
+  return Backward<f16>(params).run();
+}
+
+}  // namespace pykern::PYKERN_SIMD

@@ -1,0 +1,20 @@
+// Schemas of the token log-probability ops; the Python functions of the same names document them.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+  m.def(
+      "token_logprobs(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, bool entropy, "
+      "bool sum_p2) -> (Tensor logprobs, Tensor entropy, Tensor sum_p2, Tensor statistics)");
+  m.def(
+      "token_logprobs_backward(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, "
+      "Tensor statistics, Tensor entropy, Tensor sum_p2, Tensor? grad_logprobs, Tensor? grad_entropy, "
+      "Tensor? grad_sum_p2) -> Tensor");
+  m.def(
+      "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "float temperature, float softcap, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor statistics)");
+  m.def(
+      "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+      "Tensor? row_temperature, float temperature, float softcap, Tensor statistics, Tensor entropy, "
+      "Tensor? grad_logprobs, Tensor? grad_entropy, bool hidden_needs_grad, bool weight_needs_grad, "
+      "bool bias_needs_grad) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+}
