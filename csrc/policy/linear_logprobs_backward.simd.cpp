@@ -40,7 +40,7 @@ PYKERN_INLINE void store_gradients(const GradientTarget<T>& target, int64_t v, i
     if (target.rows) store(target.rows + v * target.rows_stride + lane, even);
     if (target.packed) store(target.packed + v * kPanel + lane, even);
   } else {
-    const vhalf low = round_to_bf16(even), high = round_to_bf16(odd);
+    const vhalf low = __builtin_convertvector(round_to_bf16_bits(even), vhalf), high = __builtin_convertvector(round_to_bf16_bits(odd), vhalf);
     if (target.rows) {
       std::memcpy(target.rows + v * target.rows_stride + lane, &low, sizeof low);
       if (has_odd) std::memcpy(target.rows + (v + 1) * target.rows_stride + lane, &high, sizeof high);
