@@ -23,7 +23,7 @@ from .batch import Groups, flat_gradient
 from .config import Config
 from .memory import PeakMemory
 from .model import Transformer, causal_attention
-from .plain import make_plain_optimizer, plain_policy_loss
+from .plain import plain_optimizer, plain_policy_loss
 
 
 def padded(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,9 +50,10 @@ def plain_logprobs(model: Transformer, groups: Groups, temperature: float) -> tu
 class PlainUpdate:
     """What `Trainer.update` does, in plain PyTorch."""
 
-    def __init__(self, config: Config, model: Transformer):
+    def __init__(self, config: Config, model: Transformer, optimizer: torch.optim.Optimizer):
+        """optimizer: pykern's, for its rule; it takes no step here."""
         self.config, self.model = config, model
-        self.optimizer = make_plain_optimizer(config, model)
+        self.optimizer = plain_optimizer(optimizer, model)
 
     def __call__(self, groups: Groups) -> dict:
         config = self.config
@@ -79,11 +80,11 @@ def _pickled(content: object) -> bytes:
 def _serve(pipe, config: Config) -> None:
     """The process: answers each (weights, batch) with what its update found."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends this process.
-    from .trainer import make_model
+    from .trainer import make_model, make_optimizer
 
     device = torch.device(config.device)
     model = make_model(config, device)
-    update = PlainUpdate(config, model)
+    update = PlainUpdate(config, model, make_optimizer(config, model, config.learning_rate))
     while (request := pipe.recv_bytes()) != b"":
         try:
             weights, batch = torch.load(io.BytesIO(request), map_location=device, weights_only=True)

@@ -37,7 +37,7 @@ def make_optimizer(config: Config, model: Transformer, learning_rate: float) -> 
         return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     kind = {"galore": GaLoreAdamW, "fira": FiraAdamW}[config.optimizer]
     rank = min(config.rank, config.width)
-    groups = low_rank_groups(model, rank=rank, refresh_every=config.refresh_every)
+    groups = low_rank_groups(model, rank=rank, targets=r"blocks\..*", refresh_every=config.refresh_every)
     return kind(groups, lr=learning_rate)
 
 
@@ -143,6 +143,10 @@ class Trainer:
             "tokens": packed.tree.num_tokens,
             "seconds": {"update": time.perf_counter() - begin},
         }
+
+    def warmup_probe(self) -> list[Example]:
+        """The training examples that come next: what decides when the warm-up ends, so the held-out ones do not."""
+        return self.dataset.take(self.warmup_steps * self.config.warmup_prompts, min(256, len(self.dataset.training)))
 
     def collect(self) -> tuple[Groups, dict]:
         """The next batch: responses (sampled, or the file's), rewards [responses], advantages, old log-probabilities."""
