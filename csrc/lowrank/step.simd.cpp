@@ -117,7 +117,7 @@ void advance_tile(const Adam& adam, float scale, int64_t rows, int64_t columns, 
         const Moments moments = adam.advance(gradient, {load_partial(m, count), load_partial(v, count)});
         store_partial(m, moments.first, count);
         store_partial(v, moments.second, count);
-        store_partial(n, adam.direction(moments), count);
+        store_partial(n, adam.direction(moments) * scale, count);
       }
     }
   }
