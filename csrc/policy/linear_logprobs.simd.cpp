@@ -121,9 +121,9 @@ bool forward(const LinearLogprobsForward& params) {
   fill_lanes(input, inverse, 1.0f, [&](int64_t row) { return static_cast<float>(input.inverse_temperature[row]); });
 
   parallel_tasks(panels, [&](int64_t panel, int thread) {
-    T* rows = reinterpret_cast<T*>(thread_memory.get<char>() + thread * thread_bytes + tile_bytes);
-    gather_panel<T, Storage>(input, panel, rows, depth);
-    pack(packed + panel * kPanel * depth, rows, depth, kPanel, 1, depth);
+    const Rows<Storage> rows = panel_rows(
+        input, panel, reinterpret_cast<Storage*>(thread_memory.get<char>() + thread * thread_bytes + tile_bytes));
+    pack(packed + panel * kPanel * depth, rows.first, input.hidden_size, kPanel, 1, rows.stride);
   });
 
   // As many tokens per task as leave every thread several tasks: a weight tile is read once per task.

@@ -9,7 +9,7 @@
 namespace pykern::PYKERN_SIMD {
 namespace {
 
-constexpr int64_t kGradientElements = 1 << 20;      // of a group x slab
+constexpr int64_t kGradientElements = 1 << 19;      // of a group x slab
 constexpr int64_t kWeightElements = 1 << 21;        // of a group of weight rows
 constexpr int64_t kMaxGroupTiles = 8;
 constexpr int64_t kMinSlab = 256;
@@ -40,13 +40,14 @@ PYKERN_INLINE void store_gradients(const GradientTarget<T>& target, int64_t v, i
     if (target.rows) store(target.rows + v * target.rows_stride + lane, even);
     if (target.packed) store(target.packed + v * kPanel + lane, even);
   } else {
-    const vhalf low = __builtin_convertvector(round_to_bf16_bits(even), vhalf), high = __builtin_convertvector(round_to_bf16_bits(odd), vhalf);
+    const vuint low = round_to_bf16_bits(even), high = round_to_bf16_bits(odd);
     if (target.rows) {
-      std::memcpy(target.rows + v * target.rows_stride + lane, &low, sizeof low);
-      if (has_odd) std::memcpy(target.rows + (v + 1) * target.rows_stride + lane, &high, sizeof high);
+      const vhalf even_row = __builtin_convertvector(low, vhalf), odd_row = __builtin_convertvector(high, vhalf);
+      std::memcpy(target.rows + v * target.rows_stride + lane, &even_row, sizeof even_row);
+      if (has_odd) std::memcpy(target.rows + (v + 1) * target.rows_stride + lane, &odd_row, sizeof odd_row);
     }
     if (target.packed) {
-      const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint) << 16;
+      const vuint pairs = low | high << 16;
       std::memcpy(target.packed + v * kPanel + 2 * lane, &pairs, sizeof pairs);
     }
   }
@@ -91,23 +92,25 @@ void logit_gradients(const float* logits, int64_t count, int64_t first, const fl
   }
 }
 
-// target[h * target_stride + v] = source[v * source_stride + h]
-template <class T, class Storage>
-void transpose(T* target, int64_t target_stride, const Storage* source, int64_t source_stride, int64_t count,
-               int64_t hidden_size) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t h0 = 0; h0 < hidden_size; h0 += kBlock) {
-    const int64_t h1 = h0 + kBlock < hidden_size ? h0 + kBlock : hidden_size;
-    for (int64_t v0 = 0; v0 < count; v0 += kBlock) {
-      const int64_t v1 = v0 + kBlock < count ? v0 + kBlock : count;
-      for (int64_t h = h0; h < h1; ++h) {
-        for (int64_t v = v0; v < v1; ++v) {
-          if constexpr (sizeof(T) == sizeof(Storage)) {
-            std::memcpy(target + h * target_stride + v, source + v * source_stride + h, sizeof(T));
-          } else {
-            narrow(widen(source[v * source_stride + h]), target + h * target_stride + v);
-          }
-        }
+// target[column * target_stride + row] = source[row * source_stride + column]
+template <class T, class Source>
+void transpose(T* target, int64_t target_stride, const Source* source, int64_t source_stride, int64_t rows,
+               int64_t columns) {
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    const int64_t width = columns - column < kLanes ? columns - column : kLanes;
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      const int64_t height = rows - row < kLanes ? rows - row : kLanes;
+      const Source* from = source + row * source_stride + column;
+      T* to = target + column * target_stride + row;
+      if (width == kLanes && height == kLanes) {
+        vuint square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = (vuint)load(from + i * source_stride);
+        detail::transpose<kLanes>(square);
+        for (int i = 0; i < kLanes; ++i) store(to + i * target_stride, (vfloat)square[i]);
+        continue;
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        for (int64_t j = 0; j < height; ++j) narrow(widen(from[j * source_stride + i]), to + i * target_stride + j);
       }
     }
   }
@@ -135,15 +138,16 @@ class Backward {
         tiles_(ceil_div(input_.vocabulary, kTile)),
         group_tiles_(group_tiles(input_.hidden_size, tiles_)),
         slab_(slab_tokens(tokens_, group_tiles_ * kTile)),
+        batch_(group_tiles_ == tiles_ ? slab_ : tokens_),
         weight_columns_(round_up(input_.hidden_size, kPanel)),
-        hidden_stride_(tokens_ + kSkew),
+        hidden_stride_(batch_ + kSkew),
         rows_stride_(slab_ + kSkew),
         transposed_stride_(group_tiles_ * kTile + kSkew),
         tile_bytes_(round_up(converted_tile_size<T>(input_) * sizeof(T), 64)),
-        thread_bytes_(tile_bytes_ + kTile * kPanel * sizeof(float)),
+        thread_bytes_(tile_bytes_ + round_up(kPanel * (depth_ > kTile ? depth_ : kTile) * sizeof(float), 64)),
         weight_needs_grad_(params.grad_weight || params.grad_bias),
-        packed_(packed_size<T>(depth_, tokens_) * sizeof(T)),
-        packed_tokens_(params.grad_weight ? tokens_ * weight_columns_ * sizeof(T) : 0),
+        packed_(packed_size<T>(depth_, batch_) * sizeof(T)),
+        packed_tokens_(params.grad_weight ? batch_ * weight_columns_ * sizeof(T) : 0),
         lane_memory_(kLaneArrays * tokens_ * sizeof(float)),
         bias_(input_.vocabulary * sizeof(float)),
         thread_memory_(threads_ * thread_bytes_),
@@ -159,18 +163,21 @@ class Backward {
     for (const Scratch* memory : workspace) {
       if (!memory->get<char>()) return false;
     }
-    if (!pack_hidden()) return false;
     fill();
-    for (int64_t first_tile = 0; first_tile < tiles_; first_tile += group_tiles_) {
-      const int64_t last_tile = first_tile + group_tiles_ < tiles_ ? first_tile + group_tiles_ : tiles_;
-      if (params_.grad_hidden) transpose_weight(first_tile, last_tile);
-      for (int64_t token = 0; token < tokens_; token += slab_) {
-        const int64_t count = tokens_ - token < slab_ ? tokens_ - token : slab_;
-        make_gradients(first_tile, last_tile, token, count);
-        use_gradients(first_tile, last_tile, token, count);
+    for (int64_t batch = 0; batch < tokens_; batch += batch_) {
+      const int64_t batch_end = tokens_ - batch < batch_ ? tokens_ : batch + batch_;
+      pack_hidden(batch, batch_end);
+      for (int64_t tile = 0; tile < tiles_; tile += group_tiles_) {
+        const int64_t tile_end = tiles_ - tile < group_tiles_ ? tiles_ : tile + group_tiles_;
+        if (params_.grad_hidden && (batch == 0 || group_tiles_ < tiles_)) transpose_weight(tile, tile_end);
+        for (int64_t slab = batch; slab < batch_end; slab += slab_) {
+          const int64_t count = batch_end - slab < slab_ ? batch_end - slab : slab_;
+          make_gradients(tile, tile_end, batch, slab, count);
+          use_gradients(tile, tile_end, batch, slab, count);
+        }
       }
+      if (params_.grad_hidden) write_hidden(batch, batch_end);
     }
-    if (params_.grad_hidden) write_hidden();
     return true;
   }
 
@@ -197,25 +204,23 @@ class Backward {
     return static_cast<const Storage*>(input_.weight) + entry * input_.weight_stride;
   }
 
-  bool pack_hidden() {
-    const Scratch gathered(tokens_ * depth_ * sizeof(T));
-    T* rows = gathered.get<T>();
-    if (!rows) return false;
-    parallel_tasks(panels_, [&](int64_t panel, int) {
-      T* panel_rows = rows + panel * kPanel * depth_;
-      gather_panel<T, Storage>(input_, panel, panel_rows, depth_);
-      pack(packed_.get<T>() + panel * kPanel * depth_, panel_rows, depth_, kPanel, 1, depth_);
+  // The hidden states of a batch as the operand of the logits and, slab by slab, of grad_weight.
+  void pack_hidden(int64_t batch, int64_t batch_end) {
+    parallel_tasks((batch_end - batch) / kPanel, [&](int64_t task, int thread) {
+      const int64_t token = task * kPanel, slab = token / slab_ * slab_;
+      const int64_t slab_count = batch_end - batch - slab < slab_ ? batch_end - batch - slab : slab_;
+      const Rows<Storage> rows = panel_rows(
+          input_, (batch + token) / kPanel,
+          reinterpret_cast<Storage*>(thread_memory_.get<char>() + thread * thread_bytes_ + tile_bytes_));
+      pack(packed_.get<T>() + token * depth_, rows.first, input_.hidden_size, kPanel, 1, rows.stride);
+      if (!params_.grad_weight) return;
+      T* packed_slab = packed_tokens_.get<T>() + slab * weight_columns_;
+      for (int64_t column = 0; column < input_.hidden_size; column += kPanel) {
+        const int64_t columns = input_.hidden_size - column < kPanel ? input_.hidden_size - column : kPanel;
+        pack(packed_slab + column * slab_count + (token - slab) * kPanel, rows.first + column, kPanel, columns,
+             rows.stride, 1);
+      }
     });
-    if (!params_.grad_weight) return true;
-    const int64_t column_panels = weight_columns_ / kPanel;
-    parallel_tasks(ceil_div(tokens_, slab_) * column_panels, [&](int64_t task, int) {
-      const int64_t token = task / column_panels * slab_, column = task % column_panels * kPanel;
-      const int64_t count = tokens_ - token < slab_ ? tokens_ - token : slab_;
-      const int64_t columns = input_.hidden_size - column < kPanel ? input_.hidden_size - column : kPanel;
-      pack(packed_tokens_.get<T>() + token * weight_columns_ + column * count, rows + token * depth_ + column, count,
-           columns, depth_, 1);
-    });
-    return true;
   }
 
   // Lanes past the last token have probability 0 and no gradient.
@@ -254,7 +259,7 @@ class Backward {
     });
   }
 
-  void make_gradients(int64_t first_tile, int64_t last_tile, int64_t slab_token, int64_t slab_count) {
+  void make_gradients(int64_t first_tile, int64_t last_tile, int64_t batch, int64_t slab, int64_t slab_count) {
     const int64_t slab_panels = slab_count / kPanel, group_tiles = last_tile - first_tile;
     const int64_t padded_group = round_up(group_entries(first_tile, last_tile), kDepth<T>);
     int64_t chunk = slab_panels;
@@ -268,9 +273,9 @@ class Backward {
       float* logits = reinterpret_cast<float*>(memory + tile_bytes_);
       const WeightTile<T> weight = weight_tile<T, Storage>(input_, first, count, reinterpret_cast<T*>(memory));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t token = slab_token + panel * kPanel;
-        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + token * depth_, logits, kPanel,
-               false);
+        const int64_t token = slab + panel * kPanel;
+        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_, logits,
+               kPanel, false);
         const GradientTarget<T> target{
             weight_needs_grad_ ? gradient_rows_.get<T>() + group_tile * kTile * rows_stride_ + panel * kPanel : nullptr,
             rows_stride_,
@@ -296,51 +301,50 @@ class Backward {
     return (end < input_.vocabulary ? end : input_.vocabulary) - first_tile * kTile;
   }
 
-  void use_gradients(int64_t first_tile, int64_t last_tile, int64_t token, int64_t count) {
+  void use_gradients(int64_t first_tile, int64_t last_tile, int64_t batch, int64_t slab, int64_t count) {
     const int64_t hidden_blocks = ceil_div(input_.hidden_size, kHiddenRows);
     const int64_t hidden_tasks = params_.grad_hidden ? ceil_div(count, kHiddenColumns) * hidden_blocks : 0;
     const int64_t weight_tasks = weight_needs_grad_ ? last_tile - first_tile : 0;
     const int64_t padded_group = round_up(group_entries(first_tile, last_tile), kDepth<T>);
     parallel_tasks(hidden_tasks + weight_tasks, [&](int64_t task, int) {
-      if (task >= hidden_tasks) return add_weight(first_tile, task - hidden_tasks, token, count);
+      if (task >= hidden_tasks) return add_weight(first_tile, task - hidden_tasks, batch, slab, count);
       const int64_t column = task / hidden_blocks * kHiddenColumns, row = task % hidden_blocks * kHiddenRows;
       const int64_t columns = count - column < kHiddenColumns ? count - column : kHiddenColumns;
       const int64_t rows = input_.hidden_size - row < kHiddenRows ? input_.hidden_size - row : kHiddenRows;
       matmul(rows, columns, padded_group, transposed_.get<T>() + row * transposed_stride_, transposed_stride_, 1,
              gradient_packed_.get<T>() + column * padded_group,
-             hidden_sums_.get<float>() + row * hidden_stride_ + token + column, hidden_stride_, first_tile > 0);
+             hidden_sums_.get<float>() + row * hidden_stride_ + (slab - batch) + column, hidden_stride_, first_tile > 0);
     });
   }
 
-  void add_weight(int64_t first_tile, int64_t group_tile, int64_t token, int64_t tokens) {
+  void add_weight(int64_t first_tile, int64_t group_tile, int64_t batch, int64_t slab, int64_t tokens) {
     const int64_t first = (first_tile + group_tile) * kTile, count = tile_count(first_tile + group_tile);
     const T* gradients = gradient_rows_.get<T>() + group_tile * kTile * rows_stride_;
     if (params_.grad_bias) {
       for (int64_t v = 0; v < count; ++v) {
         const double sum = sum_row(gradients + v * rows_stride_, tokens);
-        params_.grad_bias[first + v] = token > 0 ? params_.grad_bias[first + v] + sum : sum;
+        params_.grad_bias[first + v] = slab > 0 ? params_.grad_bias[first + v] + sum : sum;
       }
     }
     if (!params_.grad_weight) return;
     float* sums = weight_sums_.get<float>() + group_tile * kTile * weight_columns_;
     matmul(count, input_.hidden_size, tokens, gradients, rows_stride_, 1,
-           packed_tokens_.get<T>() + token * weight_columns_, sums, weight_columns_, token > 0);
-    if (token + tokens == tokens_) {
+           packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, weight_columns_, slab > 0);
+    if (slab + tokens == tokens_) {
       convert_rows(static_cast<Storage*>(params_.grad_weight) + first * input_.hidden_size, input_.hidden_size, sums,
                    weight_columns_, count, input_.hidden_size);
     }
   }
 
-  void write_hidden() {
-    parallel_tasks(panels_, [&](int64_t panel, int) {
-      for (int64_t h0 = 0; h0 < input_.hidden_size; h0 += kLanes) {
-        const int64_t count = input_.hidden_size - h0 < kLanes ? input_.hidden_size - h0 : kLanes;
-        for (int64_t lane = 0; lane < kPanel && panel * kPanel + lane < input_.rows; ++lane) {
-          const int64_t index = panel * kPanel + lane;
-          const float* sums = hidden_sums_.get<float>() + h0 * hidden_stride_ + index;
-          Storage* row = static_cast<Storage*>(params_.grad_hidden) + input_.active[index] * input_.hidden_size + h0;
-          for (int64_t h = 0; h < count; ++h) narrow(sums[h * hidden_stride_], row + h);
-        }
+  void write_hidden(int64_t batch, int64_t batch_end) {
+    parallel_tasks((batch_end - batch) / kPanel, [&](int64_t task, int thread) {
+      const int64_t first = batch + task * kPanel, hidden_size = input_.hidden_size;
+      const int64_t count = input_.rows - first < kPanel ? input_.rows - first : kPanel;
+      float* rows = reinterpret_cast<float*>(thread_memory_.get<char>() + thread * thread_bytes_ + tile_bytes_);
+      transpose(rows, hidden_size, hidden_sums_.get<float>() + task * kPanel, hidden_stride_, hidden_size, count);
+      for (int64_t i = 0; i < count; ++i) {
+        convert_rows(static_cast<Storage*>(params_.grad_hidden) + input_.active[first + i] * hidden_size, hidden_size,
+                     rows + i * hidden_size, 0, 1, hidden_size);
       }
     });
   }
@@ -348,7 +352,7 @@ class Backward {
   const LinearLogprobsBackward& params_;
   const LinearLogprobsInput& input_;
   const int threads_;
-  const int64_t depth_, panels_, tokens_, tiles_, group_tiles_, slab_, weight_columns_;
+  const int64_t depth_, panels_, tokens_, tiles_, group_tiles_, slab_, batch_, weight_columns_;
   const int64_t hidden_stride_, rows_stride_, transposed_stride_, tile_bytes_, thread_bytes_;
   const bool weight_needs_grad_;
   const Scratch packed_, packed_tokens_, lane_memory_, bias_, thread_memory_;

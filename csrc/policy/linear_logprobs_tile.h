@@ -53,16 +53,30 @@ int64_t converted_tile_size(const LinearLogprobsInput& input) {
   return kTile * round_up(input.hidden_size, kDepth<T>);
 }
 
-// The active hidden states of panel `panel` (kPanel tokens) as rows of T; tokens past the end are zero.
-template <class T, class Storage>
-void gather_panel(const LinearLogprobsInput& input, int64_t panel, T* rows, int64_t stride) {
-  for (int64_t lane = 0; lane < kPanel; ++lane) {
-    const int64_t index = panel * kPanel + lane;
-    const bool inside = index < input.rows;
-    const Storage* source = static_cast<const Storage*>(input.hidden);
-    if (inside) source += input.active[index] * input.hidden_stride;
-    convert_rows(rows + lane * stride, stride, source, 0, 1, inside ? input.hidden_size : 0);
+template <class T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+};
+
+// The active hidden states of panel `panel`, kPanel rows: in place where they follow each other in
+// memory, else copied into `gathered`, with zeros for tokens past the end.
+template <class Storage>
+Rows<Storage> panel_rows(const LinearLogprobsInput& input, int64_t panel, Storage* gathered) {
+  const int64_t begin = panel * kPanel, end = begin + kPanel;
+  const Storage* source = static_cast<const Storage*>(input.hidden);
+  if (end <= input.rows && input.active[end - 1] - input.active[begin] == kPanel - 1) {
+    return {source + input.active[begin] * input.hidden_stride, input.hidden_stride};
   }
+  for (int64_t index = begin; index < end; ++index) {
+    Storage* row = gathered + (index - begin) * input.hidden_size;
+    if (index < input.rows) {
+      std::memcpy(row, source + input.active[index] * input.hidden_stride, input.hidden_size * sizeof(Storage));
+    } else {
+      std::memset(row, 0, input.hidden_size * sizeof(Storage));
+    }
+  }
+  return {gathered, input.hidden_size};
 }
 
 // Per-token values of all panels; tokens past the end get `padding`.
