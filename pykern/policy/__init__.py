@@ -1,3 +1,18 @@
-from .logprobs import linear_token_logprobs, token_logprobs
+"""Group-normalised policy optimisation: advantages, policy losses and token log-probabilities."""
 
-__all__ = ["linear_token_logprobs", "token_logprobs"]
+from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
+from .logprobs import linear_token_logprobs, token_logprobs
+from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
+
+__all__ = [
+    "AGGREGATES",
+    "BASELINES",
+    "ESTIMATORS",
+    "KL_ESTIMATORS",
+    "LOSSES",
+    "SCALES",
+    "group_advantages",
+    "linear_token_logprobs",
+    "policy_loss",
+    "token_logprobs",
+]
