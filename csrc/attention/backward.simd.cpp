@@ -127,8 +127,6 @@ PYKERN_INLINE void wait_for_turn(const int32_t* turn, int64_t index) {
 }
 
 #if defined(__AVX512BF16__)
-PYKERN_INLINE vhalf narrow_lanes(vfloat value) { return (vhalf)_mm512_cvtneps_pbh((__m512)value); }
-
 // One vector of an even row and the same of the odd row below, as a B operand holds them.
 PYKERN_INLINE void store_pair(bf16* target, vhalf even, vhalf odd) {
   const vuint pairs = __builtin_convertvector(even, vuint) | __builtin_convertvector(odd, vuint) << 16;

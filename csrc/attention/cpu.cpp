@@ -87,7 +87,7 @@ class Problem {
     problem.unit_min_end = min_end_.data();
     problem.unit_max_end = max_end_.data();
     // About as many rows as keep the vector units busy and the tile in the second-level cache.
-    problem.tile_tokens = std::max<int64_t>(1, kTileRows / problem.group());
+    problem.tile_tokens = std::max<int64_t>(1, kTileRows / std::max<int64_t>(1, problem.group()));
     problem.tiles = ceil_div(problem.tokens, problem.tile_tokens);
   }
 
@@ -138,7 +138,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   Tensor grad_q = torch::stable::new_empty(q, q.sizes());
   Tensor grad_k = torch::stable::new_empty(k, k.sizes());
   Tensor grad_v = torch::stable::new_empty(v, v.sizes());
-  if (lse.numel() == 0) return {grad_q, grad_k, grad_v};
+  if (lse.numel() == 0) {
+    // Without query heads nothing flows to the keys.
+    torch::stable::zero_(grad_k);
+    torch::stable::zero_(grad_v);
+    return {grad_q, grad_k, grad_v};
+  }
   for (const auto& [tensor, name] : {std::pair{&grad_out, "grad_out"}, {&out, "out"}}) {
     check_cpu(*tensor, name);
     check_type(*tensor, q.scalar_type(), name);

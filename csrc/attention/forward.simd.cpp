@@ -46,6 +46,8 @@ struct Workspace {
   C* weights;          // the same in the type of the products; shares the logits' memory if that is float
   float* sums;         // [tile_rows, value_columns]
   float* largest;      // [tile_rows], the largest logit so far
+  float* shift;        // [tile_rows], what the run subtracts from its logits
+  float* factor;       // [tile_rows], by which earlier sums shrink
   float* denominator;  // [tile_rows, kLanes], one partial sum per lane
   PYKERN_INLINE void carve(Pieces& pieces, const PrefixAttention& problem) {
     const Sizes<C> sizes(problem);
@@ -59,6 +61,8 @@ struct Workspace {
     }
     sums = pieces.take<float>(sizes.tile_rows * sizes.value_columns);
     largest = pieces.take<float>(sizes.tile_rows);
+    shift = pieces.take<float>(sizes.tile_rows);
+    factor = pieces.take<float>(sizes.tile_rows);
     denominator = pieces.take<float>(sizes.tile_rows * kLanes);
   }
 };
@@ -151,14 +155,45 @@ class ForwardTile {
 
   PYKERN_INLINE bool value_is_finite(int64_t i) const { return keys_.finite[head_ * problem_.units + first_unit_ + i]; }
 
+  // Logits become weights; what was summed before shrinks where a row's largest logit grew. One loop
+  // per step, so that rows overlap in the processor.
   template <bool Masked>
   void softmax(Range rows) {
+    const float scale = static_cast<float>(problem_.scale);
+    find_largest<Masked>(rows);
+    for (int64_t row = rows.begin; row < rows.end; row += kLanes) update_largest(row, rows.end);
+    const int64_t width = count_ * kUnitKeys;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      float* logits = work_.logits + row * kRunKeys;
+      C* weights = work_.weights + row * kRunKeys;
+      const float shift = work_.shift[row];
+      vfloat denominator = load(work_.denominator + row * kLanes) * work_.factor[row];
+      for (int64_t column = 0; column < width; column += kLanes) {
+        const vfloat logit = load(logits + column);
+        const vfloat weight = exp(Masked ? logit - shift : logit * scale - shift);
+        denominator += weight;
+        store_narrow(weights + column, weight);
+      }
+      store(work_.denominator + row * kLanes, denominator);
+    }
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const float factor = work_.factor[row];
+      if (factor == 1.0f) continue;
+      float* sums = work_.sums + row * sizes_.value_columns;
+      for (int64_t column = 0; column < sizes_.value_columns; column += kLanes) {
+        store(sums + column, load(sums + column) * factor);
+      }
+    }
+  }
+
+  // The largest logit of each row in this run, into work_.shift; masked logits become -inf.
+  template <bool Masked>
+  void find_largest(Range rows) {
     const int64_t width = count_ * kUnitKeys, first_key = first_unit_ * kUnitKeys;
     const float scale = static_cast<float>(problem_.scale);
     const vint lanes = lane_numbers();
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       float* logits = work_.logits + row * kRunKeys;
-      C* weights = work_.weights + row * kRunKeys;
       const int32_t token = static_cast<int32_t>(token_of(row));
       vfloat best = broadcast(-kInfinity);
       for (int64_t column = 0; column < width; column += kLanes) {
@@ -171,33 +206,28 @@ class ForwardTile {
         }
         best = maximum(best, logit);
       }
-      const float before = work_.largest[row];
-      const float here = largest_lane(best);
-      const float largest = here > before ? here : before;
-      vfloat denominator = load(work_.denominator + row * kLanes);
-      if (largest != before) {
-        const float factor = __builtin_expf(before - largest);
-        denominator *= factor;
-        float* sums = work_.sums + row * sizes_.value_columns;
-        for (int64_t column = 0; column < sizes_.value_columns; column += kLanes) {
-          store(sums + column, load(sums + column) * factor);
-        }
-        work_.largest[row] = largest;
-      }
-      // A row that has seen nothing yet must not subtract infinities; one that sees only logits of
-      // -inf must, and becomes NaN as a softmax does.
-      const float shift = largest == -kInfinity && !(token >= 0 && sees_any(token)) ? 0.0f : largest;
-      for (int64_t column = 0; column < width; column += kLanes) {
-        const vfloat logit = load(logits + column);
-        const vfloat weight = exp(Masked ? logit - shift : logit * scale - shift);
-        denominator += weight;
-        store(weights + column, weight);
-      }
-      store(work_.denominator + row * kLanes, denominator);
+      work_.shift[row] = largest_lane(best);
+    }
+  }
+
+  // For up to kLanes rows: the new largest logit, what to subtract, and the factor of earlier sums.
+  PYKERN_INLINE void update_largest(int64_t row, int64_t stop) {
+    const int64_t rows = stop - row < kLanes ? stop - row : kLanes;
+    const vfloat before = load_partial(work_.largest + row, rows);
+    const vfloat largest = maximum(load_partial(work_.shift + row, rows), before);
+    store_partial(work_.factor + row, select(largest == before, broadcast(1.0f), exp(before - largest)), rows);
+    store_partial(work_.largest + row, largest, rows);
+    store_partial(work_.shift + row, largest, rows);
+    if (!any(largest == broadcast(-kInfinity))) return;
+    // A row that has seen nothing yet must not subtract infinities; one that sees only logits of
+    // -inf must, and becomes NaN as a softmax does.
+    for (int64_t i = row; i < row + rows; ++i) {
+      if (work_.shift[i] == -kInfinity && !sees_any(token_of(i))) work_.shift[i] = 0.0f;
     }
   }
 
   bool sees_any(int64_t token) const {
+    if (token < 0) return false;
     for (int64_t key = first_unit_ * kUnitKeys; key < (first_unit_ + count_) * kUnitKeys; ++key) {
       if (visible(problem_, token, key)) return true;
     }

@@ -109,6 +109,17 @@ PYKERN_INLINE bool any(vint condition) {
   return lanes != 0;
 }
 
+#if defined(__AVX512BF16__)
+PYKERN_INLINE vhalf narrow_lanes(vfloat value) { return (vhalf)_mm512_cvtneps_pbh((__m512)value); }
+
+// Rounds by one instruction, which takes subnormals for zero: for products, not for results.
+PYKERN_INLINE void store_narrow(bf16* target, vfloat value) {
+  const vhalf half = narrow_lanes(value);
+  std::memcpy(target, &half, sizeof half);
+}
+#endif
+PYKERN_INLINE void store_narrow(float* target, vfloat value) { store(target, value); }
+
 // Converts one row, zeros behind it up to `stride`; says in which lanes NaN or infinity went by.
 template <class C, class T>
 PYKERN_INLINE vint copy_row(C* target, int64_t stride, const T* source, int64_t columns) {

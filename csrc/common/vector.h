@@ -227,7 +227,6 @@ PYKERN_INLINE vfloat exp(vfloat x) {
   const vfloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vfloat shifted = x * 1.44269504088896341f + magic;
   const vfloat n = shifted - magic;
-  const vint exponent = (vint)shifted - (vint)magic;
   vfloat r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vfloat p = broadcast(1.9875691500e-4f);
@@ -237,11 +236,16 @@ PYKERN_INLINE vfloat exp(vfloat x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   // 2^exponent in two factors, since its range is wider than that of a normal float32.
+  const vint exponent = (vint)shifted - (vint)magic;
   const vint half = exponent >> 1;
   const vfloat first = (vfloat)((half + 127) << 23);
   const vfloat second = (vfloat)((exponent - half + 127) << 23);
   return p * first * second;
+#endif
 }
 
 }  // namespace pykern::PYKERN_SIMD

@@ -17,7 +17,7 @@ def prefix_attention(
 
     Rows that see nothing give 0 and -inf. Finite inputs only: the dense product multiplies what the mask hides.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     visible = visibility(subtree_end)
