@@ -21,6 +21,11 @@ class Groups:
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
 
+    @property
+    def horizon(self) -> int:
+        """Tokens of the longest response."""
+        return max(len(response) for _, response in self.flat())
+
     def flat(self) -> list[tuple[list[int], list[int]]]:
         """(prompt, response) pairs."""
         return [(prompt, response) for prompt, group in zip(self.prompts, self.responses) for response in group]

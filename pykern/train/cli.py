@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("data")
     option(group, "--data", "arithmetic, or a JSON-lines file", metavar="arithmetic|FILE")
     option(group, "--shots", "worked examples in front of every prompt, the shared prefix", metavar="N")
+    option(group, "--largest", "arithmetic: the largest number to add", metavar="N")
     option(group, "--held-out", "examples kept from training, to measure accuracy", metavar="N")
     group = top.add_argument_group("GRPO")
     option(group, "--steps", "GRPO steps", metavar="N")
@@ -116,11 +117,13 @@ def prepare(arguments: list[str]):
     name = config.data if config else given.get("data", ARITHMETIC)
     if name == ARITHMETIC:
         config = config or settle("arithmetic", given)
-        dataset = data.arithmetic(config.shots, config.held_out, config.seed)
+        dataset = data.arithmetic(config.shots, config.held_out, config.seed, config.largest)
     else:
         rows = data.read_rows(name)
         config = config or settle(data.form_of(name, rows), given)
         dataset = data.file(name, rows, config.shots, config.held_out, config.seed)
+    if config.estimator == "remax" and dataset.form == "groups":
+        raise InputError("--estimator remax: needs the policy's greedy response to each prompt, which given groups lack")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if out is None:

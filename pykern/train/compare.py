@@ -62,7 +62,7 @@ class PlainUpdate:
         for _ in range(config.updates):
             self.optimizer.zero_grad(set_to_none=True)
             logprobs, tokens = plain_logprobs(self.model, groups, config.temperature)
-            loss = plain_policy_loss(config.loss, logprobs, groups.old_logprobs, groups.advantages, lengths)
+            loss = plain_policy_loss(config.loss, logprobs, groups.old_logprobs, groups.advantages, lengths, groups.horizon)
             loss.backward()
             if not first:
                 first = {"loss": float(loss.detach()), "gradient": flat_gradient(self.model)}

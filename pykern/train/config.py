@@ -16,7 +16,8 @@ class Config:
     # Data
     data: str = ARITHMETIC
     shots: int = 4
-    held_out: int = 500
+    largest: int = 49
+    held_out: int = 200
     # Model
     layers: int = 3
     width: int = 128
@@ -70,7 +71,7 @@ def settle(form: str, given: dict) -> Config:
     """The options given, over the defaults of this form of data, over Config's own. Raises InputError."""
     config = Config(**{**DATA_DEFAULTS[form], **given})
     at_least = {
-        "shots": 0, "held_out": 0, "layers": 1, "width": 1, "heads": 1, "key_heads": 1, "warmup_steps": 0,
+        "shots": 0, "largest": 0, "held_out": 0, "layers": 1, "width": 1, "heads": 1, "key_heads": 1, "warmup_steps": 0,
         "warmup_prompts": 1, "steps": 0, "prompts": 1, "responses": 1, "max_response": 1, "updates": 1, "rank": 1,
         "refresh_every": 1, "evaluate_every": 0, "checkpoint_every": 0, "compare": 0, "seed": 0,
     }  # fmt: skip

@@ -75,7 +75,7 @@ class Dataset:
 # Sums
 
 
-def arithmetic(shots: int, held_out: int, seed: int, largest: int = 99) -> Dataset:
+def arithmetic(shots: int, held_out: int, seed: int, largest: int) -> Dataset:
     """a + b for all 0 <= a, b <= largest. A held-out sum is in neither order among training or shots."""
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
     random.Random(f"split {seed}").shuffle(pairs)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .. import LOSSES
 from ..reference import lowrank as reference
 
 
@@ -69,8 +70,30 @@ def plain_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch
     return PlainLowRankAdamW(optimizer.param_groups)
 
 
-def plain_policy_loss(loss: str, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, lengths: Tensor) -> Tensor:
-    ratio = (logprobs - old_logprobs).exp()
-    weight = advantages.repeat_interleave(lengths)
-    terms = torch.maximum(-weight * ratio, -weight * ratio.clamp(0.8, 1.2))
-    return terms.mean()
+def plain_policy_loss(
+    loss: str, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, lengths: Tensor, horizon: float
+) -> Tensor:
+    """The rows of pykern's table of losses, one PyTorch call per operation. Tokens flat, `lengths` per response."""
+    row = LOSSES[loss]
+    owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    def per_response(values: Tensor) -> Tensor:
+        return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, owner, values)
+
+    log_ratio = logprobs - old_logprobs
+    if row.ratio == "sequence":
+        log_ratio = (per_response(log_ratio) / lengths)[owner]
+    ratio, advantage = log_ratio.exp(), advantages[owner]
+    clipped = ratio.clamp(1 - row.clip_low, 1 + row.clip_high)
+    if row.clip == "weight":
+        terms = -clipped.detach() * advantage * logprobs
+    else:
+        terms = torch.maximum(-advantage * ratio, -advantage * clipped)
+        terms = torch.where(advantage < 0, torch.minimum(terms, -advantage * row.dual_clip), terms)
+    return {
+        "token-mean": lambda: terms.mean(),
+        "token-sum": lambda: terms.sum(),
+        "seq-mean-token-sum": lambda: per_response(terms).mean(),
+        "seq-mean-token-mean": lambda: (per_response(terms) / lengths).mean(),
+        "seq-mean-token-sum-norm": lambda: per_response(terms).mean() / horizon,
+    }[row.aggregate]()

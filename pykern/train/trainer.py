@@ -164,9 +164,19 @@ class Trainer:
             rewards = [self.dataset.reward(e, r) for e, group in zip(examples, rollouts.responses) for r in group]
         counts = torch.tensor([len(group) for group in groups.responses])
         group_ids = torch.arange(len(examples)).repeat_interleave(counts).to(self.device)
-        scores = torch.tensor(rewards, dtype=torch.float32, device=self.device)
-        groups.advantages = group_advantages(scores, group_ids, estimator=config.estimator)
         lengths = [len(response) for _, response in groups.flat()]
+        baseline = None
+        if config.estimator == "remax":
+            greedy = self.sample(examples, 1, temperature=0.0)
+            scores = torch.tensor([self.dataset.reward(e, r) for e, (r,) in zip(examples, greedy.responses)])
+            baseline = scores.repeat_interleave(counts).to(self.device)
+        groups.advantages = group_advantages(
+            torch.tensor(rewards, dtype=torch.float32, device=self.device),
+            group_ids,
+            estimator=config.estimator,
+            lengths=torch.tensor(lengths, device=self.device),
+            baseline_rewards=baseline,
+        )
         facts = {"reward": sum(rewards) / len(rewards), "response_length": sum(lengths) / len(lengths)}
         return groups, facts
 
@@ -187,6 +197,7 @@ class Trainer:
                     groups.advantages,
                     cu_seqlens=packed.cu_seqlens,
                     loss=config.loss,
+                    horizon=groups.horizon,
                 )
                 loss.backward()
             if not first:
