@@ -22,8 +22,8 @@ DESCRIPTION = """GRPO training of a small byte-level language model on pykern's 
                     and rewards (given groups, one update per batch)
 
 Writes metrics.jsonl, checkpoint.pt, summary.json, report.png, and comparison.json where updates were compared.
-Exit status: 0 at the end; 2 for an input that cannot be used, with one line that says why; 128 + the signal
-(130 for Ctrl-C) after a stop with a checkpoint."""
+Exit status: 0 at the end; 2 for an input that cannot be used, with one line that says why; 130 after
+Ctrl-C, which ends the step in progress and writes a checkpoint that --resume continues bit for bit."""
 
 
 class _Parser(argparse.ArgumentParser):

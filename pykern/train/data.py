@@ -1,9 +1,9 @@
 """Prompts, answers and rewards: generated sums, or the rows of a JSON-lines file. Tokens are bytes."""
 
 import json
-import math
 import random
 import re
+import sys
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -158,15 +158,19 @@ def _text(path: str, number: int, row: dict, name: str) -> str:
     if name not in row:
         raise InputError(f"{path}:{number}: {name!r} is missing")
     value = row[name]
-    if not isinstance(value, str):
-        raise InputError(f"{path}:{number}: {name!r}: expected text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}:{number}: {name!r}: a lone surrogate at character {error.start} is not text") from error
+    _encoded(f"{path}:{number}: {name!r}", value)
     if not value.strip():
         raise InputError(f"{path}:{number}: {name!r} is empty")
     return value
+
+
+def _encoded(place: str, value: object) -> list[int]:
+    if not isinstance(value, str):
+        raise InputError(f"{place}: expected text, got {type(value).__name__}")
+    try:
+        return encode(value)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: a lone surrogate at character {error.start} is not text") from error
 
 
 def _group(path: str, number: int, row: dict) -> tuple[tuple[list[int], ...], tuple[float, ...]]:
@@ -177,14 +181,15 @@ def _group(path: str, number: int, row: dict) -> tuple[tuple[list[int], ...], tu
     if len(responses) != len(rewards):
         raise InputError(f"{path}:{number}: {len(responses)} responses but {len(rewards)} rewards")
     for at, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) < math.inf:
-            raise InputError(f"{path}:{number}: reward {at}: expected a finite number, got {reward!r}")
-    tokens = []
-    for at, response in enumerate(responses):
-        if not isinstance(response, str):
-            raise InputError(f"{path}:{number}: response {at}: expected text, got {type(response).__name__}")
-        tokens.append([*encode(response), END])
-    return tuple(tokens), tuple(map(float, rewards))
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) <= sys.float_info.max:
+            raise InputError(f"{path}:{number}: reward {at}: expected a finite number, got {_short(reward)}")
+    tokens = tuple([*_encoded(f"{path}:{number}: response {at}", response), END] for at, response in enumerate(responses))
+    return tokens, tuple(map(float, rewards))
+
+
+def _short(value: object) -> str:
+    text = "an integer of hundreds of digits" if isinstance(value, int) and value.bit_length() > 1024 else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def framed(question: str) -> str:

@@ -17,28 +17,26 @@ from .trainer import Trainer
 
 
 class Stop:
-    """Whether to end after the step in progress. A second signal ends at once, with the last checkpoint."""
+    """Whether Ctrl-C asked to end after the step in progress. A second one ends at once, with the last checkpoint."""
 
     def __init__(self):
-        self.signal: int | None = None
+        self.asked = False
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.asked
 
     @contextmanager
-    def on_signals(self):
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._handle) for number in handled}
+    def on_interrupt(self):
+        before = signal.signal(signal.SIGINT, self._handle)
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGINT, before)
 
     def _handle(self, number: int, frame) -> None:
-        if self.signal is not None:
+        if self.asked:
             raise KeyboardInterrupt
-        self.signal = number
+        self.asked = True
         tqdm.write("stopping after this step (again: stop at once)", file=sys.stderr)
 
 
@@ -71,8 +69,8 @@ class Run:
         self._saved_lines = len(self.metrics.rows)
 
     def execute(self) -> int:
-        """Runs to the end, or to the first signal; then writes checkpoint and report. The exit status."""
-        with Stop().on_signals() as stop:
+        """Runs to the end, or to Ctrl-C; then writes checkpoint and report. The exit status."""
+        with Stop().on_interrupt() as stop:
             try:
                 self._warm_up(stop)
                 self._reinforce(stop)
@@ -82,7 +80,7 @@ class Run:
                 self.metrics.close()
             self.save()
         self._report(stop)
-        return 128 + stop.signal if stop else 0
+        return 130 if stop else 0
 
     def _warm_up(self, stop: Stop) -> None:
         trainer, config = self.trainer, self.config
