@@ -102,10 +102,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=1e-6)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
-        for name, weight in self.named_parameters():
+        for weight in self.parameters():
             if weight.dim() == 2:
-                residual = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5 / ((2 * shape.layers) ** 0.5 if residual else 1))
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         if shape.tie_head:
             self.head.weight = self.embedding.weight
 

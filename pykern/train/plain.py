@@ -7,6 +7,10 @@ from .. import LOSSES
 from ..reference import lowrank as reference
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class PlainLowRankAdamW(torch.optim.Optimizer):
     """The rule of a pykern low-rank optimizer, eagerly: singular vectors by SVD, then one call per operation."""
 
@@ -35,7 +39,7 @@ class PlainLowRankAdamW(torch.optim.Optimizer):
                     self._low_rank_step(param, group, rule)
 
     def _full_step(self, param: Tensor, rule: dict) -> None:
-        state, weight, gradient = self.state[param], param.float(), param.grad.float()
+        state, weight, gradient = self.state[param], _widened(param), _widened(param.grad)
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
         state["step"] += 1
@@ -45,7 +49,7 @@ class PlainLowRankAdamW(torch.optim.Optimizer):
         param.copy_(weight)
 
     def _low_rank_step(self, param: Tensor, group: dict, rule: dict) -> None:
-        state, weight, gradient = self.state[param], param.float(), param.grad.float()
+        state, weight, gradient = self.state[param], _widened(param), _widened(param.grad)
         right = param.shape[0] >= param.shape[1]
         rank = min(group["rank"], *param.shape)
         if not state:

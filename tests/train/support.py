@@ -30,6 +30,7 @@ def tiny_trainer(**changes) -> Trainer:
 
 def refusal(arguments: list[str], capsys) -> str:
     """The one line on stderr of a call that must end with status 2."""
+    capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
