@@ -1,24 +1,22 @@
 # make train | test | test-peers | build | bench | wheel | clean
 #
-# The virtual environment sees the system's packages, so an installed torch is used; otherwise this
-# release is installed. Any other: make TORCH="torch==2.12.0", or TORCH="torch --index-url ...".
+# The virtual environment sees the system's packages, so an installed torch >= 2.11 is used; otherwise
+# this release is installed. Any other: make TORCH="torch==2.12.0", or TORCH="torch --index-url ...".
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+PEERS := .venv-peers
 PY := $(VENV)/bin/python
+TOOLS := "setuptools>=77" "wheel" "cmake>=3.25" ninja build
+TOOLS += numpy pytest pytest-benchmark hypothesis tqdm matplotlib torch-abi-audit abi3audit
 
-.PHONY: build train test test-peers bench wheel clean
+# A torch that is named on the command line is installed whatever is there.
+TORCH_GIVEN := $(findstring command,$(origin TORCH))
 
-$(VENV)/.ready: Makefile pyproject.toml
-	$(PYTHON) -m venv --system-site-packages $(VENV)
-	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet "setuptools>=77" "cmake>=3.25" ninja numpy pybind11 pytest pytest-benchmark tqdm matplotlib
-	@touch $@
+.PHONY: build train test test-peers bench wheel clean always
 
 build: $(VENV)/.ready
-	@command -v nvcc >/dev/null || echo "no CUDA compiler (nvcc) found: building the CPU part alone"
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
-	@test -e $(VENV)/.installed || { $(PY) -c "import site, pathlib; pathlib.Path(site.getsitepackages()[0], 'pykern-source.pth').write_text('$(CURDIR)\n')" && touch $(VENV)/.installed; }
 
 train: build
 	$(PY) -m pykern train $(ARGS)
@@ -26,5 +24,67 @@ train: build
 test: build
 	$(PY) -m pytest $(ARGS)
 
+# The peers live in an environment of their own, which sees the packages of the first one.
+test-peers: build $(PEERS)/.ready
+	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
+
+bench: build
+	$(PY) -m pykern bench $(ARGS)
+
+wheel: build
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
 clean:
 	rm -rf build dist *.egg-info pykern/*.so
+
+# --- environments ---------------------------------------------------------------------------------
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("pykern: Python 3.10 or newer is needed, this is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("pykern: this Python cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv)")
+endef
+
+define CHECK_TORCH
+import sys
+try:
+    import torch
+    sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+except ImportError:
+    sys.exit(1)
+endef
+
+# The packages of the virtual environment that a Python belongs to, if it belongs to one.
+define PACKAGES
+import sys, sysconfig
+print(sysconfig.get_path("purelib") if sys.prefix != sys.base_prefix else "")
+endef
+
+# Makes these folders seen in the environment whose Python runs this.
+define SHARE
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "pykern-shared.pth").write_text("\n".join(sys.argv[1:]) + "\n")
+endef
+export CHECK_PYTHON CHECK_TORCH PACKAGES SHARE
+
+$(VENV)/.ready: Makefile pyproject.toml $(if $(TORCH_GIVEN),always)
+	@command -v $(PYTHON) >/dev/null || { echo "pykern: no $(PYTHON) was found; install Python 3.10 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "pykern: no C++ compiler was found; install g++ or clang++, or name one in CXX" >&2; exit 1; }
+	@command -v nvcc >/dev/null || echo "pykern: no CUDA compiler (nvcc) was found; the CPU part alone is built"
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	@$(PY) -c "$$SHARE" "$(CURDIR)" $$($(PYTHON) -c "$$PACKAGES")
+	@$(if $(TORCH_GIVEN),false,$(PY) -c "$$CHECK_TORCH" 2>/dev/null) || { echo "pykern: installing $(TORCH) into $(VENV)"; $(PY) -m pip install --quiet $(TORCH); }
+	$(PY) -m pip install --quiet $(TOOLS)
+	@touch $@
+
+# Without dependencies: the list is complete, and pip must not bring another torch.
+$(PEERS)/.ready: $(VENV)/.ready tests/peers/requirements.txt
+	$(PYTHON) -m venv --system-site-packages $(PEERS)
+	@$(PEERS)/bin/python -c "$$SHARE" "$(CURDIR)" $$($(PY) -c "$$PACKAGES") $$($(PYTHON) -c "$$PACKAGES")
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
+	@touch $@

@@ -1,6 +1,8 @@
 """Loads the native libraries and tells what they can do on this machine."""
 
+import os
 import platform
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,27 +10,35 @@ import torch
 
 _FOLDER = Path(__file__).resolve().parent
 
-cuda_unavailable_reason: str | None = None
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+cuda_unavailable_reason: str | None = "this build of pykern has no CUDA kernels"
 """Why the CUDA kernels are not loaded, or None if they are."""
 
 
 def _load_cpu() -> None:
-    found = sorted(_FOLDER.glob("_C.*so")) + sorted(_FOLDER.glob("_C.so"))
+    found = sorted(_FOLDER.glob("_C.*so"))
     if not found:
         raise ImportError(
             f"pykern's native library is missing from {_FOLDER}; build it with 'make build' or 'pip install .'"
         )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise ImportError(f"pykern needs torch >= 2.11, this is torch {torch.__version__}; upgrade torch")
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         raise ImportError(
-            f"pykern's native library {found[0].name} does not load with torch {torch.__version__} "
-            f"(torch >= 2.11 is needed; rebuild with 'make build' if it was built elsewhere): {error}"
+            f"pykern's native library {found[0].name} does not load with torch {torch.__version__} on "
+            f"{platform.machine()}; rebuild it with 'make build' or 'pip install .': {error.__cause__ or error}"
         ) from error
 
 
-_load_cpu()
-cuda_unavailable_reason = "this build of pykern has no CUDA kernels"
+def _check_wanted_level() -> None:
+    """Warns where PYKERN_CPU_LEVEL asks for what is not in force."""
+    wanted = os.environ.get("PYKERN_CPU_LEVEL")
+    if wanted and wanted != cpu_level():
+        expected = "one of " + ", ".join(CPU_LEVELS) if wanted not in CPU_LEVELS else "a level of this machine and build"
+        warnings.warn(f"PYKERN_CPU_LEVEL: expected {expected}, got {wanted!r}; {cpu_level()} is used", stacklevel=2)
 
 
 def cpu_level() -> str:
@@ -63,7 +73,12 @@ def info() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "built with": torch.ops.pykern.built_with.default(),
         "cpu level": f"{cpu_level()} (best here: {best_cpu_level()})",
         "cpu threads": str(torch.get_num_threads()),
         "cuda kernels": "loaded" if cuda_unavailable_reason is None else f"not loaded: {cuda_unavailable_reason}",
     }
+
+
+_load_cpu()
+_check_wanted_level()

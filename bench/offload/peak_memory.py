@@ -1,9 +1,10 @@
-"""Peak resident memory of one training step with and without activation offload.
+"""Peak resident memory of training steps with and without activation offload.
 
-    python -m bench.offload.peak_memory [--model mlp|transformer] [--storage file] [--json FILE]
+    python -m bench.offload.peak_memory [--model mlp|transformer] [--json FILE]
 
 Each measurement is a process of its own, since the peak is a property of a process. Resident memory is that of the
-process alone: the page cache, if a file system can't do direct I/O, does not count.
+process alone: the page cache, if a file system can't do direct I/O, does not count. "mapped" stands for the setting of
+the C library's allocator that pykern makes by itself: without it, the heap keeps much of what is freed.
 """
 
 import argparse
@@ -11,31 +12,55 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ("mlp", "transformer")
-BASELINE = "plain"
+PLAIN, MAPPED, CHECKPOINT, FILE = "plain PyTorch", "plain, mapped", "checkpoint, mapped", "pykern, file"
+PROVIDERS = (PLAIN, MAPPED, CHECKPOINT, FILE)
 
 
-def build(name: str) -> tuple[Callable, list]:
-    """A function that returns the loss, and the parameters."""
+def layers(name: str):
+    """The model's layers, and its input."""
     import torch
     from torch import nn
 
     torch.manual_seed(0)
     if name == "mlp":
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(24)))
-        data = torch.randn(4096, 512)
-    else:
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
-        model = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
-        data = torch.randn(4, 512, 256)
+        return [nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(24)], torch.randn(8192, 256)
+    settings = dict(dropout=0.0, batch_first=True, norm_first=True)
+    return [nn.TransformerEncoderLayer(256, 4, 1024, **settings) for _ in range(8)], torch.randn(4, 512, 256)
+
+
+def build(name: str) -> tuple[Callable, list]:
+    """A function that returns the loss, and the parameters."""
+    from torch import nn
+
+    stack, data = layers(name)
+    model = nn.Sequential(*stack)
     return lambda: model(data).square().mean(), list(model.parameters())
+
+
+def checkpointed(name: str) -> Callable:
+    """The loss of a like model whose layers are recomputed in the backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    stack, data = layers(name)
+
+    def loss():
+        x = data
+        for layer in stack:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x.square().mean()
+
+    loss.parameters = [parameter for layer in stack for parameter in layer.parameters()]
+    return loss
 
 
 def peak_bytes() -> int:
@@ -44,17 +69,19 @@ def peak_bytes() -> int:
     return int(re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE)[1]) * 1024
 
 
-def step(model: str, storage: str, path: str | None) -> dict:
-    """Two training steps in this process: peak resident memory beyond that of the idle process, gradients' hash."""
-    from contextlib import nullcontext
-
+def run(model: str, provider: str, path: str | None, steps: int) -> dict:
+    """Training steps in this process: peak memory beyond what model and libraries took before, gradients' hash."""
     import pykern
 
-    loss, parameters = build(model)
-    offload = None if storage == BASELINE else pykern.ActivationOffload(storage, path=path)
+    if provider == CHECKPOINT:
+        loss = checkpointed(model)
+        parameters = loss.parameters
+    else:
+        loss, parameters = build(model)
+    offload = pykern.ActivationOffload("file", path=path) if provider == FILE else None
     before = peak_bytes()
     seconds = []
-    for _ in range(2):
+    for _ in range(steps):
         for parameter in parameters:
             parameter.grad = None
         begin = time.perf_counter()
@@ -65,64 +92,82 @@ def step(model: str, storage: str, path: str | None) -> dict:
     for parameter in parameters:
         digest.update(parameter.grad.numpy().tobytes())
     return {
-        "storage": storage,
+        "provider": provider,
         "peak_bytes": peak_bytes() - before,
-        "process_bytes": peak_bytes(),
-        "seconds": seconds[-1],
+        "seconds": statistics.median(seconds[1:] or seconds),
         "gradients": digest.hexdigest(),
         "stats": offload.stats() if offload else None,
     }
 
 
-def measure(model: str = "mlp", storages: tuple[str, ...] = (BASELINE, "file"), path: str | None = None) -> dict:
-    """One process per storage, and what the offload saves against the first.
-
-    Both run with a fixed mmap threshold, so that the allocator gives freed activations back instead of keeping them.
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    runs = []
-    for storage in storages:
-        command = [sys.executable, "-m", "bench.offload.peak_memory", "--model", model, "--one", storage]
-        if path is not None:
-            command += ["--path", path]
+def measure(model: str, providers: tuple[str, ...] = PROVIDERS, path: str | None = None, steps: int = 5) -> list[dict]:
+    """One process per provider, compared with the first."""
+    found = []
+    for provider in providers:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if provider in (MAPPED, CHECKPOINT):
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)
+        command = [sys.executable, "-m", "bench.offload.peak_memory", "--model", model, "--one", provider]
+        command += ["--steps", str(steps), *([] if path is None else ["--path", path])]
         finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if finished.returncode:
-            raise RuntimeError(f"peak_memory: {storage} failed:\n{finished.stderr}")
-        runs.append(json.loads(finished.stdout))
-    plain = runs[0]
-    for run in runs:
-        run["of_plain"] = run["peak_bytes"] / plain["peak_bytes"]
-        run["time_over_plain"] = run["seconds"] / plain["seconds"]
-        run["gradients_equal"] = run["gradients"] == plain["gradients"]
-    return {"model": model, "runs": runs}
+            raise RuntimeError(f"peak_memory: {provider} failed:\n{finished.stderr}")
+        result = json.loads(finished.stdout)
+        first = found[0] if found else result
+        found.append(
+            {
+                "model": model,
+                **result,
+                "peak_over_plain": result["peak_bytes"] / first["peak_bytes"],
+                "time_over_plain": result["seconds"] / first["seconds"],
+                "gradients_equal": result["gradients"] == first["gradients"],
+            }
+        )
+    return found
 
 
-def format_run(model: str, run: dict) -> str:
-    equal = "gradients bit-equal" if run["gradients_equal"] else "GRADIENTS DIFFER"
+def line(result: dict) -> str:
+    equal = "gradients bit-equal" if result["gradients_equal"] else "GRADIENTS DIFFER"
     return (
-        f"offload/peak_memory[{model}]  {run['storage']:<7} {run['peak_bytes'] / 1e6:8.1f} MB  "
-        f"{100 * run['of_plain']:5.1f}% of plain  {run['time_over_plain']:5.2f}x time  {equal}"
+        f"offload/peak_memory[{result['model']}]  {result['provider']:<18} {result['peak_bytes'] / 1e6:8.1f} MB  "
+        f"{100 * result['peak_over_plain']:5.1f}% of plain  {result['time_over_plain']:5.2f}x time  {equal}"
     )
+
+
+def table(results: list[dict]) -> str:
+    """For README.md."""
+    rows = ["| model | provider | peak MB | of plain | time over plain | gradients |"]
+    rows.append("| --- | --- | ---: | ---: | ---: | --- |")
+    for result in results:
+        equal = "bit-equal" if result["gradients_equal"] else "differ"
+        rows.append(
+            f"| {result['model']} | {result['provider']} | {result['peak_bytes'] / 1e6:.0f} | "
+            f"{100 * result['peak_over_plain']:.0f} % | {result['time_over_plain']:.2f} | {equal} |"
+        )
+    return "\n".join(rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.offload.peak_memory", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, action="append")
-    parser.add_argument("--storage", action="append", choices=("memory", "file"))
+    parser.add_argument("--model", choices=MODELS, action="append", help="both by default")
     parser.add_argument("--path", help="folder of the spill file")
+    parser.add_argument("--steps", type=int, default=5, help="training steps per process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=PROVIDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(step(options.model[0], options.one, options.path)))
+        print(json.dumps(run(options.model[0], options.one, options.path, options.steps)))
         return 0
-    record = []
+    results = []
     for model in options.model or MODELS:
-        record.append(measure(model, (BASELINE, *(options.storage or ["file"])), options.path))
-        for run in record[-1]["runs"]:
-            print(format_run(model, run), flush=True)
+        for result in measure(model, path=options.path, steps=options.steps):
+            print(line(result), flush=True)
+            results.append(result)
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        from bench import harness
+
+        record = {"environment": harness.environment(), "table": table(results), "results": results}
+        harness.write(record, options.json)
     return 0
 
 

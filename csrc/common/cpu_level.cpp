@@ -18,26 +18,7 @@
 namespace pykern {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
-
-bool built(CpuLevel level) {
-  switch (level) {
-    case CpuLevel::portable: return true;
-#ifdef PYKERN_HAS_avx2
-    case CpuLevel::avx2: return true;
-#endif
-#ifdef PYKERN_HAS_avx512
-    case CpuLevel::avx512: return true;
-#endif
-#ifdef PYKERN_HAS_avx512_bf16
-    case CpuLevel::avx512_bf16: return true;
-#endif
-#ifdef PYKERN_HAS_amx
-    case CpuLevel::amx: return true;
-#endif
-    default: return false;
-  }
-}
+constexpr const char* kNames[kCpuLevels] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
 
@@ -99,7 +80,7 @@ CpuLevel usable_level() {
 
 CpuLevel highest_up_to(CpuLevel limit) {
   for (int level = std::min(static_cast<int>(limit), static_cast<int>(usable_level())); level > 0; --level) {
-    if (built(static_cast<CpuLevel>(level))) return static_cast<CpuLevel>(level);
+    if (cpu_level_built(static_cast<CpuLevel>(level))) return static_cast<CpuLevel>(level);
   }
   return CpuLevel::portable;
 }
@@ -107,7 +88,7 @@ CpuLevel highest_up_to(CpuLevel limit) {
 CpuLevel initial_level() {
   CpuLevel limit = CpuLevel::amx;
   if (const char* wanted = std::getenv("PYKERN_CPU_LEVEL")) {
-    for (int level = 0; level < 5; ++level) {
+    for (int level = 0; level < kCpuLevels; ++level) {
       if (std::strcmp(wanted, kNames[level]) == 0) limit = static_cast<CpuLevel>(level);
     }
   }
@@ -120,6 +101,25 @@ std::atomic<int>& current() {
 }
 
 }  // namespace
+
+bool cpu_level_built(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::portable: return true;
+#ifdef PYKERN_HAS_avx2
+    case CpuLevel::avx2: return true;
+#endif
+#ifdef PYKERN_HAS_avx512
+    case CpuLevel::avx512: return true;
+#endif
+#ifdef PYKERN_HAS_avx512_bf16
+    case CpuLevel::avx512_bf16: return true;
+#endif
+#ifdef PYKERN_HAS_amx
+    case CpuLevel::amx: return true;
+#endif
+    default: return false;
+  }
+}
 
 CpuLevel cpu_level() { return static_cast<CpuLevel>(current().load(std::memory_order_relaxed)); }
 

@@ -14,6 +14,9 @@ enum class CpuLevel : int { portable, avx2, avx512, avx512_bf16, amx };
 CpuLevel cpu_level();
 CpuLevel best_cpu_level();
 const char* cpu_level_name(CpuLevel level);
+// Whether this build has code for the level, and the number of levels there are.
+bool cpu_level_built(CpuLevel level);
+constexpr int kCpuLevels = 5;
 // Returns false, and changes nothing, where this machine or build lacks the level.
 bool set_cpu_level(CpuLevel level);
 

@@ -9,60 +9,21 @@
 #include "common/matmul.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "lowrank/adam.h"
 #include "lowrank/step.h"
 
 namespace pykern::PYKERN_SIMD {
 namespace {
 
-using lowrank::AdamRule;
 using lowrank::AdamStep;
 using lowrank::LowRankStep;
-
-PYKERN_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
-PYKERN_INLINE vfloat square_root(vfloat value) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_sqrt_ps((__m512)value);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_sqrt_ps((__m256)value);
-#else
-  for (int lane = 0; lane < kLanes; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
-  return value;
-#endif
-}
-
-struct Moments {
-  vfloat first, second;
-};
-
-// The Adam rule in float32; its constants are rounded once.
-struct Adam {
-  float beta1, rest1, beta2, rest2, first, second, eps, sign;
-
-  PYKERN_INLINE explicit Adam(const AdamRule& rule)
-      : beta1(static_cast<float>(rule.beta1)),
-        rest1(static_cast<float>(1 - rule.beta1)),
-        beta2(static_cast<float>(rule.beta2)),
-        rest2(static_cast<float>(1 - rule.beta2)),
-        first(static_cast<float>(rule.first)),
-        second(static_cast<float>(rule.second)),
-        eps(static_cast<float>(rule.eps)),
-        sign(static_cast<float>(rule.sign)) {}
-
-  PYKERN_INLINE Moments advance(vfloat gradient, Moments old) const {
-    return {old.first * beta1 + gradient * rest1, old.second * beta2 + gradient * gradient * rest2};
-  }
-  PYKERN_INLINE vfloat direction(Moments moments) const {
-    return moments.first * first / (square_root(moments.second) * second + eps);
-  }
-};
 
 // --- Adam on whole parameters -------------------------------------------------------------------
 
 template <class T>
 void adam_typed(const AdamStep& step) {
   const Adam adam(step.rule);
-  const float decay = static_cast<float>(step.rule.decay), size = static_cast<float>(step.rule.step_size);
+  const WeightUpdate update(step.rule);
   constexpr int64_t kChunk = 16384;
   parallel_tasks(ceil_div(step.size, kChunk), [&](int64_t task, int) {
     const int64_t begin = task * kChunk, count = lesser(kChunk, step.size - begin);
@@ -75,7 +36,7 @@ void adam_typed(const AdamStep& step) {
       const Moments moments = adam.advance(load(grad + i) * adam.sign, {load(first + i), load(second + i)});
       store(first + i, moments.first);
       store(second + i, moments.second);
-      store(param + i, load(param + i) * decay - adam.direction(moments) * size);
+      store(param + i, update.apply(load(param + i), adam.direction(moments)));
     }
     if (i < count) {
       const int64_t rest = count - i;
@@ -83,7 +44,7 @@ void adam_typed(const AdamStep& step) {
                                            {load_partial(first + i, rest), load_partial(second + i, rest)});
       store_partial(first + i, moments.first, rest);
       store_partial(second + i, moments.second, rest);
-      store_partial(param + i, load_partial(param + i, rest) * decay - adam.direction(moments) * size, rest);
+      store_partial(param + i, update.apply(load_partial(param + i, rest), adam.direction(moments)), rest);
     }
   });
 }
@@ -95,75 +56,6 @@ constexpr int64_t kWide = 512;    // columns per slice of a right-side up-projec
 constexpr int64_t kTall = 96;     // rows per slice of a left-side up-projection
 constexpr int64_t kWidest = 256;  // columns of a left-side tile, at most
 
-// A tile of low-rank rows: `low` is scaled by the sign in place, the moments advance, and the
-// direction times `scale` goes to `direction`, which may be `low`. Both have room for whole vectors.
-void advance_tile(const Adam& adam, float scale, int64_t rows, int64_t columns, float* low, int64_t stride,
-                  float* first, float* second, int64_t state_stride, float* direction) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      float* m = first + row * state_stride + column;
-      float* v = second + row * state_stride + column;
-      float* r = low + row * stride + column;
-      float* n = direction + row * stride + column;
-      const vfloat gradient = load(r) * adam.sign;
-      store(r, gradient);
-      const int64_t count = lesser(kLanes, columns - column);
-      if (count == kLanes) {
-        const Moments moments = adam.advance(gradient, {load(m), load(v)});
-        store(m, moments.first);
-        store(v, moments.second);
-        store(n, adam.direction(moments) * scale);
-      } else {
-        const Moments moments = adam.advance(gradient, {load_partial(m, count), load_partial(v, count)});
-        store_partial(m, moments.first, count);
-        store_partial(v, moments.second, count);
-        store_partial(n, adam.direction(moments) * scale, count);
-      }
-    }
-  }
-}
-
-// The direction of moments that have advanced already.
-PYKERN_INLINE vfloat direction_at(const Adam& adam, const float* first, const float* second, int64_t count) {
-  if (count >= kLanes) return adam.direction({load(first), load(second)});
-  return adam.direction({load_partial(first, count), load_partial(second, count)});
-}
-
-// weights <- decay * weights - step_size * update [- row_factor * column_factors * gradient]
-template <class T>
-struct WeightUpdate {
-  float decay, step_size;
-
-  PYKERN_INLINE void row(T* weights, const float* update, int64_t columns) const {
-    int64_t column = 0;
-    for (; column + kLanes <= columns; column += kLanes) {
-      store(weights + column, load(weights + column) * decay - load(update + column) * step_size);
-    }
-    if (column < columns) {
-      const int64_t rest = columns - column;
-      const vfloat value = load_partial(weights + column, rest) * decay - load(update + column) * step_size;
-      store_partial(weights + column, value, rest);
-    }
-  }
-
-  PYKERN_INLINE void row_with_gradient(T* weights, const float* update, const T* gradient, vfloat row_factor,
-                                       const float* column_factors, int64_t columns) const {
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      const int64_t count = lesser(kLanes, columns - column);
-      const bool whole = count == kLanes;
-      const vfloat factor = column_factors ? load(column_factors + column) : row_factor;
-      const vfloat slope = whole ? load(gradient + column) : load_partial(gradient + column, count);
-      const vfloat old = whole ? load(weights + column) : load_partial(weights + column, count);
-      const vfloat value = old * decay - (load(update + column) + slope * factor) * step_size;
-      if (whole) {
-        store(weights + column, value);
-      } else {
-        store_partial(weights + column, value, count);
-      }
-    }
-  }
-};
-
 // What the tiles of one step share: the projector in the layouts that the products want.
 template <class T>
 struct Shared {
@@ -171,7 +63,7 @@ struct Shared {
 
   const LowRankStep& step;
   const Adam adam;
-  const WeightUpdate<T> weights;
+  const WeightUpdate weights;
   const bool fira;
   const int64_t lines, places, rank;  // kept axis, compressed axis
   const int64_t rank_padded = round_up(rank, kPanel), rank_even = round_up(rank, 2);
@@ -196,7 +88,7 @@ struct Shared {
   explicit Shared(const LowRankStep& s)
       : step(s),
         adam(s.rule),
-        weights{static_cast<float>(s.rule.decay), static_cast<float>(s.rule.step_size)},
+        weights(s.rule),
         fira(s.residual_norm != nullptr),
         lines(s.right ? s.rows : s.columns),
         places(s.right ? s.columns : s.rows),
@@ -271,7 +163,9 @@ struct Shared {
 
 PYKERN_INLINE float residual_square(double factor, double g, double r, double defect, double removed) {
   const double rest = g + (removed * removed - 2 * removed) * r + removed * removed * defect;
-  return static_cast<float>(factor * factor * (rest < 0 ? 0 : rest));
+  // What little is left of a line inside the subspace is rounding: it counts as nothing, lest the
+  // limiter hold later residuals to it.
+  return static_cast<float>(factor * factor * (rest < 1e-5 * g ? 0 : rest));
 }
 
 PYKERN_INLINE float norm_ratio(float direction_square, float low_square) {
@@ -561,7 +455,8 @@ struct LeftTiles {
       for (int64_t column = 0; column < columns; column += kLanes) {
         const int64_t count = lesser(kLanes, columns - column);
         const int64_t state = k * step.columns + column;
-        const vfloat direction = direction_at(shared.adam, exp_avg(column0) + state, exp_avg_sq(column0) + state, count);
+        const vfloat direction =
+            direction_at(shared.adam, exp_avg(column0) + state, exp_avg_sq(column0) + state, count);
         const vfloat gradient = count == kLanes ? load(r + column) : load_partial(r + column, count);
         store(low(thread) + k * width + column, direction * scale - gradient * load(removed_factors + column));
       }

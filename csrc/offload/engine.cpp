@@ -233,7 +233,9 @@ void Engine::reset_counters() {
 
 Engine::ItemPointer Engine::find(int64_t number) const {
   const auto found = items_.find(number);
-  if (found == items_.end()) throw std::runtime_error("ActivationOffload: the saved tensor was released before its use");
+  if (found == items_.end()) {
+    throw std::runtime_error("ActivationOffload: the saved tensor was released before its use");
+  }
   return found->second;
 }
 

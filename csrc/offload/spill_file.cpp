@@ -150,7 +150,7 @@ int open_without_name(const std::string& folder) {
 
 MediumResult make_spill_file(const std::string& folder) {
   const int file = open_without_name(folder);
-  if (file < 0) return {nullptr, system_error("cannot make a spill file in " + folder, errno)};
+  if (file < 0) return {nullptr, system_error("cannot create a file", errno)};
   return {std::make_unique<SpillFile>(file, folder), ""};
 }
 

@@ -103,8 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor hidden, Tensor weight, Tensor
     if (!needed) sizes = {0};
     return whole ? new_empty(like, sizes) : torch::stable::new_zeros(like, sizes);
   };
-  Tensor grad_hidden = gradient(hidden_needs_grad, hidden, {rows, prepared.input.hidden_size}, prepared.input.rows == rows);
-  Tensor grad_weight = gradient(weight_needs_grad, weight, {vocabulary, prepared.input.hidden_size}, some);
+  const int64_t hidden_size = prepared.input.hidden_size;
+  Tensor grad_hidden = gradient(hidden_needs_grad, hidden, {rows, hidden_size}, prepared.input.rows == rows);
+  Tensor grad_weight = gradient(weight_needs_grad, weight, {vocabulary, hidden_size}, some);
   Tensor grad_bias = torch::stable::new_zeros(hidden, {bias_needs_grad ? vocabulary : 0}, ScalarType::Double);
   const LinearLogprobsBackward params{prepared.input,
                                       statistics.const_data_ptr(),

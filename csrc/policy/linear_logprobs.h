@@ -23,7 +23,8 @@ struct LinearLogprobsInput {
   double softcap;
 };
 
-// `statistics` is [all rows, 2], as in TokenLogprobsForward, of the logits after bias and softcap. `entropy` may be null.
+// `statistics` is [all rows, 2], as in TokenLogprobsForward, of the logits after bias and softcap.
+// `entropy` may be null.
 struct LinearLogprobsForward {
   LinearLogprobsInput input;
   void *logprobs, *entropy, *statistics;

@@ -33,8 +33,8 @@ PYKERN_INLINE void finish_logits(float* tile, int64_t count, const float* bias, 
 }
 
 template <bool Entropy>
-PYKERN_INLINE void add_tile(const float* tile, int64_t count, const vfloat* largest, const float* inverse, float* maxima,
-                            float* sums, float* weighted_sums) {
+PYKERN_INLINE void add_tile(const float* tile, int64_t count, const vfloat* largest, const float* inverse,
+                            float* maxima, float* sums, float* weighted_sums) {
   const vfloat smallest = broadcast(kSmallestExponent);
   vfloat scale[kPanelVectors], reference[kPanelVectors], sum[kPanelVectors], weighted[kPanelVectors];
   for (int j = 0; j < kPanelVectors; ++j) {

@@ -2,6 +2,13 @@
 // turned into their gradients, which stay in a buffer of a few MiB; then every tile of the group adds
 // its product with the hidden states to grad_weight, and every block of tokens its product with the
 // weight to grad_hidden. Each sum has one owner and a fixed order, whatever the number of threads.
+//
+// The loops are: batches of tokens, groups, slabs. A vocabulary of several groups has all tokens in one
+// batch, so that a group's part of grad_weight is finished when the group is; one of a single group has
+// one slab per batch, so that the packed hidden states and grad_hidden take a slab's memory only.
+//
+// Many tokens over a small vocabulary are split instead: each part, as many as the sizes say, runs whole
+// on one thread with its own sums for grad_weight, which are then added in order.
 #include "policy/linear_logprobs.h"
 
 #include "policy/linear_logprobs_tile.h"
@@ -13,7 +20,10 @@ constexpr int64_t kGradientElements = 1 << 19;      // of a group x slab
 constexpr int64_t kWeightElements = 1 << 21;        // of a group of weight rows
 constexpr int64_t kMaxGroupTiles = 8;
 constexpr int64_t kMinSlab = 256;
+constexpr int64_t kPartTokens = 512, kMaxParts = 16;
+constexpr int64_t kPartElements = 1 << 22;          // of the parts' sums for grad_weight
 constexpr int64_t kHiddenColumns = 4 * kPanel, kHiddenRows = 384;  // of one task of grad_hidden
+constexpr int64_t kWeightRows = 96;                                // of one task of grad_weight
 // Rows a power of two apart would share few cache sets.
 constexpr int64_t kSkew = 32;
 
@@ -128,16 +138,17 @@ class Backward {
   using T = compute_t<Storage>;
 
  public:
-  explicit Backward(const LinearLogprobsBackward& params)
+  // With `weight_sums` [vocabulary, round_up(hidden_size, kPanel)] given, grad_weight is left there.
+  Backward(const LinearLogprobsBackward& params, int threads, int64_t gradient_elements, float* weight_sums)
       : params_(params),
         input_(params.input),
-        threads_(max_threads()),
+        threads_(threads),
         depth_(round_up(input_.hidden_size, kDepth<T>)),
         panels_(ceil_div(input_.rows, kPanel)),
         tokens_(panels_ * kPanel),
         tiles_(ceil_div(input_.vocabulary, kTile)),
         group_tiles_(group_tiles(input_.hidden_size, tiles_)),
-        slab_(slab_tokens(tokens_, group_tiles_ * kTile)),
+        slab_(slab_tokens(tokens_, group_tiles_ * kTile, gradient_elements)),
         batch_(group_tiles_ == tiles_ ? slab_ : tokens_),
         weight_columns_(round_up(input_.hidden_size, kPanel)),
         hidden_stride_(batch_ + kSkew),
@@ -154,12 +165,20 @@ class Backward {
         gradient_rows_(weight_needs_grad_ ? group_tiles_ * kTile * rows_stride_ * sizeof(T) : 0),
         gradient_packed_(params.grad_hidden ? group_tiles_ * kTile * slab_ * sizeof(T) : 0),
         transposed_(params.grad_hidden ? input_.hidden_size * transposed_stride_ * sizeof(T) : 0),
-        weight_sums_(params.grad_weight ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
-        hidden_sums_(params.grad_hidden ? input_.hidden_size * hidden_stride_ * sizeof(float) : 0) {}
+        own_weight_sums_(
+            params.grad_weight && !weight_sums ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
+        hidden_sums_(params.grad_hidden ? input_.hidden_size * hidden_stride_ * sizeof(float) : 0),
+        given_weight_sums_(weight_sums) {}
+
+  static bool one_group(const LinearLogprobsInput& input) {
+    const int64_t tiles = ceil_div(input.vocabulary, kTile);
+    return group_tiles(input.hidden_size, tiles) == tiles;
+  }
 
   bool run() {
-    const Scratch* const workspace[] = {&packed_,        &packed_tokens_,   &lane_memory_, &bias_,        &thread_memory_,
-                                        &gradient_rows_, &gradient_packed_, &transposed_,  &weight_sums_, &hidden_sums_};
+    const Scratch* const workspace[] = {&packed_,         &packed_tokens_, &lane_memory_,     &bias_,
+                                        &thread_memory_,  &gradient_rows_, &gradient_packed_, &transposed_,
+                                        &own_weight_sums_, &hidden_sums_};
     for (const Scratch* memory : workspace) {
       if (!memory->get<char>()) return false;
     }
@@ -189,8 +208,8 @@ class Backward {
     return count > 0 ? count : 1;
   }
 
-  static int64_t slab_tokens(int64_t tokens, int64_t group) {
-    int64_t limit = kGradientElements / group;
+  static int64_t slab_tokens(int64_t tokens, int64_t group, int64_t gradient_elements) {
+    int64_t limit = gradient_elements / group;
     limit = limit > kMinSlab ? limit : kMinSlab;
     return round_up(ceil_div(tokens, ceil_div(tokens, limit)), kPanel);
   }
@@ -274,8 +293,8 @@ class Backward {
       const WeightTile<T> weight = weight_tile<T, Storage>(input_, first, count, reinterpret_cast<T*>(memory));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t token = slab + panel * kPanel;
-        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_, logits,
-               kPanel, false);
+        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_,
+               logits, kPanel, false);
         const GradientTarget<T> target{
             weight_needs_grad_ ? gradient_rows_.get<T>() + group_tile * kTile * rows_stride_ + panel * kPanel : nullptr,
             rows_stride_,
@@ -304,22 +323,28 @@ class Backward {
   void use_gradients(int64_t first_tile, int64_t last_tile, int64_t batch, int64_t slab, int64_t count) {
     const int64_t hidden_blocks = ceil_div(input_.hidden_size, kHiddenRows);
     const int64_t hidden_tasks = params_.grad_hidden ? ceil_div(count, kHiddenColumns) * hidden_blocks : 0;
-    const int64_t weight_tasks = weight_needs_grad_ ? last_tile - first_tile : 0;
-    const int64_t padded_group = round_up(group_entries(first_tile, last_tile), kDepth<T>);
+    const int64_t entries = group_entries(first_tile, last_tile), padded_group = round_up(entries, kDepth<T>);
+    const int64_t weight_tasks = weight_needs_grad_ ? ceil_div(entries, kWeightRows) : 0;
     parallel_tasks(hidden_tasks + weight_tasks, [&](int64_t task, int) {
-      if (task >= hidden_tasks) return add_weight(first_tile, task - hidden_tasks, batch, slab, count);
+      if (task >= hidden_tasks) {
+        const int64_t entry = (task - hidden_tasks) * kWeightRows;
+        const int64_t weight_rows = entries - entry < kWeightRows ? entries - entry : kWeightRows;
+        return add_weight(first_tile * kTile, entry, weight_rows, batch, slab, count);
+      }
       const int64_t column = task / hidden_blocks * kHiddenColumns, row = task % hidden_blocks * kHiddenRows;
       const int64_t columns = count - column < kHiddenColumns ? count - column : kHiddenColumns;
       const int64_t rows = input_.hidden_size - row < kHiddenRows ? input_.hidden_size - row : kHiddenRows;
       matmul(rows, columns, padded_group, transposed_.get<T>() + row * transposed_stride_, transposed_stride_, 1,
              gradient_packed_.get<T>() + column * padded_group,
-             hidden_sums_.get<float>() + row * hidden_stride_ + (slab - batch) + column, hidden_stride_, first_tile > 0);
+             hidden_sums_.get<float>() + row * hidden_stride_ + (slab - batch) + column, hidden_stride_,
+             first_tile > 0);
     });
   }
 
-  void add_weight(int64_t first_tile, int64_t group_tile, int64_t batch, int64_t slab, int64_t tokens) {
-    const int64_t first = (first_tile + group_tile) * kTile, count = tile_count(first_tile + group_tile);
-    const T* gradients = gradient_rows_.get<T>() + group_tile * kTile * rows_stride_;
+  // `count` vocabulary entries from `entry` of the group that starts at `group`, and one slab.
+  void add_weight(int64_t group, int64_t entry, int64_t count, int64_t batch, int64_t slab, int64_t tokens) {
+    const int64_t first = group + entry;
+    const T* gradients = gradient_rows_.get<T>() + entry * rows_stride_;
     if (params_.grad_bias) {
       for (int64_t v = 0; v < count; ++v) {
         const double sum = sum_row(gradients + v * rows_stride_, tokens);
@@ -327,10 +352,10 @@ class Backward {
       }
     }
     if (!params_.grad_weight) return;
-    float* sums = weight_sums_.get<float>() + group_tile * kTile * weight_columns_;
+    float* sums = (given_weight_sums_ ? given_weight_sums_ : own_weight_sums_.get<float>()) + entry * weight_columns_;
     matmul(count, input_.hidden_size, tokens, gradients, rows_stride_, 1,
            packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, weight_columns_, slab > 0);
-    if (slab + tokens == tokens_) {
+    if (slab + tokens == tokens_ && !given_weight_sums_) {
       convert_rows(static_cast<Storage*>(params_.grad_weight) + first * input_.hidden_size, input_.hidden_size, sums,
                    weight_columns_, count, input_.hidden_size);
     }
@@ -356,16 +381,76 @@ class Backward {
   const int64_t hidden_stride_, rows_stride_, transposed_stride_, tile_bytes_, thread_bytes_;
   const bool weight_needs_grad_;
   const Scratch packed_, packed_tokens_, lane_memory_, bias_, thread_memory_;
-  const Scratch gradient_rows_, gradient_packed_, transposed_, weight_sums_, hidden_sums_;
+  const Scratch gradient_rows_, gradient_packed_, transposed_, own_weight_sums_, hidden_sums_;
+  float* const given_weight_sums_;
   Lanes lanes_{};
 };
+
+template <class Storage>
+bool backward_in_parts(const LinearLogprobsBackward& params, int64_t parts) {
+  const LinearLogprobsInput& input = params.input;
+  const int64_t columns = round_up(input.hidden_size, kPanel), part_elements = input.vocabulary * columns;
+  const int64_t part_rows = round_up(ceil_div(input.rows, parts), kPanel);
+  parts = ceil_div(input.rows, part_rows);
+  const Scratch weight_memory(params.grad_weight ? parts * part_elements * sizeof(float) : 0);
+  const Scratch bias_memory(params.grad_bias ? parts * input.vocabulary * sizeof(double) : 0);
+  if (!weight_memory.get<char>() || !bias_memory.get<char>()) return false;
+  float* weight_sums = params.grad_weight ? weight_memory.get<float>() : nullptr;
+  double* bias_sums = params.grad_bias ? bias_memory.get<double>() : nullptr;
+
+  bool done[kMaxParts] = {};
+  parallel_tasks(parts, [&](int64_t part, int) {
+    LinearLogprobsBackward mine = params;
+    mine.input.active += part * part_rows;
+    mine.input.rows = input.rows - part * part_rows < part_rows ? input.rows - part * part_rows : part_rows;
+    mine.grad_bias = bias_sums ? bias_sums + part * input.vocabulary : nullptr;
+    float* sums = weight_sums ? weight_sums + part * part_elements : nullptr;
+    // Nested tasks stay on this thread. Slabs as short as may be, for the second-level cache.
+    done[part] = Backward<Storage>(mine, 1, 0, sums).run();
+  });
+  for (int64_t part = 0; part < parts; ++part) {
+    if (!done[part]) return false;
+  }
+
+  parallel_tasks(ceil_div(input.vocabulary, kWeightRows), [&](int64_t task, int) {
+    const int64_t first = task * kWeightRows;
+    const int64_t count = input.vocabulary - first < kWeightRows ? input.vocabulary - first : kWeightRows;
+    if (weight_sums) {
+      for (int64_t part = 1; part < parts; ++part) {
+        for (int64_t i = first * columns; i < (first + count) * columns; i += kLanes) {
+          store(weight_sums + i, load(weight_sums + i) + load(weight_sums + part * part_elements + i));
+        }
+      }
+      convert_rows(static_cast<Storage*>(params.grad_weight) + first * input.hidden_size, input.hidden_size,
+                   weight_sums + first * columns, columns, count, input.hidden_size);
+    }
+    if (bias_sums) {
+      for (int64_t v = first; v < first + count; ++v) {
+        params.grad_bias[v] = 0;
+        for (int64_t part = 0; part < parts; ++part) params.grad_bias[v] += bias_sums[part * input.vocabulary + v];
+      }
+    }
+  });
+  return true;
+}
+
+template <class Storage>
+bool backward(const LinearLogprobsBackward& params) {
+  const LinearLogprobsInput& input = params.input;
+  int64_t parts = input.rows / kPartTokens;
+  parts = parts < kMaxParts ? parts : kMaxParts;
+  const int64_t fit = kPartElements / (input.vocabulary * round_up(input.hidden_size + 1, kPanel));
+  parts = parts < fit ? parts : fit;
+  if (parts > 1 && Backward<Storage>::one_group(input)) return backward_in_parts<Storage>(params, parts);
+  return Backward<Storage>(params, max_threads(), kGradientElements, nullptr).run();
+}
 
 }  // namespace
 
 bool linear_logprobs_backward(const LinearLogprobsBackward& params) {
-  if (params.input.type == DataType::f32) return Backward<float>(params).run();
-  if (params.input.type == DataType::bf16) return Backward<bf16>(params).run();
-  return Backward<f16>(params).run();
+  if (params.input.type == DataType::f32) return backward<float>(params);
+  if (params.input.type == DataType::bf16) return backward<bf16>(params);
+  return backward<f16>(params);
 }
 
 }  // namespace pykern::PYKERN_SIMD

@@ -18,7 +18,8 @@ const double* weight_row(const LinearLogprobsInput& input, int64_t entry) {
 }
 
 // The logits of one row after bias and softcap, and d (logit / temperature) / d product.
-void row_logits(const LinearLogprobsInput& input, int64_t row, std::vector<double>& logits, std::vector<double>& slope) {
+void row_logits(const LinearLogprobsInput& input, int64_t row, std::vector<double>& logits,
+                std::vector<double>& slope) {
   const double* hidden = hidden_row(input, row);
   for (int64_t v = 0; v < input.vocabulary; ++v) {
     const double* weight = weight_row(input, v);

@@ -116,7 +116,8 @@ void backward_row(const TokenLogprobsBackward& params, int64_t index) {
   const auto at = [index](const void* pointer) { return pointer ? static_cast<const float*>(pointer)[index] : 0.0f; };
   T* gradient = static_cast<T*>(params.grad_logits) + index * input.vocabulary;
   const int64_t target = input.targets[index];
-  const float g_logprob = at(params.grad_logprobs), g_entropy = at(params.grad_entropy), g_squares = at(params.grad_sum_p2);
+  const float g_logprob = at(params.grad_logprobs);
+  const float g_entropy = at(params.grad_entropy), g_squares = at(params.grad_sum_p2);
   if (target < 0 || (g_logprob == 0 && g_entropy == 0 && g_squares == 0)) {
     __builtin_memset(gradient, 0, input.vocabulary * sizeof(T));
     return;

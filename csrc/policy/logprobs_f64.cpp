@@ -60,7 +60,8 @@ void token_logprobs_backward_f64(const TokenLogprobsBackward& params) {
       const double log_p = (logits[v] - statistics[2 * row]) * inverse - statistics[2 * row + 1];
       const double p = std::exp(log_p);
       const double from_entropy = p == 0 ? 0 : p * (log_p + entropy);
-      gradient[v] = (g_logprob * ((v == target) - p) - g_entropy * from_entropy + 2 * g_squares * p * (p - sum_p2)) * inverse;
+      const double from_squares = 2 * p * (p - sum_p2);
+      gradient[v] = (g_logprob * ((v == target) - p) - g_entropy * from_entropy + g_squares * from_squares) * inverse;
     }
   }
 }

@@ -132,7 +132,7 @@ class Segment {
     const int64_t length = p_.lengths[segment_.sequence];
     mean_ = length > 0 ? total / static_cast<double>(length) : 0;
     limited_ = mean_ > p_.sequence_log_ratio_limit;
-    ratio_ = std::exp(limited_ ? p_.sequence_log_ratio_limit : mean_);
+    ratio_ = ::exp(limited_ ? p_.sequence_log_ratio_limit : mean_);
   }
 
   void run_block(int64_t begin, int64_t end) {

@@ -23,7 +23,7 @@ class BackwardStepper:
         self.accumulate = accumulate
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._passes = 0
-        self._counting = False
+        self._pass = -1
         self._handles = []
         self._parameters: list[tuple[Tensor, torch.optim.Optimizer]] = []
         for name, param in model.named_parameters():
@@ -36,8 +36,9 @@ class BackwardStepper:
 
     def _arrival(self, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
         def arrived(param: Tensor) -> None:
-            if not self._counting:
-                self._counting = True
+            # A pass that raises never reaches its end; its number keeps the next one from being taken for it.
+            if torch._C._current_graph_task_id() != self._pass:
+                self._pass = torch._C._current_graph_task_id()
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
             if self._passes == self.accumulate - 1:
                 _step(optimizer, param)
@@ -45,7 +46,6 @@ class BackwardStepper:
         return arrived
 
     def _end_of_pass(self) -> None:
-        self._counting = False
         self._passes += 1
         if self._passes < self.accumulate:
             return

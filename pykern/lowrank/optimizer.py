@@ -184,10 +184,13 @@ class LowRankAdamW(torch.optim.Optimizer):
         # The kernel walks through memory, so all must lie alike; the moments have the strides of a
         # gapless tensor that is laid out like the parameter.
         strides = state["exp_avg"].stride()
-        weight = param if param.stride() == strides else torch.empty_like(state["exp_avg"], dtype=param.dtype).copy_(param)
-        grad = param.grad
-        if grad.stride() != strides or grad.dtype != param.dtype:
-            grad = torch.empty_like(state["exp_avg"], dtype=param.dtype).copy_(grad)
+
+        def laid_out(tensor: Tensor) -> Tensor:
+            if tensor.stride() == strides and tensor.dtype == param.dtype:
+                return tensor
+            return torch.empty_like(state["exp_avg"], dtype=param.dtype).copy_(tensor)
+
+        weight, grad = laid_out(param), laid_out(param.grad)
         ops.adam_step(weight, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr, **rule)
         if weight is not param:
             param.copy_(weight)
@@ -267,7 +270,8 @@ def _check_gradient(param: Tensor) -> None:
         raise RuntimeError("LowRankAdamW: sparse gradients are not supported; use torch.optim.SparseAdam for them")
     if param.device.type != "cpu":
         raise NotImplementedError(
-            f"LowRankAdamW: this build of pykern has no {param.device.type} kernels for it; keep the parameters on the CPU"
+            f"LowRankAdamW: this build of pykern has no {param.device.type} kernels for it; "
+            "keep the parameters on the CPU"
         )
 
 
@@ -297,7 +301,8 @@ def _complete_group(group: dict) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64) or lr.device.type != "cpu":
             raise ValueError(
-                f"lr: expected one float32 or float64 element on the CPU, got {lr.dtype} {tuple(lr.shape)} on {lr.device}"
+                "lr: expected one float32 or float64 element on the CPU, "
+                f"got {lr.dtype} {tuple(lr.shape)} on {lr.device}"
             )
     elif not lr >= 0:
         raise ValueError(f"lr: expected a rate of at least 0, got {lr}")

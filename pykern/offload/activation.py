@@ -148,7 +148,8 @@ class ActivationOffload:
 
     A saved tensor that is modified in place before the backward raises autograd's own error, as without offload.
     As there, changes that no version counter sees (through `.data` or numpy) do not; the backward then gets the old or
-    the new bytes or some of both.
+    the new bytes or some of both. Storages that are freed and refilled by hand between forward and backward (FSDP's
+    gathered parameters) must be named by `parameters` or `skip`.
 
     Under `torch.nn.utils.checkpoint` without reentry, what the checkpoints save (their inputs) is offloaded. Around a
     model from `torch.compile`, what the compiled graphs save is; inside of a compiled function the context is a graph
@@ -360,7 +361,7 @@ class ActivationOffload:
                 )
             return "unsupported"
         source = tensor if tensor._base is None else tensor._base
-        if source.is_leaf and source.requires_grad:
+        if isinstance(source, torch.nn.Parameter) or (source.is_leaf and source.requires_grad):
             return "parameter"
         if tensor.numel() == 0:
             return "small"

@@ -68,7 +68,7 @@ class Engine:
             if folder is None:
                 raise MemoryError(f"capacity: {error}; pass a smaller capacity")
             raise OSError(
-                f"path: {error} for the spill file in {folder}, where {shutil.disk_usage(folder).free} bytes are free; "
+                f"path: {error} (spill file in {folder}, {shutil.disk_usage(folder).free} bytes free there); "
                 "pass path= a folder with more room, or a smaller capacity="
             )
         self.description: str = _description(self.handle)

@@ -1,4 +1,4 @@
-"""Group-normalised policy optimisation: advantages, policy losses and token log-probabilities."""
+"""Group-normalised policy optimisation: advantages, policy losses, token log-probabilities."""
 
 from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
 from .logprobs import linear_token_logprobs, token_logprobs

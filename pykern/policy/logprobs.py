@@ -54,10 +54,11 @@ def token_logprobs(
     row_temperature, temperature = _prepared_temperature("token_logprobs", temperature, targets)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
+    arguments = (logits, targets, row_temperature, temperature, entropy, sum_p2)
     if torch.is_grad_enabled() and logits.requires_grad:
-        results = _TokenLogprobs.apply(logits, targets, row_temperature, temperature, entropy, sum_p2)
+        results = _TokenLogprobs.apply(*arguments)
     else:
-        results = torch.ops.pykern.token_logprobs.default(logits, targets, row_temperature, temperature, entropy, sum_p2)
+        results = torch.ops.pykern.token_logprobs.default(*arguments)
     chosen = tuple(result for result, wanted in zip(results, (True, entropy, sum_p2)) if wanted)
     return chosen if len(chosen) > 1 else chosen[0]
 
@@ -97,8 +98,8 @@ def linear_token_logprobs(
     Products of bfloat16 are taken in bfloat16 where the processor has them, with float32 sums; all
     other math is in float32, also for float16. Gradients are accumulated in float32 and have the
     dtypes of their tensors. Results and gradients are the same bit for bit for any number of threads.
-    Workspace: in the forward one copy of `hidden`; in the backward three copies of it, its gradient in
-    float32, and at most about 32 MiB (H <= 8192), whatever N and V.
+    Workspace: in the forward one copy of `hidden` and at most 400 bytes per token; in the backward two
+    copies of `hidden`, its gradient in float32, and about 24 MiB plus H KiB per thread, whatever V.
 
     Raises:
         TypeError, ValueError: an argument of unexpected type, shape or value.
@@ -155,7 +156,8 @@ def _check_floating(function: str, name: str, tensor: Tensor) -> None:
         )
     if tensor.is_cuda and _native.cuda_unavailable_reason is not None:
         raise NotImplementedError(
-            f"{function}: {name} is on {tensor.device}, but {_native.cuda_unavailable_reason}; move the tensors to the CPU"
+            f"{function}: {name} is on {tensor.device}, but {_native.cuda_unavailable_reason}; "
+            "move the tensors to the CPU"
         )
 
 

@@ -203,9 +203,10 @@ def in_place_between_two_saves(x):
     return (first + y.cos()).sum()
 
 
-@pytest.mark.parametrize(
-    "function", [in_place_after_save, in_place_on_a_view_after_save, in_place_on_a_parameter, in_place_between_two_saves]
-)
+IN_PLACE = [in_place_after_save, in_place_on_a_view_after_save, in_place_on_a_parameter, in_place_between_two_saves]
+
+
+@pytest.mark.parametrize("function", IN_PLACE)
 @pytest.mark.parametrize("keep_last", [0, 100])
 @pytest.mark.parametrize("min_bytes", [0, 1 << 20])
 def test_in_place_change_is_autograds_error(function, keep_last, min_bytes):

@@ -277,6 +277,18 @@ def test_parameters_and_buffers_of_the_module_stay():
     assert kept[2] > kept[0]
 
 
+def test_frozen_parameters_and_views_of_them_stay():
+    weight = torch.nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    x = torch.randn(16, 64, requires_grad=True)
+    offload = pykern.ActivationOffload(min_bytes=0, keep_last=0)
+    with offload:
+        loss = (torch.nn.functional.linear(x, weight) @ weight.t() * weight[:16]).sum()
+    stats = offload.stats()
+    assert stats["kept"]["parameter"] == 3
+    assert stats["offloads"] == stats["kept"]["last"] == 0
+    loss.backward()
+
+
 def test_skip_decides():
     model, x = make("mlp")
     seen = []
@@ -374,8 +386,13 @@ def test_full_disk_is_told_before_training(tmp_path):
         pykern.ActivationOffload("file", path=tmp_path, capacity=capacity)
     message = str(raised.value)
     assert "\n" not in message
-    assert all(part in message for part in (str(tmp_path), str(capacity), "bytes are free", "capacity=", "path="))
+    assert all(part in message for part in (str(tmp_path), str(capacity), "bytes free there", "capacity=", "path="))
     assert descriptors(tmp_path) == []
+
+
+def test_folder_that_takes_no_file():
+    with pytest.raises(OSError, match=r"path: cannot create a file: .* \(spill file in /proc, "):
+        pykern.ActivationOffload("file", path="/proc")
 
 
 def in_a_process(code):

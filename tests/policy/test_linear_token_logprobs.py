@@ -42,7 +42,8 @@ def check_against_torch(hidden, weight, targets, bias=None, **keywords):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "rows, hidden_size, vocabulary", [(1, 1, 1), (3, 5, 7), (65, 64, 192), (70, 33, 193), (200, 48, 401), (19, 300, 1000)]
+    "rows, hidden_size, vocabulary",
+    [(1, 1, 1), (3, 5, 7), (65, 64, 192), (70, 33, 193), (200, 48, 401), (19, 300, 1000)],
 )
 def test_matches_float64(dtype, rows, hidden_size, vocabulary):
     hidden, weight, targets, _ = make(rows, hidden_size, vocabulary, dtype)
@@ -60,6 +61,13 @@ def test_everything_at_every_level(cpu_level, dtype):
 def test_several_groups_and_slabs(dtype):
     hidden, weight, targets, bias = make(1500, 16, 1537 + 193, dtype, bias=True)
     check_against_torch(hidden, weight, targets, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens_over_a_small_vocabulary(dtype):
+    hidden, weight, targets, bias = make(1700, 20, 261, dtype, bias=True)
+    targets[::5] = -100
+    check_against_torch(hidden, weight, targets, bias, entropy=True)
 
 
 @pytest.mark.parametrize("hidden_size", [700, 1100])
@@ -126,9 +134,8 @@ def test_ignored_rows_are_not_read(dtype):
     assert all(not r[::3].any() and r.isfinite().all() for r in results)
     assert not grads[0][::3].any() and grads[0][1].any() and all(g.isfinite().all() for g in grads)
     kept = targets >= 0
-    few, few_grads = run(
-        pykern.linear_token_logprobs, hidden[kept], weight, targets[kept], None, [w[kept] for w in weights], entropy=True
-    )
+    given = (hidden[kept], weight, targets[kept], None, [w[kept] for w in weights])
+    few, few_grads = run(pykern.linear_token_logprobs, *given, entropy=True)
     assert all(torch.equal(r[kept], want) for r, want in zip(results, few))
     assert torch.equal(grads[0][kept], few_grads[0]) and torch.equal(grads[1], few_grads[1])
 
@@ -217,16 +224,18 @@ def test_views(dtype):
         (base.t()[:30, :40], weight[:150].t().contiguous().t()),
     ]
     for hidden, head in views:
-        ours = run(pykern.linear_token_logprobs, hidden, head, targets, None, [torch.ones(30)])
-        same = run(pykern.linear_token_logprobs, hidden.contiguous(), head.contiguous(), targets, None, [torch.ones(30)])
+        rest = (targets, None, [torch.ones(30)])
+        ours = run(pykern.linear_token_logprobs, hidden, head, *rest)
+        same = run(pykern.linear_token_logprobs, hidden.contiguous(), head.contiguous(), *rest)
         assert all(torch.equal(a, b) for a, b in zip(ours[0] + ours[1], same[0] + same[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_for_any_number_of_threads(dtype):
-    hidden, weight, targets, bias = make(700, 24, 1700, dtype, bias=True)
+@pytest.mark.parametrize("rows, vocabulary", [(700, 1700), (1700, 261)])
+def test_same_bits_for_any_number_of_threads(dtype, rows, vocabulary):
+    hidden, weight, targets, bias = make(rows, 24, vocabulary, dtype, bias=True)
     targets[5] = -100
-    given = (hidden, weight, targets, bias, [torch.randn(700) for _ in range(2)])
+    given = (hidden, weight, targets, bias, [torch.randn(rows) for _ in range(2)])
     first = run(pykern.linear_token_logprobs, *given, entropy=True)
     for count in (1, 2, 3):
         with threads(count):

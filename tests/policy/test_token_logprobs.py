@@ -198,7 +198,9 @@ def test_each_result_alone_has_its_gradient(which):
     assert_accurate(leaf.grad, exact.grad, units=4)
 
 
-@pytest.mark.parametrize("temperature", [1.3, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "temperature", [1.3, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)], ids=["number", "tensor"]
+)
 def test_gradcheck(temperature):
     logits = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([4, -100, 10])

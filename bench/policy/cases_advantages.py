@@ -1,0 +1,89 @@
+"""group_advantages and policy_loss against plain PyTorch, and verl where it is installed."""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import pykern
+from bench.harness import Case
+
+
+def index_add_advantages(rewards: Tensor, ids: Tensor) -> Tensor:
+    """The vectorised PyTorch way: find the groups, then two index_add_ passes."""
+    _, index = ids.unique(return_inverse=True)
+    count = torch.bincount(index).to(rewards.dtype)
+    mean = torch.zeros_like(count).index_add_(0, index, rewards) / count
+    centred = rewards - mean[index]
+    variance = torch.zeros_like(count).index_add_(0, index, centred.square()) / (count - 1)
+    return centred / (variance.sqrt()[index] + 1e-6)
+
+
+def advantages(samples: int, groups: int) -> Callable[[], dict[str, Callable]]:
+    def make():
+        torch.manual_seed(0)
+        ids = (torch.arange(samples) % groups)[torch.randperm(samples)]
+        rewards = torch.rand(samples)
+        providers = {
+            "pykern": lambda: pykern.group_advantages(rewards, ids, preset="verl"),
+            "torch index_add": lambda: index_add_advantages(rewards, ids),
+        }
+        if importlib.util.find_spec("verl"):
+            from verl.trainer.ppo import core_algos
+
+            one_token, mask, labels = rewards[:, None], torch.ones(samples, 1), ids.numpy()
+            for name in ("grpo", "grpo_vectorized"):
+                function = core_algos.get_adv_estimator_fn(name)
+                providers[f"verl {name}"] = lambda function=function: function(one_token.clone(), mask, labels)
+        return providers
+
+    return make
+
+
+def eager_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor, loss: str) -> Tensor:
+    log_ratio = logprobs - old
+    if loss == "gspo":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1)).unsqueeze(1).expand_as(mask)
+    low, high = pykern.LOSSES[loss].clip_low, pykern.LOSSES[loss].clip_high
+    ratio, advantage = log_ratio.exp(), advantages.unsqueeze(1)
+    tokens = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    distance = logprobs - reference
+    tokens = tokens + 0.05 * (torch.exp(-distance) + distance - 1)
+    if loss == "gspo":
+        return ((tokens * mask).sum(1) / mask.sum(1)).mean()
+    return (tokens * mask).sum() / mask.sum()
+
+
+def loss_and_gradient(rows: int, columns: int, loss: str) -> Callable[[], dict[str, Callable]]:
+    def make():
+        torch.manual_seed(0)
+        logprobs = (-torch.rand(rows, columns)).requires_grad_()
+        old, reference = (logprobs.detach() + 0.1 * torch.randn(rows, columns) for _ in range(2))
+        advantages, mask = torch.randn(rows), torch.rand(rows, columns) < 0.8
+
+        def pykern_step():
+            value, _ = pykern.policy_loss(
+                logprobs, old, advantages, mask=mask, loss=loss, kl="k3", kl_coef=0.05, ref_logprobs=reference
+            )
+            return torch.autograd.grad(value, logprobs)
+
+        def eager_step():
+            return torch.autograd.grad(eager_loss(logprobs, old, advantages, mask, reference, loss), logprobs)
+
+        return {"pykern": pykern_step, "torch eager": eager_step}
+
+    return make
+
+
+def cases() -> list[Case]:
+    listed = [
+        Case("policy", "group_advantages", f"{samples} in {groups}", advantages(samples, groups), bytes=20.0 * samples)
+        for samples, groups in ((1024, 128), (16384, 1024))
+    ]
+    for loss in ("grpo", "gspo"):
+        # Three inputs and a mask byte read, the coefficient written, read and scaled into the gradient.
+        listed.append(
+            Case("policy", f"policy_loss {loss}", "256x1024", loss_and_gradient(256, 1024, loss), bytes=25.0 * 256 * 1024)
+        )
+    return listed

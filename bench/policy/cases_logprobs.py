@@ -1,0 +1,103 @@
+"""token_logprobs against log_softmax and logsumexp; linear_token_logprobs against the eager head, whole and chunked."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import pykern
+from bench.harness import Case
+
+
+def by_log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def by_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, -1)
+
+
+def token_case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool) -> Case:
+    def make() -> dict[str, Callable[[], object]]:
+        torch.manual_seed(0)
+        logits = torch.randn(rows, vocabulary).to(dtype).requires_grad_(backward)
+        targets = torch.randint(vocabulary, (rows,))
+        weights = torch.randn(rows)
+
+        def provider(function) -> Callable[[], object]:
+            if not backward:
+                return lambda: function(logits, targets)
+
+            def step() -> None:
+                logits.grad = None
+                function(logits, targets).backward(weights)
+
+            return step
+
+        return {
+            "pykern": provider(pykern.token_logprobs),
+            "log_softmax": provider(by_log_softmax),
+            "logsumexp": provider(by_logsumexp),
+        }
+
+    # One read of the logits; the backward reads them again and writes their gradient.
+    passes = 3 if backward else 1
+    return Case(
+        "policy",
+        "token_logprobs" + ("_forward_backward" if backward else "_forward"),
+        f"{rows}x{vocabulary} {str(dtype).removeprefix('torch.')}",
+        make,
+        bytes=passes * rows * vocabulary * dtype.itemsize,
+    )
+
+
+def linear_case(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, backward: bool) -> Case:
+    def make() -> dict[str, Callable[[], object]]:
+        torch.manual_seed(0)
+        hidden = torch.randn(rows, hidden_size).to(dtype).requires_grad_(backward)
+        weight = (torch.randn(vocabulary, hidden_size) / hidden_size**0.5).to(dtype).requires_grad_(backward)
+        targets = torch.randint(vocabulary, (rows,))
+        weights = torch.randn(rows)
+
+        def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return by_log_softmax(linear(hidden, weight), targets)
+
+        def provider(function, chunk: int = rows) -> Callable[[], object]:
+            def step() -> None:
+                hidden.grad = weight.grad = None
+                for part in (slice(begin, begin + chunk) for begin in range(0, rows, chunk)):
+                    logprobs = function(hidden[part], weight, targets[part])
+                    if backward:
+                        logprobs.backward(weights[part])
+
+            return step
+
+        return {
+            "pykern": provider(pykern.linear_token_logprobs),
+            "linear, log_softmax": provider(eager),
+            "the same, 256-row chunks": provider(eager, 256),
+        }
+
+    # Forward one product; backward the recomputed logits and two products.
+    return Case(
+        "policy",
+        "linear_token_logprobs" + ("_forward_backward" if backward else "_forward"),
+        f"N={rows} H={hidden_size} V={vocabulary} {str(dtype).removeprefix('torch.')}",
+        make,
+        flops=(8 if backward else 2) * rows * hidden_size * vocabulary,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+    )
+
+
+def cases() -> list[Case]:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in (False, True):
+            found += [token_case(*shape, dtype, backward) for shape in ((512, 32000), (64, 151936))]
+            found += [
+                linear_case(*shape, dtype, backward)
+                for shape in ((4096, 256, 512), (1024, 512, 8192), (2048, 256, 32000))
+            ]
+    return found
