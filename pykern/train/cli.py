@@ -1,0 +1,155 @@
+"""`python -m pykern train`: options, checks, and one line for each mistake."""
+
+import argparse
+import errno
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from .. import ESTIMATORS, LOSSES
+from . import data
+from .config import ARITHMETIC, Config, InputError, settle
+from .files import METRICS, load_checkpoint, new_folder
+
+DESCRIPTION = """GRPO training of a small byte-level language model on pykern's ops.
+
+--data arithmetic   generated sums behind a few worked ones; a supervised warm-up, then GRPO
+--data FILE.jsonl   rows with question and answer (responses are sampled and checked), or with prompt, responses
+                    and rewards (given groups, one update per batch)
+
+Writes metrics.jsonl, checkpoint.pt, summary.json, report.png, and comparison.json where updates were compared.
+Exit status: 0 at the end; 2 for an input that cannot be used, with one line that says why; 130 after
+Ctrl-C, which ends the step in progress and writes a checkpoint that --resume continues bit for bit."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="python -m pykern train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+                  argument_default=argparse.SUPPRESS)  # fmt: skip
+    default = Config()
+
+    def option(group, name: str, text: str, **keywords) -> None:
+        value = getattr(default, name.lstrip("-").replace("-", "_"))
+        kind = {int: int, float: _number, str: str}[type(value)]
+        group.add_argument(name, type=kind, help=f"{text} ({value})" if value != "" else text, **keywords)
+
+    group = top.add_argument_group("data")
+    option(group, "--data", "arithmetic, or a JSON-lines file", metavar="arithmetic|FILE")
+    option(group, "--shots", "worked examples in front of every prompt, the shared prefix", metavar="N")
+    option(group, "--largest", "arithmetic: the largest number to add", metavar="N")
+    option(group, "--held-out", "examples kept from training, to measure accuracy", metavar="N")
+    group = top.add_argument_group("GRPO")
+    option(group, "--steps", "GRPO steps", metavar="N")
+    option(group, "--prompts", "prompts per step", metavar="N")
+    option(group, "--responses", "responses sampled per prompt", metavar="N")
+    option(group, "--max-response", "longest response, in tokens (bytes)", metavar="N")
+    option(group, "--temperature", "of sampling and of the log-probabilities", metavar="T")
+    option(group, "--estimator", "advantages", choices=sorted(ESTIMATORS))
+    option(group, "--loss", "policy loss", choices=sorted(LOSSES))
+    option(group, "--updates", "optimizer steps per batch", metavar="N")
+    group = top.add_argument_group("optimizer")
+    option(group, "--optimizer", "of the blocks' matrices; the rest gets AdamW", choices=["galore", "fira", "adamw"])
+    option(group, "--rank", "of the projected gradient", metavar="N")
+    option(group, "--refresh-every", "steps between two projections", metavar="N")
+    option(group, "--learning-rate", "of GRPO", metavar="RATE")
+    option(group, "--clip-norm", "largest norm of the gradient", metavar="NORM")
+    group = top.add_argument_group("supervised warm-up")
+    option(group, "--warmup-steps", "at most", metavar="N")
+    option(group, "--warmup-accuracy", "greedy accuracy on training prompts that ends it", metavar="SHARE")
+    option(group, "--warmup-prompts", "worked examples per step", metavar="N")
+    option(group, "--warmup-learning-rate", "of the warm-up", metavar="RATE")
+    group = top.add_argument_group("model")
+    for name, text in (("--layers", "blocks"), ("--width", "of the hidden states"), ("--heads", "query heads")):
+        option(group, name, text, metavar="N")
+    option(group, "--key-heads", "key and value heads, a divisor of the query heads", metavar="N")
+    group.add_argument("--tie-head", action="store_true", help="use the embedding as the output head")
+    group = top.add_argument_group("run")
+    group.add_argument("--compare", type=int, nargs="?", const=1, metavar="EVERY",
+                       help="run the same update in plain PyTorch beside every (EVERYth) step; 0: never "
+                       "(every 50th for arithmetic, else never)")  # fmt: skip
+    option(group, "--offload", "where activations wait for the backward", choices=["none", "memory", "file"])
+    option(group, "--spill-dir", "folder of the spill file of --offload file (the system's temporary folder)", metavar="DIR")
+    option(group, "--device", "cpu or cuda", choices=["cpu", "cuda"])
+    option(group, "--dtype", "of weights and activations", choices=["float32", "bfloat16"])
+    option(group, "--seed", "of weights, split, order and sampling", metavar="N")
+    option(group, "--evaluate-every", "steps between held-out accuracies; 0: at the ends only", metavar="N")
+    option(group, "--checkpoint-every", "steps between checkpoints; 0: at the end only", metavar="N")
+    group.add_argument("--out", type=Path, metavar="DIR", help="new folder of the results (runs/DATA-1, -2, ...)")
+    group.add_argument("--resume", type=Path, metavar="DIR",
+                       help="continue the run in DIR with its own options; --steps may extend it")  # fmt: skip
+    return top
+
+
+def prepare(arguments: list[str]):
+    """Checks all that can be checked before a file is touched. Returns the Run. Raises InputError."""
+    from .run import Run
+
+    given = vars(parser().parse_args(arguments))
+    out, resume = given.pop("out", None), given.pop("resume", None)
+    if resume is not None:
+        if out is not None or set(given) - {"steps"}:
+            other = "--out" if out is not None else f"--{sorted(set(given) - {'steps'})[0].replace('_', '-')}"
+            raise InputError(f"--resume continues with the run's own options; only --steps may be given, got {other}")
+        state = load_checkpoint(resume)
+        try:
+            config = replace(Config(**state["config"]), **given)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"--resume {resume}: its checkpoint is of another version of pykern ({error})") from error
+        out = resume
+    else:
+        state = config = None
+
+    name = config.data if config else given.get("data", ARITHMETIC)
+    if name == ARITHMETIC:
+        config = config or settle("arithmetic", given)
+        dataset = data.arithmetic(config.shots, config.held_out, config.seed, config.largest)
+    else:
+        rows = data.read_rows(name)
+        config = config or settle(data.form_of(name, rows), given)
+        dataset = data.file(name, rows, config.shots, config.held_out, config.seed)
+    if config.estimator == "remax" and dataset.form == "groups":
+        raise InputError("--estimator remax: needs the policy's greedy response to each prompt, which given groups lack")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if out is None:
+        out = new_folder(ARITHMETIC if name == ARITHMETIC else Path(name).stem)
+    elif resume is None and (out / METRICS).exists():
+        raise InputError(f"--out {out}: already holds a run; continue it with --resume {out}, or name another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder")
+    return Run(config, dataset, out, state)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        return prepare(arguments).execute()
+    except InputError as error:
+        return _refuse(str(error))
+    except NotImplementedError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        return _refuse(f"{error.filename}: {reason}" if error.filename else str(error) or reason)
+    except KeyboardInterrupt:
+        print("pykern train: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"pykern train: {' '.join(message.split())}", file=sys.stderr)
+    return 2
