@@ -81,10 +81,11 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("run")
     group.add_argument("--compare", type=int, nargs="?", const=1, metavar="EVERY",
                        help="run the same update in plain PyTorch beside every (EVERYth) step; 0: never "
-                       "(every 50th for arithmetic, else never)")  # fmt: skip
+                       "(every 100th for arithmetic, else never)")  # fmt: skip
     option(group, "--offload", "where activations wait for the backward", choices=["none", "memory", "file"])
     option(group, "--spill-dir", "folder of the spill file of --offload file (the system's temporary folder)", metavar="DIR")
     option(group, "--device", "cpu or cuda", choices=["cpu", "cuda"])
+    option(group, "--threads", "of the processor; 0: as many as PyTorch chooses (1 for arithmetic)", metavar="N")
     option(group, "--dtype", "of weights and activations", choices=["float32", "bfloat16"])
     option(group, "--seed", "of weights, split, order and sampling", metavar="N")
     option(group, "--evaluate-every", "steps between held-out accuracies; 0: at the ends only", metavar="N")
@@ -136,6 +137,7 @@ def prepare(arguments: list[str]):
 
 
 def main(arguments: list[str]) -> int:
+    threads = torch.get_num_threads()
     try:
         return prepare(arguments).execute()
     except InputError as error:
@@ -148,6 +150,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("pykern train: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _refuse(message: str) -> int:

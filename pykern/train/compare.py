@@ -80,8 +80,9 @@ def _pickled(content: object) -> bytes:
 def _serve(pipe, config: Config) -> None:
     """The process: answers each (weights, batch) with what its update found."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends this process.
-    from .trainer import make_model, make_optimizer
+    from .trainer import make_model, make_optimizer, use_threads
 
+    use_threads(config)
     device = torch.device(config.device)
     model = make_model(config, device)
     update = PlainUpdate(config, model, make_optimizer(config, model, config.learning_rate))

@@ -76,7 +76,10 @@ class Dataset:
 
 
 def arithmetic(shots: int, held_out: int, seed: int, largest: int) -> Dataset:
-    """a + b for all 0 <= a, b <= largest. A held-out sum is in neither order among training or shots."""
+    """a + b for all 0 <= a, b <= largest. A held-out sum is in neither order among training or shots.
+
+    Numbers have leading zeros to one width, so that digits of one place stand at one distance: 04+66=070.
+    """
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
     random.Random(f"split {seed}").shuffle(pairs)
     if shots + held_out >= len(pairs):
@@ -85,10 +88,13 @@ def arithmetic(shots: int, held_out: int, seed: int, largest: int) -> Dataset:
     both_orders = [pair for a, b in trained for pair in ({(a, b), (b, a)})]
 
     def example(pair: tuple[int, int]) -> Example:
-        return Example(encode(f"{pair[0]}+{pair[1]}="), str(pair[0] + pair[1]))
+        a, b = pair
+        return Example(encode(f"{a:0{width}}+{b:0{width}}="), f"{a + b:0{sum_width}}")
 
-    text = "".join(f"{a}+{b}={a + b}\n" for a, b in solved)
-    return Dataset("arithmetic", [BEGIN, *encode(text)], [example(p) for p in sorted(both_orders)], [example(p) for p in tested], seed)
+    width, sum_width = len(str(largest)), len(str(2 * largest))
+    training, tests = ([example(pair) for pair in pairs] for pairs in (sorted(both_orders), tested))
+    text = "".join(f"{decode(shot.prompt)}{shot.solution}\n" for shot in map(example, solved))
+    return Dataset("arithmetic", [BEGIN, *encode(text)], training, tests, seed)
 
 
 # Files

@@ -13,7 +13,8 @@ from .compare import PlainPyTorch
 from .config import Config
 from .data import Dataset
 from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, save_checkpoint, write_atomically, write_json
-from .trainer import Trainer
+from .report import draw
+from .trainer import Trainer, use_threads
 
 
 class Stop:
@@ -45,6 +46,7 @@ class Run:
 
     def __init__(self, config: Config, dataset: Dataset, folder: Path, state: dict | None = None):
         self.config, self.dataset, self.folder = config, dataset, folder
+        use_threads(config)
         self.trainer = Trainer(config, dataset)
         self.accuracy_before: float | None = None
         lines = 0
@@ -136,9 +138,8 @@ class Run:
         if found["compare"]:
             write_json(self.folder / COMPARISON, summary.comparison_record(found, rows))
         picture = self.folder / REPORT
-        from .report import draw
-
-        write_atomically(picture, lambda file: draw(file, self.config, rows, self.accuracy_before, after))
+        given = self.dataset.form == "groups"
+        write_atomically(picture, lambda file: draw(file, self.config, rows, self.accuracy_before, after, given))
         print(summary.table(found))
         if stop:
             print(f"stopped early; continue with: python -m pykern train --resume {self.folder}")

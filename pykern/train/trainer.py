@@ -25,6 +25,11 @@ from .model import Shape, Transformer, tree_attention
 from .rollout import Rollouts, sample
 
 
+def use_threads(config: Config) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
 def make_model(config: Config, device: torch.device) -> Transformer:
     """The model as the seed makes it: always on the CPU first, so that every device starts alike."""
     torch.manual_seed(config.seed)

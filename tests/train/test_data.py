@@ -51,17 +51,17 @@ def test_too_many_held_out_sums_are_refused():
 
 @pytest.mark.parametrize(
     ("response", "reward"),
-    [("7", 1.0), ("8", 0.0), ("07", 0.0), ("7 ", 0.0), ("", 0.0), ("77", 0.0)],
+    [("07", 1.0), ("08", 0.0), ("7", 0.0), ("007", 0.0), ("07 ", 0.0), ("", 0.0)],
 )
 def test_sums_are_checked_exactly(response, reward):
     sums = arithmetic(0, 0, seed=0, largest=9)
-    assert sums.reward(Example(encode("3+4="), "7"), [*encode(response), END]) == reward
+    assert sums.reward(Example(encode("3+4="), "07"), [*encode(response), END]) == reward
 
 
 def test_a_response_that_never_ends_is_wrong():
     sums = arithmetic(0, 0, seed=0, largest=9)
-    assert sums.reward(Example(encode("3+4="), "7"), encode("7")) == 0.0
-    assert sums.reward(Example(encode("3+4="), "7"), []) == 0.0
+    assert sums.reward(Example(encode("3+4="), "07"), encode("07")) == 0.0
+    assert sums.reward(Example(encode("3+4="), "07"), []) == 0.0
 
 
 @pytest.mark.parametrize(
