@@ -12,7 +12,7 @@ RESULTS = ROOT / "bench" / "results"
 def conditions(environment: dict) -> str:
     return (
         f"{environment['processor']}, {environment['cpu threads']} threads, {environment['cpu level']}, "
-        f"torch {environment['torch']}, {environment['date']}, commit {environment['commit'][:9]}."
+        f"torch {environment['torch']}, {environment['date']}."
     )
 
 

@@ -14,9 +14,10 @@
 namespace pykern::PYKERN_SIMD {
 namespace {
 
-constexpr int64_t kTileUnits = 2;
-constexpr int64_t kTileKeys = kTileUnits * kUnitKeys;
-constexpr int64_t kTilePanels = kTileKeys / kPanel;
+constexpr int64_t kTileKeys = kMaxKeyTileUnits * kUnitKeys;
+// Of these, so many are processed at once.
+constexpr int64_t kSegmentUnits = 2;
+constexpr int64_t kSegmentKeys = kSegmentUnits * kUnitKeys;
 constexpr int64_t kUnitPanels = kUnitKeys / kPanel;
 
 // The products with the transposed queries read them in place where elements may be strided.
@@ -64,27 +65,28 @@ struct Operands {
 template <class C>
 struct Workspace {
   C* staged;      // a unit of keys
-  float* logits;  // [panels, tile_rows, kPanel]; then the weights
-  float* grad;    // the same of the gradients of weights; then of logits
+  // Of a segment, [panels, tile_rows, kPanel]; then the weights. Gradients of weights; then of logits.
+  float* logits;
+  float* grad;
   // The operands of the products. For float they are the two above in place.
-  C* weights;      // as B [tile_rows, keys]
-  C* grad_logits;  // as B [tile_rows, keys]
-  C* grad_rows;    // as A [tile_rows, kTileKeys]
+  C* weights;      // as B [tile_rows, segment keys]
+  C* grad_logits;  // the same
+  C* grad_rows;    // as A [tile_rows, kTileKeys]; for float [panels of the tile, tile_rows, kPanel]
   float* grad_k;   // [panels, key_size, kPanel], transposed
   float* grad_v;   // [panels, value_size, kPanel]
   PYKERN_INLINE void carve(Pieces& pieces, const PrefixAttention& problem) {
     const Sizes<C> sizes(problem);
     const int64_t depth = sizes.key_depth > sizes.value_depth ? sizes.key_depth : sizes.value_depth;
     staged = pieces.take<C>(kUnitKeys * depth);
-    logits = pieces.take<float>(sizes.tile_rows * kTileKeys);
-    grad = pieces.take<float>(sizes.tile_rows * kTileKeys);
+    logits = pieces.take<float>(sizes.tile_rows * kSegmentKeys);
+    grad_rows = pieces.take<C>(sizes.tile_rows * kTileKeys);
     if constexpr (sizeof(C) == sizeof(float)) {
       weights = logits;
-      grad_logits = grad_rows = grad;
+      grad = grad_logits = nullptr;
     } else {
-      weights = pieces.take<C>(sizes.tile_rows * kTileKeys);
-      grad_logits = pieces.take<C>(sizes.tile_rows * kTileKeys);
-      grad_rows = pieces.take<C>(sizes.tile_rows * kTileKeys);
+      grad = pieces.take<float>(sizes.tile_rows * kSegmentKeys);
+      weights = pieces.take<C>(sizes.tile_rows * kSegmentKeys);
+      grad_logits = pieces.take<C>(sizes.tile_rows * kSegmentKeys);
     }
     grad_k = pieces.take<float>(problem.key_size * kTileKeys);
     grad_v = pieces.take<float>(problem.value_size * kTileKeys);
@@ -94,11 +96,13 @@ struct Workspace {
 struct KeyTile {
   int64_t first_key, first_tile, stop_tile;  // the query tiles that may see it
 
-  PYKERN_INLINE KeyTile(const PrefixAttention& problem, int64_t index) : first_key(index * kTileKeys) {
+  PYKERN_INLINE KeyTile(const PrefixAttention& problem, int64_t index) {
+    const int64_t begin = index * problem.key_tile_units;
     int64_t stop = 0;
-    for (int64_t unit = index * kTileUnits; unit < (index + 1) * kTileUnits && unit < problem.units; ++unit) {
+    for (int64_t unit = begin; unit < begin + problem.key_tile_units && unit < problem.units; ++unit) {
       if (problem.unit_max_end[unit] > stop) stop = problem.unit_max_end[unit];
     }
+    first_key = begin * kUnitKeys;
     first_tile = first_key / problem.tile_tokens;
     stop_tile = stop > first_key ? ceil_div(stop, problem.tile_tokens) : first_tile;
   }
@@ -106,7 +110,7 @@ struct KeyTile {
 
 // The first key tile from `index` on that passes the query tile.
 PYKERN_INLINE int32_t next_turn(const PrefixAttention& problem, int64_t index, int64_t tile) {
-  const int64_t key_tiles = ceil_div(problem.units, kTileUnits);
+  const int64_t key_tiles = ceil_div(problem.units, problem.key_tile_units);
   for (; index < key_tiles; ++index) {
     const KeyTile keys(problem, index);
     if (keys.first_tile <= tile && tile < keys.stop_tile) break;
@@ -148,7 +152,9 @@ class BackwardKeyTile {
         index_(index),
         head_(head),
         keys_(problem, index),
-        units_(problem.units - index * kTileUnits < kTileUnits ? problem.units - index * kTileUnits : kTileUnits) {}
+        first_unit_(index * problem.key_tile_units),
+        units_(problem.units - first_unit_ < problem.key_tile_units ? problem.units - first_unit_
+                                                                    : problem.key_tile_units) {}
 
   void run() {
     std::memset(work_.grad_k, 0, problem_.key_size * kTileKeys * sizeof(float));
@@ -159,23 +165,24 @@ class BackwardKeyTile {
   }
 
  private:
-  // Units of the tile that the same rows see, so that their products are taken together.
+  // Neighbouring units of the key tile that the same rows see, so that their products are taken together.
   struct Segment {
     int64_t unit, count;  // within the key tile
     Range rows;
-    bool masked, selected;
+    bool masked;
+    bool selected;  // the mask hides NaN or infinity: products must leave out what it hides
   };
 
   void visit(const Tile& tile) {
-    Segment segments[kTileUnits];
+    Segment segments[kMaxKeyTileUnits];
     int64_t count = 0;
     for (int64_t i = 0; i < units_; ++i) {
-      const int64_t unit = index_ * kTileUnits + i;
+      const int64_t unit = first_unit_ + i;
       Segment own{i, 1, visible_rows(problem_, tile, unit), !fully_visible(problem_, tile, unit), false};
       own.selected = own.masked && !(data_.keys_finite[unit] && data_.queries_finite[tile.index]);
       if (own.rows.empty()) continue;
       Segment* last = count > 0 ? &segments[count - 1] : nullptr;
-      if (last && last->unit + last->count == i && last->rows == own.rows && last->selected == own.selected) {
+      if (last && last->count < kSegmentUnits && joins(*last, own)) {
         last->masked |= own.masked;
         ++last->count;
       } else {
@@ -183,9 +190,33 @@ class BackwardKeyTile {
       }
     }
     for (int64_t i = 0; i < count; ++i) add_keys_and_values(tile, segments[i]);
+    // Shares in grad_q take larger pieces: each reads and writes all of the tile.
+    int64_t joined = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (joined > 0 && joins(segments[joined - 1], segments[i])) {
+        segments[joined - 1].count += segments[i].count;
+      } else {
+        segments[joined++] = segments[i];
+      }
+    }
     wait_for_turn(data_.turn + tile.index, index_);
-    for (int64_t i = 0; i < count; ++i) add_queries(tile, segments[i]);
+    for (int64_t i = 0; i < joined; ++i) add_queries(tile, segments[i]);
     __atomic_store_n(data_.turn + tile.index, next_turn(problem_, index_ + 1, tile.index), __ATOMIC_RELEASE);
+  }
+
+  PYKERN_INLINE static bool joins(const Segment& last, const Segment& next) {
+    return last.unit + last.count == next.unit && last.rows == next.rows && last.selected == next.selected;
+  }
+
+  // The buffers of a segment's gradients, [panels, tile_rows, kPanel]. For float the operands of all
+  // of the key tile's products are one.
+  PYKERN_INLINE float* grad_of(const Segment& segment) const {
+    if constexpr (sizeof(C) == sizeof(float)) return work_.grad_rows + segment.unit * kUnitKeys * sizes_.tile_rows;
+    return work_.grad;
+  }
+  PYKERN_INLINE C* grad_logits_of(const Segment& segment) const {
+    if constexpr (sizeof(C) == sizeof(float)) return grad_of(segment);
+    return work_.grad_logits;
   }
 
   void add_keys_and_values(const Tile& tile, const Segment& segment) {
@@ -193,14 +224,13 @@ class BackwardKeyTile {
     const int64_t m = rows.end - rows.begin, keys = segment.count * kUnitKeys;
     const int64_t key = keys_.first_key + segment.unit * kUnitKeys;
     const int64_t row = tile.index * sizes_.tile_rows + rows.begin;
-    const int64_t panel = segment.unit * kUnitPanels, panel_size = sizes_.tile_rows * kPanel;
-    const int64_t at = panel * panel_size + rows.begin * kPanel;
+    const int64_t panel_size = sizes_.tile_rows * kPanel, at = rows.begin * kPanel;
     matmul_panels(m, keys, problem_.key_size, data_.queries + row * sizes_.key_depth, sizes_.key_depth, 1,
                   data_.keys_across + key * sizes_.key_depth, sizes_.key_depth * kPanel, work_.logits + at, kPanel,
                   panel_size, false);
     matmul_panels(m, keys, problem_.value_size, data_.grad_out + row * sizes_.value_depth, sizes_.value_depth, 1,
-                  data_.values_across + key * sizes_.value_depth, sizes_.value_depth * kPanel, work_.grad + at, kPanel,
-                  panel_size, false);
+                  data_.values_across + key * sizes_.value_depth, sizes_.value_depth * kPanel, grad_of(segment) + at,
+                  kPanel, panel_size, false);
     if (segment.masked) {
       differentiate<true>(tile, segment);
     } else {
@@ -219,10 +249,11 @@ class BackwardKeyTile {
       query_row = grad_row = sizes_.tile_rows;
       query_column = grad_column = 1;
     }
+    const int64_t first = segment.unit * kUnitKeys;
     matmul_panels(problem_.value_size, keys, m, grad_out, grad_row, grad_column, work_.weights + at, panel_size,
-                  work_.grad_v + panel * problem_.value_size * kPanel, kPanel, problem_.value_size * kPanel, true);
-    matmul_panels(problem_.key_size, keys, m, queries, query_row, query_column, work_.grad_logits + at, panel_size,
-                  work_.grad_k + panel * problem_.key_size * kPanel, kPanel, problem_.key_size * kPanel, true);
+                  work_.grad_v + first * problem_.value_size, kPanel, problem_.value_size * kPanel, true);
+    matmul_panels(problem_.key_size, keys, m, queries, query_row, query_column, grad_logits_of(segment) + at,
+                  panel_size, work_.grad_k + first * problem_.key_size, kPanel, problem_.key_size * kPanel, true);
   }
 
   // Logits and gradients of weights become weights and gradients of logits (the scale left out).
@@ -231,8 +262,9 @@ class BackwardKeyTile {
     const float scale = static_cast<float>(problem_.scale);
     const vint lanes = lane_numbers();
     const int64_t first_row = tile.index * sizes_.tile_rows, group = problem_.group();
-    for (int64_t panel = segment.unit * kUnitPanels; panel < (segment.unit + segment.count) * kUnitPanels; ++panel) {
-      const int64_t key = keys_.first_key + panel * kPanel;
+    const float* grads = grad_of(segment);
+    for (int64_t panel = 0; panel < segment.count * kUnitPanels; ++panel) {
+      const int64_t key = keys_.first_key + segment.unit * kUnitKeys + panel * kPanel;
       vint keys[kPanelVectors], ends[kPanelVectors];
       for (int v = 0; v < kPanelVectors; ++v) {
         keys[v] = lanes + static_cast<int32_t>(key + v * kLanes);
@@ -243,7 +275,7 @@ class BackwardKeyTile {
         int32_t token[2];
         float lse[2], delta[2];
         for (int i = 0; i < 2; ++i) {
-          token[i] = row + i < tile.rows ? static_cast<int32_t>(tile.first_token + (row + i) / group) : -1;
+          token[i] = Masked && row + i < tile.rows ? static_cast<int32_t>(tile.first_token + (row + i) / group) : -1;
           lse[i] = data_.lse[first_row + row + i];
           delta[i] = data_.delta[first_row + row + i];
         }
@@ -254,37 +286,37 @@ class BackwardKeyTile {
           for (int i = 0; i < 2; ++i) {
             const int64_t here = at + i * kPanel + v * kLanes;
             weight[i] = exp(load(work_.logits + here) * scale - lse[i]);
-            grad[i] = weight[i] * (load(work_.grad + here) - delta[i]);
+            grad[i] = weight[i] * (load(grads + here) - delta[i]);
             if (Masked) {
               const vint sees = (keys[v] <= token[i]) & (token[i] < ends[v]);
               weight[i] = select(sees, weight[i], zero());
               grad[i] = select(sees, grad[i], zero());
             }
           }
-          store_operands(at, panel, row, v, weight, grad);
+          store_operands(segment, panel, row, v, weight, grad);
         }
       }
     }
   }
 
-  PYKERN_INLINE void store_operands(int64_t at, int64_t panel, int64_t row, int v, const vfloat (&weight)[2],
-                                    const vfloat (&grad)[2]) {
+  PYKERN_INLINE void store_operands(const Segment& segment, int64_t panel, int64_t row, int v,
+                                    const vfloat (&weight)[2], const vfloat (&grad)[2]) {
+    const int64_t at = (panel * sizes_.tile_rows + row) * kPanel;
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(C) == 2) {
       const vhalf even = narrow_lanes(grad[0]), odd = narrow_lanes(grad[1]);
       store_pair(work_.weights + at + v * 2 * kLanes, narrow_lanes(weight[0]), narrow_lanes(weight[1]));
       store_pair(work_.grad_logits + at + v * 2 * kLanes, even, odd);
-      bf16* rows = work_.grad_rows + row * kTileKeys + panel * kPanel + v * kLanes;
+      bf16* rows = work_.grad_rows + row * kTileKeys + segment.unit * kUnitKeys + panel * kPanel + v * kLanes;
       std::memcpy(rows, &even, sizeof even);
       std::memcpy(rows + kTileKeys, &odd, sizeof odd);
       return;
     }
 #endif
-    (void)panel;
-    (void)row;
+    float* grads = grad_of(segment);
     for (int i = 0; i < 2; ++i) {
       store(work_.logits + at + i * kPanel + v * kLanes, weight[i]);
-      store(work_.grad + at + i * kPanel + v * kLanes, grad[i]);
+      store(grads + at + i * kPanel + v * kLanes, grad[i]);
     }
   }
 
@@ -295,19 +327,19 @@ class BackwardKeyTile {
     float* grad_q = data_.grad_q + (tile.index * sizes_.tile_rows + rows.begin) * sizes_.key_columns;
     const int64_t keys = segment.count * kUnitKeys, key = segment.unit * kUnitKeys;
     const C* along = data_.keys_along + (keys_.first_key + key) * kPanel;
-    if constexpr (sizeof(C) == 2) {
-      matmul_panels(rows.end - rows.begin, problem_.key_size, keys, work_.grad_rows + rows.begin * kTileKeys + key,
-                    kTileKeys, 1, along, sizes_.keys * kPanel, grad_q, sizes_.key_columns, kPanel, true);
-    } else {
+    if constexpr (sizeof(C) == sizeof(float)) {
       for (int64_t panel = 0; panel < keys / kPanel; ++panel) {
         const int64_t at = ((key / kPanel + panel) * sizes_.tile_rows + rows.begin) * kPanel;
         matmul_panels(rows.end - rows.begin, problem_.key_size, kPanel, work_.grad_rows + at, kPanel, 1,
                       along + panel * kPanel * kPanel, sizes_.keys * kPanel, grad_q, sizes_.key_columns, kPanel, true);
       }
+    } else {
+      matmul_panels(rows.end - rows.begin, problem_.key_size, keys, work_.grad_rows + rows.begin * kTileKeys + key,
+                    kTileKeys, 1, along, sizes_.keys * kPanel, grad_q, sizes_.key_columns, kPanel, true);
     }
   }
 
-  // --- the same products over visible pairs alone, for tiles that hide NaN or infinity behind the mask
+  // --- the same products over visible pairs alone ---------------------------------------------------
 
   template <class Body>
   PYKERN_INLINE void for_visible(const Tile& tile, const Segment& segment, const Body& body) {
@@ -319,11 +351,20 @@ class BackwardKeyTile {
     }
   }
 
-  // A weight, or a gradient of a logit, from its B operand.
-  PYKERN_INLINE float operand(const C* values, int64_t row, int64_t column) const {
+  // A weight, from its B operand; `column` counts within the segment.
+  PYKERN_INLINE float weight_at(int64_t row, int64_t column) const {
     constexpr int64_t depth = kDepth<C>;
-    return widen(values[(column / kPanel * sizes_.tile_rows + row / depth * depth) * kPanel + column % kPanel * depth +
-                        row % depth]);
+    const int64_t in_panel = row / depth * depth * kPanel + column % kPanel * depth + row % depth;
+    return widen(work_.weights[column / kPanel * sizes_.tile_rows * kPanel + in_panel]);
+  }
+
+  // The gradient of a logit, from the operand of the queries' product; `column` counts within the key tile.
+  PYKERN_INLINE float grad_at(int64_t row, int64_t column) const {
+    if constexpr (sizeof(C) == sizeof(float)) {
+      return work_.grad_rows[(column / kPanel * sizes_.tile_rows + row) * kPanel + column % kPanel];
+    } else {
+      return widen(work_.grad_rows[row * kTileKeys + column]);
+    }
   }
 
   void add_visible_keys_and_values(const Tile& tile, const Segment& segment) {
@@ -331,24 +372,24 @@ class BackwardKeyTile {
       const int64_t token = tile.first_token + row / problem_.group();
       const int64_t head = head_ * problem_.group() + row % problem_.group();
       const int64_t panel = column / kPanel, lane = column % kPanel;
-      add_scaled(work_.grad_v + panel * problem_.value_size * kPanel + lane, kPanel, operand(work_.weights, row, column),
-                 row_of<T>(problem_.grad_out, token, head), problem_.value_size);
-      add_scaled(work_.grad_k + panel * problem_.key_size * kPanel + lane, kPanel,
-                 operand(work_.grad_logits, row, column), row_of<T>(problem_.q, token, head), problem_.key_size);
+      add_scaled(work_.grad_v + panel * problem_.value_size * kPanel + lane, kPanel,
+                 weight_at(row, column - segment.unit * kUnitKeys), row_of<T>(problem_.grad_out, token, head),
+                 problem_.value_size);
+      add_scaled(work_.grad_k + panel * problem_.key_size * kPanel + lane, kPanel, grad_at(row, column),
+                 row_of<T>(problem_.q, token, head), problem_.key_size);
     });
   }
 
   void add_visible_queries(const Tile& tile, const Segment& segment) {
     for_visible(tile, segment, [&](int64_t row, int64_t column) {
-      add_scaled(data_.grad_q + (tile.index * sizes_.tile_rows + row) * sizes_.key_columns, 1,
-                 operand(work_.grad_logits, row, column), row_of<T>(problem_.k, keys_.first_key + column, head_),
-                 problem_.key_size);
+      add_scaled(data_.grad_q + (tile.index * sizes_.tile_rows + row) * sizes_.key_columns, 1, grad_at(row, column),
+                 row_of<T>(problem_.k, keys_.first_key + column, head_), problem_.key_size);
     });
   }
 
   // From [panels, size, kPanel] to rows of [tokens, key_heads, size].
   void write(const float* sums, float factor, T* target, int64_t size) {
-    for (int64_t column = 0; column < kTileKeys && keys_.first_key + column < problem_.tokens; ++column) {
+    for (int64_t column = 0; column < units_ * kUnitKeys && keys_.first_key + column < problem_.tokens; ++column) {
       T* to = target + ((keys_.first_key + column) * problem_.key_heads + head_) * size;
       const float* from = sums + column / kPanel * size * kPanel + column % kPanel;
       for (int64_t i = 0; i < size; ++i) narrow(from[i * kPanel] * factor, to + i);
@@ -361,7 +402,7 @@ class BackwardKeyTile {
   const Sizes<C> sizes_;
   const int64_t index_, head_;
   const KeyTile keys_;
-  const int64_t units_;
+  const int64_t first_unit_, units_;
 };
 
 template <class T>
@@ -415,7 +456,9 @@ void load_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<
     bad |= copy_row(grad, sizes.value_depth, grad_row, problem.value_size);
     vfloat sum = zero();
     int64_t column = 0;
-    for (; column + kLanes <= problem.value_size; column += kLanes) sum += load(grad_row + column) * load(out_row + column);
+    for (; column + kLanes <= problem.value_size; column += kLanes) {
+      sum += load(grad_row + column) * load(out_row + column);
+    }
     if (column < problem.value_size) {
       const int64_t rest = problem.value_size - column;
       sum += load_partial(grad_row + column, rest) * load_partial(out_row + column, rest);
@@ -476,7 +519,7 @@ bool run_backward(const PrefixAttentionBackward& problem) {
     return workspace;
   };
 
-  const int64_t key_tiles = ceil_div(problem.units, kTileUnits);
+  const int64_t key_tiles = ceil_div(problem.units, problem.key_tile_units);
   for (int64_t first_head = 0; first_head < problem.key_heads; first_head += heads) {
     const int64_t count = problem.key_heads - first_head < heads ? problem.key_heads - first_head : heads;
     parallel_tasks(count * (problem.units + problem.tiles), [&](int64_t task, int thread) {

@@ -36,7 +36,8 @@ HeadsView view(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.s
 class Problem {
  public:
   template <class T>
-  void describe(T& problem, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& subtree_end, double scale) {
+  void describe(T& problem, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& subtree_end,
+                double scale) {
     for (const auto& [tensor, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
       check_cpu(*tensor, name);
       check_dim(*tensor, 3, name);
@@ -49,8 +50,8 @@ class Problem {
     check_size(subtree_end, 0, q.size(0), "subtree_end");
     check_size(k, 2, q.size(2), "k");
     check_size(v, 1, k.size(1), "v");
-    STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q: expected a multiple of ", k.size(1), " heads, got ",
-                    q.size(1));
+    STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q: expected a multiple of ", k.size(1),
+                    " heads, got ", q.size(1));
     STD_TORCH_CHECK(q.size(2) <= kMaxHeadSize && v.size(2) <= kMaxHeadSize, "head size: at most ", kMaxHeadSize);
     STD_TORCH_CHECK(q.size(0) <= INT32_MAX - kUnitKeys, "q: too many tokens");
 
@@ -130,8 +131,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor subtree_
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v,
-                                            Tensor out, Tensor lse, Tensor subtree_end, double scale) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
+                                            Tensor v, Tensor out, Tensor lse, Tensor subtree_end, double scale) {
   PrefixAttentionBackward problem{};
   Problem owner;
   owner.describe(problem, q, k, v, subtree_end, scale);
@@ -164,6 +165,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
                                       output<double>(grad_k), output<double>(grad_v));
     return {grad_q, grad_k, grad_v};
   }
+  // Large key tiles read the queries less often; small ones give many threads something to do. By
+  // the shape alone, so that results don't depend on the threads.
+  problem.key_tile_units = std::clamp<int64_t>(problem.units * problem.key_heads / 16, 1, kMaxKeyTileUnits);
   problem.grad_out = view(grad_out_rows);
   problem.out = view(out_rows);
   problem.lse = input<float>(lse_rows);

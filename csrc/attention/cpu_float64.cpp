@@ -1,4 +1,5 @@
 // Prefix attention in float64: plain loops over visible pairs.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -79,7 +80,8 @@ void prefix_attention_backward_float64(const PrefixAttention& problem, const Hea
           const double* k = row(problem.k, key, key_head);
           const double weight = std::exp(problem.scale * dot(q, k, key_size) - lse[at]);
           add_scaled(grad_v + key_at * value_size, weight, g, value_size);
-          const double grad_logit = problem.scale * weight * (dot(g, row(problem.v, key, key_head), value_size) - delta);
+          const double grad_weight = dot(g, row(problem.v, key, key_head), value_size);
+          const double grad_logit = problem.scale * weight * (grad_weight - delta);
           add_scaled(gq, grad_logit, k, key_size);
           add_scaled(grad_k + key_at * key_size, grad_logit, q, key_size);
         }

@@ -237,8 +237,8 @@ class ForwardTile {
   PYKERN_INLINE void add_values(Range rows, int64_t key, int64_t keys) {
     const C* values = keys_.values + head_ * sizes_.keys * sizes_.value_columns +
                       (first_unit_ * kUnitKeys + key) * kPanel;
-    matmul_panels(rows.end - rows.begin, problem_.value_size, keys, work_.weights + rows.begin * kRunKeys + key, kRunKeys,
-                  1, values, sizes_.keys * kPanel, work_.sums + rows.begin * sizes_.value_columns,
+    matmul_panels(rows.end - rows.begin, problem_.value_size, keys, work_.weights + rows.begin * kRunKeys + key,
+                  kRunKeys, 1, values, sizes_.keys * kPanel, work_.sums + rows.begin * sizes_.value_columns,
                   sizes_.value_columns, kPanel, true);
   }
 

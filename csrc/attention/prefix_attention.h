@@ -12,6 +12,9 @@ namespace pykern {
 // all of them, or needs the mask.
 constexpr int64_t kUnitKeys = 64;
 
+// The backward's key tiles hold at most so many units.
+constexpr int64_t kMaxKeyTileUnits = 4;
+
 // [tokens, heads, size] whose last dimension is contiguous.
 struct HeadsView {
   const void* data;
@@ -38,6 +41,9 @@ struct PrefixAttention {
   // Queries are processed in tiles of this many tokens, all query heads of one key head together.
   int64_t tile_tokens;
   int64_t tiles;
+
+  // The backward's key tiles, units each.
+  int64_t key_tile_units;
 
   int64_t group() const { return query_heads / key_heads; }
 };

@@ -4,7 +4,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
   m.def(
-      "prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, float scale) -> (Tensor out, Tensor lse)");
+      "prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, float scale) -> (Tensor out, "
+      "Tensor lse)");
   m.def(
       "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, Tensor subtree_end, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");

@@ -4,7 +4,8 @@
 // tile load and the configuration read memory, so it may move or drop the stores in front of them.
 //
 // PYKERN_TILE_TWIN puts a scalar twin in their place. Only the tests define it: the code over the
-// tiles (amx.h) is then proved on machines that have none.
+// tiles (amx.h) is then proved on machines that have none. The instructions themselves were never
+// run where this was written, which is why tile_check.h tries them before the level is chosen.
 #pragma once
 
 #include <cstdint>

@@ -55,7 +55,9 @@ def pack(
     Raises ValueError for an empty prompt with a response that has tokens: no row could predict the first of them.
     """
     if len(prompts) != len(responses):
-        raise ValueError(f"responses: expected one list for each of the {len(prompts)} prompts, got {len(responses)} lists")
+        raise ValueError(
+            f"responses: expected a list for each of the {len(prompts)} prompts, got {len(responses)} lists"
+        )
     heads = [_host_vector(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
     tails = [
         [_host_vector(response, f"responses[{index}][{number}]") for number, response in enumerate(group)]

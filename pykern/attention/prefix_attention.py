@@ -89,7 +89,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, Ten
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 3:
-            raise ValueError(f"{name}: expected [tokens, heads, head size], got shape {tuple(tensor.shape)}; drop or merge the batch dimension")
+            raise ValueError(
+                f"{name}: expected [tokens, heads, head size], got shape {tuple(tensor.shape)}; "
+                "pack the batch into one row of tokens"
+            )
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
@@ -119,9 +122,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, Ten
             if tensor.dtype != torch.int32:
                 raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}; use .to(torch.int32)")
             if tensor.shape != subtree_end.shape or tensor.dim() != 1:
-                raise ValueError(f"{name}: expected one dimension, as long as subtree_end, got shape {tuple(tensor.shape)}")
+                raise ValueError(f"{name}: expected one dimension, subtree_end's, got shape {tuple(tensor.shape)}")
     else:
-        raise TypeError(f"tree: expected a PrefixTree or a tuple (subtree_end, position) of tensors, got {type(tree).__name__}")
+        raise TypeError(
+            f"tree: expected a PrefixTree or a tuple (subtree_end, position) of tensors, got {type(tree).__name__}"
+        )
     if subtree_end.shape[0] != q.shape[0]:
         raise ValueError(f"tree: expected q's {q.shape[0]} tokens, got {subtree_end.shape[0]}")
     if subtree_end.device != q.device:

@@ -78,7 +78,8 @@ class PrefixTree:
         """
         if len(prefix_lens) != len(response_lens):
             raise ValueError(
-                f"response_lens: expected one list for each of the {len(prefix_lens)} prompts, got {len(response_lens)} lists"
+                f"response_lens: expected a list for each of the {len(prefix_lens)} prompts, "
+                f"got {len(response_lens)} lists"
             )
         lengths: list[int] = []
         parents: list[int] = []
@@ -108,7 +109,9 @@ class PrefixTree:
             raise ValueError(f"lengths: expected lengths >= 0, got {sizes.min()} for node {sizes.argmin()}")
         if nodes and not ((above >= -1) & (above < nodes)).all():
             wrong = np.flatnonzero((above < -1) | (above >= nodes))[0]
-            raise ValueError(f"parents: expected -1 (a root) or a node below {nodes}, got {above[wrong]} for node {wrong}")
+            raise ValueError(
+                f"parents: expected -1 (a root) or a node below {nodes}, got {above[wrong]} for node {wrong}"
+            )
 
         order = _depth_first(above)
         # Subtree sizes, children before parents; then each node's first row, parents before children.
@@ -275,7 +278,9 @@ class PrefixTree:
 
 def _int32_vector(tensor: Tensor, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected an int32 tensor, got {type(tensor).__name__}; use torch.tensor(..., dtype=torch.int32)")
+        raise TypeError(
+            f"{name}: expected an int32 tensor, got {type(tensor).__name__}; use torch.tensor(..., dtype=torch.int32)"
+        )
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}; use .to(torch.int32)")
     if tensor.dim() != 1:

@@ -16,8 +16,8 @@ class Config:
     # Data
     data: str = ARITHMETIC
     shots: int = 4
-    largest: int = 99
-    held_out: int = 500
+    largest: int = 49
+    held_out: int = 200
     # Model
     layers: int = 2
     width: int = 128
@@ -30,7 +30,7 @@ class Config:
     warmup_learning_rate: float = 3e-3
     warmup_accuracy: float = 0.3
     # GRPO
-    steps: int = 300
+    steps: int = 200
     prompts: int = 64
     responses: int = 8
     max_response: int = 8

@@ -78,7 +78,8 @@ class Dataset:
 def arithmetic(shots: int, held_out: int, seed: int, largest: int) -> Dataset:
     """a + b for all 0 <= a, b <= largest. A held-out sum is in neither order among training or shots.
 
-    Numbers have leading zeros to one width, so that digits of one place stand at one distance: 04+66=070.
+    Numbers have leading zeros to one width, so that digits of one place stand at one distance, and a sum is written
+    as one adds by hand, ones first: 04+26=03, 48+49=79. So a small model learns it in hundreds of steps.
     """
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
     random.Random(f"split {seed}").shuffle(pairs)
@@ -89,7 +90,7 @@ def arithmetic(shots: int, held_out: int, seed: int, largest: int) -> Dataset:
 
     def example(pair: tuple[int, int]) -> Example:
         a, b = pair
-        return Example(encode(f"{a:0{width}}+{b:0{width}}="), f"{a + b:0{sum_width}}")
+        return Example(encode(f"{a:0{width}}+{b:0{width}}="), f"{a + b:0{sum_width}}"[::-1])
 
     width, sum_width = len(str(largest)), len(str(2 * largest))
     training, tests = ([example(pair) for pair in pairs] for pairs in (sorted(both_orders), tested))

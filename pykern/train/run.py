@@ -16,6 +16,9 @@ from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, save_checkpoint, wr
 from .report import draw
 from .trainer import Trainer, use_threads
 
+# Steps. Once a small model finds the rule its accuracy leaps, and GRPO is to have something left to teach.
+WARMUP_PROBE_EVERY = 10
+
 
 class Stop:
     """Whether Ctrl-C asked to end after the step in progress. A second one ends at once, with the last checkpoint."""
@@ -93,7 +96,7 @@ class Run:
                 while trainer.warming_up and not stop:
                     row = trainer.supervised_step()
                     done = trainer.warmup_steps == config.warmup_steps
-                    if trainer.warmup_steps % 25 == 0 or done:
+                    if trainer.warmup_steps % WARMUP_PROBE_EVERY == 0 or done:
                         row["accuracy"] = trainer.accuracy(trainer.warmup_probe())
                         done |= row["accuracy"] >= config.warmup_accuracy
                     bar.update()

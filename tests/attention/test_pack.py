@@ -71,7 +71,8 @@ def test_empty_batches(merge):
 
 def test_to_moves_every_tensor():
     batch = pykern.pack([[1, 2]], [[[3], [4]]]).to("meta")
-    tensors = (batch.token_ids, batch.tree.position, batch.predictor_rows, batch.targets, batch.cu_seqlens, batch.group_ids)
+    tensors = [batch.token_ids, batch.tree.position, batch.predictor_rows, batch.targets]
+    tensors += [batch.cu_seqlens, batch.group_ids]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
@@ -79,7 +80,7 @@ def test_to_moves_every_tensor():
     ("prompts", "responses", "error", "message"),
     [
         ([[1], []], [[[2]], [[3]]], ValueError, r"prompts\[1\]: expected at least one token, got none"),
-        ([[1]], [], ValueError, "responses: expected one list for each of the 1 prompts, got 0"),
+        ([[1]], [], ValueError, "responses: expected a list for each of the 1 prompts, got 0"),
         ([[0.5]], [[]], TypeError, r"prompts\[0\]: expected integers"),
         ([[1]], [[[1], [[2]]]], ValueError, r"responses\[0\]\[1\]: expected one dimension"),
     ],

@@ -9,6 +9,11 @@ from tests.attention.trees import TREES, make_inputs, random_tree, with_padding
 from tests.support import assert_accurate, assert_grads, poison, threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RESULTS = ["out", "lse", "grad_q", "grad_k", "grad_v"]
+
+
+def large_tree():
+    return pykern.PrefixTree.from_groups([450, 70], [[90, 33, 141, 1, 64], [100, 0, 128]])
 
 
 def run(function, inputs, grads):
@@ -37,7 +42,7 @@ def check(tree, heads, key_heads, size, value_size, dtype, scale=None, factor=2.
     exact = run(plain(tree, scale), [x.double() for x in (q, k, v)], [x.double() for x in grads])
     baseline = run(plain(tree, scale), (q, k, v), (grad_out, grad_lse.to(dtype)))
     assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
-    for name, got, want, other in zip(["out", "lse", "grad_q", "grad_k", "grad_v"], actual, exact, baseline, strict=True):
+    for name, got, want, other in zip(RESULTS, actual, exact, baseline, strict=True):
         if name.startswith("grad"):
             assert got.dtype == dtype
             want, other = want.nan_to_num(), other.nan_to_num()
@@ -78,6 +83,12 @@ def test_head_groups(heads, key_heads, dtype):
 def test_random_trees(seed):
     tree = random_tree(100 + seed, nodes=1 + 3 * seed, longest=90)
     check(tree, 3, 1, 16, 24, (torch.float32, torch.bfloat16)[seed % 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_with_large_key_tiles(dtype):
+    """Enough keys and heads that the backward's key tiles hold several units, on ragged boundaries."""
+    check(large_tree(), 4, 4, 16, 16, dtype)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0, 2.5])
@@ -126,10 +137,10 @@ def test_packed_equals_each_sequence_alone(seed, dtype):
 def test_rows_that_see_nothing(dtype):
     tree = with_padding(pykern.PrefixTree.from_groups([20], [[5, 6]]), 100)
     q, k, v, grad_out = make_inputs(tree, 4, 2, 16, 16, dtype)
-    clean = run(ours(tree), (q, k, v), (grad_out, torch.ones(131, 4, dtype=torch.float64 if dtype.itemsize == 8 else torch.float32)))
+    grad_lse = torch.ones(131, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    clean = run(ours(tree), (q, k, v), (grad_out, grad_lse))
     for tensor in (q, k, v, grad_out):
         poison(tensor[31:])
-    grad_lse = torch.ones_like(clean[1])
     poison(grad_lse[31:])
     out, lse, *grads = run(ours(tree), (q, k, v), (grad_out, grad_lse))
     assert (out[31:] == 0).all()
@@ -145,24 +156,32 @@ def test_rows_that_see_nothing(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_poison_stays_on_its_own_paths(which, dtype, value, cpu_level):
     """A token of one response holds NaN or infinity: nothing that doesn't share a path with it may tell."""
-    tree = pykern.PrefixTree.from_groups([70], [[20, 30, 25]])
-    inputs = dict(zip(("q", "k", "v", "grad_out"), make_inputs(tree, 2, 1, 16, 16, dtype), strict=True))
+    check_poison(pykern.PrefixTree.from_groups([70], [[20, 30, 25]]), 2, 1, 100, which, dtype, value)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_poison_stays_on_its_own_paths_in_large_key_tiles(which, dtype):
+    check_poison(large_tree(), 4, 4, 580, which, dtype, float("nan"))
+
+
+def check_poison(tree, heads, key_heads, token, which, dtype, value):
+    inputs = dict(zip(("q", "k", "v", "grad_out"), make_inputs(tree, heads, key_heads, 16, 16, dtype), strict=True))
 
     def results():
-        grads = (inputs["grad_out"], torch.zeros(145, 2))
+        grads = (inputs["grad_out"], torch.zeros(tree.num_tokens, heads))
         return run(ours(tree), (inputs["q"], inputs["k"], inputs["v"]), grads)
 
     clean = results()
-    token = 100
     inputs[which][token] = value
     dirty = results()
     visible = reference.visibility(tree.subtree_end)
     sees, seen = visible[:, token], visible[token]
-    own = torch.arange(145) == token
+    own = torch.arange(tree.num_tokens) == token
     # Rows of (out, lse, grad_q) that see the token or are it; rows of (grad_k, grad_v) that meet them.
     queries = {"q": own, "grad_out": own, "k": sees, "v": sees}[which]
     keys = seen if which in ("q", "grad_out") else (visible & sees[:, None]).any(dim=0)
-    for index, (name, got, want) in enumerate(zip(("out", "lse", "grad_q", "grad_k", "grad_v"), dirty, clean, strict=True)):
+    for index, (name, got, want) in enumerate(zip(RESULTS, dirty, clean, strict=True)):
         untouched = ~(queries if index < 3 else keys)
         torch.testing.assert_close(got[untouched], want[untouched], rtol=2e-2, atol=2e-2, msg=name)
         assert got[untouched].isfinite().all()
@@ -190,10 +209,12 @@ def test_any_thresholds_follow_the_rule():
     ends = (begins + torch.randint(0, 200, (300,), generator=generator)).clamp(max=300).to(torch.int32)
     q, k, v, grad_out = make_inputs(TREES["causal"](), 2, 1, 16, 16, torch.float32)
     q, k, v, grad_out = (x.repeat(2, 1, 1) for x in (q, k, v, grad_out))
-    zero = torch.zeros(300, 2)
-    actual = run(lambda q, k, v: pykern.prefix_attention(q, k, v, (ends, ends), return_lse=True), (q, k, v), (grad_out, zero))
+    grads = (grad_out, torch.zeros(300, 2))
+    actual = run(ours((ends, ends)), (q, k, v), grads)
     exact = run(
-        lambda q, k, v: reference.prefix_attention(q, k, v, ends), [x.double() for x in (q, k, v)], (grad_out.double(), zero.double())
+        lambda q, k, v: reference.prefix_attention(q, k, v, ends),
+        [x.double() for x in (q, k, v)],
+        [x.double() for x in grads],
     )
     for got, want in zip(actual, exact, strict=True):
         assert_accurate(got, want.nan_to_num() if want.dim() == 3 else want, units=50)

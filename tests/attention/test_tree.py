@@ -78,7 +78,8 @@ def test_tensors_alone_make_the_same_tree(name):
 @pytest.mark.parametrize("seed", range(12))
 def test_from_sequences_is_the_trie(seed):
     generator = random.Random(seed)
-    sequences = [[generator.randrange(-1, 2) for _ in range(generator.randrange(7))] for _ in range(generator.randrange(25))]
+    lengths = [generator.randrange(7) for _ in range(generator.randrange(25))]
+    sequences = [[generator.randrange(-1, 2) for _ in range(length)] for length in lengths]
     tree, tokens = PrefixTree.from_sequences(sequences)
     prefixes = {tuple(sequence[:stop]) for sequence in sequences for stop in range(1, len(sequence) + 1)}
     assert tree.num_tokens == len(prefixes) == len(tokens)
@@ -149,11 +150,11 @@ def int32(values):
         (lambda: PrefixTree(int32([[2, 2]])), ValueError, "subtree_end: expected one dimension"),
         (lambda: PrefixTree(int32([3, 2])), ValueError, "for token 0, got 3"),
         (lambda: PrefixTree(int32([2, 0])), ValueError, "for token 1, got 0"),
-        (lambda: PrefixTree(int32([2, 3, 3])), ValueError, "subtree_end: expected nested subtrees, but that of token 1"),
+        (lambda: PrefixTree(int32([2, 3, 3])), ValueError, "expected nested subtrees, but that of token 1"),
         (lambda: PrefixTree(int32([5, 3, 3, 6, 5, 6])), ValueError, "that of token 3 ends at 6, beyond 5"),
         (lambda: PrefixTree(int32([2, 2]), int32([0])), ValueError, "position: expected shape"),
-        (lambda: PrefixTree(int32([2, 2]), int32([0, 5])), ValueError, "position: expected 1 ancestors for token 1, got 5"),
-        (lambda: PrefixTree.from_groups([1, 2], [[1]]), ValueError, "response_lens: expected one list for each of the 2"),
+        (lambda: PrefixTree(int32([2, 2]), int32([0, 5])), ValueError, "expected 1 ancestors for token 1, got 5"),
+        (lambda: PrefixTree.from_groups([1, 2], [[1]]), ValueError, "response_lens: expected a list for each of the 2"),
         (lambda: PrefixTree.from_groups([-1], [[1]]), ValueError, "lengths: expected lengths >= 0, got -1"),
         (lambda: PrefixTree.from_parents([1], [0, 1]), ValueError, "parents: expected one for each of the 1 nodes"),
         (lambda: PrefixTree.from_parents([1, 1], [-1, 2]), ValueError, "parents: expected -1"),

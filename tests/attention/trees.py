@@ -43,7 +43,7 @@ TREES = {
     "chain of levels": lambda: pykern.PrefixTree.from_parents([70, 30, 40, 50, 20], [-1, 0, 1, 1, 0]),
     "padded": lambda: with_padding(pykern.PrefixTree.from_groups([70], [[20, 25]]), 90),
     "all padding": lambda: pykern.PrefixTree(torch.arange(70, dtype=torch.int32)),
-    "every token branches": lambda: pykern.PrefixTree.from_parents([1] * 120, [-1] + [node // 2 for node in range(119)]),
+    "every token branches": lambda: pykern.PrefixTree.from_parents([1] * 120, [-1] + [i // 2 for i in range(119)]),
     "random": lambda: random_tree(5, 20, 60),
 }
 

@@ -177,9 +177,13 @@ def test_a_write_in_flight_is_forwarded():
     offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, threads=1, debug_delays=0)
     model, x = make("mlp")
     plain = gradients(model, x)
-    assert_bit_equal(gradients(model, x, offload), plain)
-    offload.synchronize()
-    stats = offload.stats()
+    # Whether a write is still in flight when its tensor is needed is up to the scheduler; it is soon.
+    for _ in range(50):
+        assert_bit_equal(gradients(model, x, offload), plain)
+        offload.synchronize()
+        stats = offload.stats()
+        if stats["forwards"] > 0:
+            break
     assert stats["forwards"] > 0
     assert stats["forwarded_bytes"] >= stats["forwards"]
 

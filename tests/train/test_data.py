@@ -24,7 +24,7 @@ def test_sums_are_right_and_begin_with_the_shots():
     sums = arithmetic(3, 20, seed=0, largest=30)
     for example in sums.training + sums.held_out:
         a, b = decode(example.prompt).rstrip("=").split("+")
-        assert int(a) + int(b) == int(example.solution)
+        assert int(a) + int(b) == int(example.solution[::-1])
     assert sums.shared[0] == BEGIN
     assert decode(sums.shared).count("\n") == 3
 
