@@ -141,9 +141,9 @@ def differences(row: dict, gradient: Tensor, plain: dict, groups: Groups) -> dic
     """Loss and gradient of both sides against each other, and what each took.
 
     loss_difference is |pykern - plain| / |plain|. With normalised advantages and ratios near 1 a GRPO loss is a sum
-    of terms that nearly cancel, so the same gap is also given over the mean magnitude of the terms, mean |advantage|
-    over response tokens. gradient_difference is the norm of the difference over the norm of plain's gradient.
-    All three are 0 where both sides are exactly 0 (a batch whose groups have equal rewards throughout).
+    of terms that nearly cancel (loss_over_terms says how far), so the same gap is also given over the mean magnitude of
+    the terms, mean |advantage| over response tokens. gradient_difference is the norm of the difference over the norm of plain's gradient.
+    All are 0 where both sides are exactly 0 (a batch whose groups have equal rewards throughout).
     """
     lengths = torch.tensor([len(response) for _, response in groups.flat()])
     terms = float((groups.advantages.detach().cpu().abs() * lengths).sum() / lengths.sum())
@@ -158,6 +158,7 @@ def differences(row: dict, gradient: Tensor, plain: dict, groups: Groups) -> dic
         "loss": plain["loss"],
         "loss_difference": relative(gap, abs(plain["loss"])),
         "loss_difference_over_terms": relative(gap, terms),
+        "loss_over_terms": relative(abs(plain["loss"]), terms),
         "gradient_difference": relative(float((gradient - expected).norm()), float(expected.norm())),
         "tokens": plain["tokens"],
         "seconds": plain["seconds"],

@@ -96,7 +96,8 @@ class Run:
                 while trainer.warming_up and not stop:
                     row = trainer.supervised_step()
                     done = trainer.warmup_steps == config.warmup_steps
-                    if trainer.warmup_steps % WARMUP_PROBE_EVERY == 0 or done:
+                    probing = config.warmup_accuracy < 1  # No target, no probe: sampled answers to questions are slow.
+                    if probing and (trainer.warmup_steps % WARMUP_PROBE_EVERY == 0 or done):
                         row["accuracy"] = trainer.accuracy(trainer.warmup_probe())
                         done |= row["accuracy"] >= config.warmup_accuracy
                     bar.update()
