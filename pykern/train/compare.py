@@ -142,7 +142,8 @@ def differences(row: dict, gradient: Tensor, plain: dict, groups: Groups) -> dic
 
     loss_difference is |pykern - plain| / |plain|. With normalised advantages and ratios near 1 a GRPO loss is a sum
     of terms that nearly cancel (loss_over_terms says how far), so the same gap is also given over the mean magnitude of
-    the terms, mean |advantage| over response tokens. gradient_difference is the norm of the difference over the norm of plain's gradient.
+    the terms, mean |advantage| over response tokens. gradient_difference is the norm of the difference over the norm of
+    plain's gradient.
     All are 0 where both sides are exactly 0 (a batch whose groups have equal rewards throughout).
     """
     lengths = torch.tensor([len(response) for _, response in groups.flat()])

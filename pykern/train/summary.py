@@ -15,7 +15,8 @@ CAPTION = (
     "rows padded, scaled_dot_product_attention, full logits of the response tokens, eager low-rank step) in a process "
     "of its own. Loss difference: |pykern - plain| / |plain|. Gradient difference: norm of the difference of all "
     "gradients / norm of plain's. Where responses are of equal length the terms of the loss cancel, and its "
-    "last digits are rounding; the JSON also has each difference over the mean magnitude of the terms. Seconds: token lists to stepped weights. Memory: {method}, interpreter and PyTorch included."
+    "last digits are rounding; the JSON also has each difference over the mean magnitude of the terms. "
+    "Seconds: token lists to stepped weights. Memory: {method}, interpreter and PyTorch included."
 )
 
 
