@@ -1,8 +1,8 @@
 // The attention family's ops. Tokens are packed in depth-first order of a prefix tree: key j is
 // visible to query i iff j <= i < subtree_end[j].
-#include <torch/csrc/stable/library.h>
+#include "common/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
   m.def(
       "prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, float scale) -> (Tensor out, "
       "Tensor lse)");

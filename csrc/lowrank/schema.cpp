@@ -1,8 +1,8 @@
-#include <torch/csrc/stable/library.h>
+#include "common/library.h"
 
 namespace pykern {
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
   m.def(
       "low_rank_adam_step(Tensor(a!) param, Tensor grad, Tensor projector, Tensor(b!) exp_avg, "
       "Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor(e!)? residual_norm, Tensor lr, *, float beta1, float beta2, "

@@ -1,6 +1,6 @@
-#include <torch/csrc/stable/library.h>
+#include "common/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
   m.def(
       "offload_open(str folder, int limit, int initial, int growth, int threads, int queue_bytes, int delay_seed) "
       "-> int");

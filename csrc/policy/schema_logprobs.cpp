@@ -1,7 +1,7 @@
 // Schemas of the token log-probability ops; the Python functions of the same names document them.
-#include <torch/csrc/stable/library.h>
+#include "common/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pykern, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
   m.def(
       "token_logprobs(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, bool entropy, "
       "bool sum_p2) -> (Tensor logprobs, Tensor entropy, Tensor sum_p2, Tensor statistics)");

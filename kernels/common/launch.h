@@ -1,0 +1,49 @@
+// How kernels/F/launch.cu starts a kernel, on a GPU and on the emulator alike.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/common/device.h"
+#include "kernels/common/stream.h"
+
+namespace pykern {
+
+struct Grid {
+  dim3 blocks, threads;
+  size_t dynamic_shared = 0;
+};
+
+// Null, or why the launch failed. A grid without blocks is an error of the caller.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, const Arguments&... arguments) {
+#if defined(__CUDACC__)
+  if (grid.dynamic_shared > 48 * 1024) {
+    const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(grid.dynamic_shared));
+    if (raised != cudaSuccess) return cudaGetErrorString(raised);
+  }
+  kernel<<<grid.blocks, grid.threads, grid.dynamic_shared, stream>>>(static_cast<Parameters>(arguments)...);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+#else
+  (void)stream;
+  return emulator::launch(grid.blocks, grid.threads, grid.dynamic_shared,
+                          [&] { kernel(static_cast<Parameters>(arguments)...); });
+#endif
+}
+
+// Number of multiprocessors of the current device; on the emulator a small number, so that loops over
+// tiles take more than one turn.
+inline int multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+#else
+  return 4;
+#endif
+}
+
+}  // namespace pykern
