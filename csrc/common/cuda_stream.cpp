@@ -5,25 +5,30 @@
 
 #include "common/cuda.h"
 
-// In libtorch_cpu, which this library names as needed, from torch 2.13 on.
-extern "C" __attribute__((weak)) AOTITorchError torch_stream_native_handle(StreamHandle stream, void** native_handle);
-
 namespace pykern::cuda {
 namespace {
 
-using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
-
-// In libtorch_cuda, in every torch built for CUDA. A weak symbol would stay null there: Python loads torch
-// without RTLD_GLOBAL, and libtorch_cpu doesn't lead to libtorch_cuda. So the loaded library is asked by name.
-CurrentStream find_current_stream() {
-  const char* const name = "aoti_torch_get_current_cuda_stream";
-  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* const found = library != nullptr ? dlsym(library, name) : nullptr;
-  return reinterpret_cast<CurrentStream>(found != nullptr ? found : dlsym(RTLD_DEFAULT, name));
+// A function of a torch library that this process has loaded, or null. A weak symbol would stay null for
+// libtorch_cuda: Python loads torch without RTLD_GLOBAL, and libtorch_cpu, which this library names as
+// needed, doesn't lead there. Nor may a symbol that only newer torches have stand in the symbol table.
+template <class Function>
+Function* find(const char* library, const char* name) {
+  void* const loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  void* const found = loaded != nullptr ? dlsym(loaded, name) : nullptr;
+  return reinterpret_cast<Function*>(found != nullptr ? found : dlsym(RTLD_DEFAULT, name));
 }
 
-CurrentStream current_stream_of_torch() {
-  static const CurrentStream found = find_current_stream();
+struct StreamFunctions {
+  // In every torch built for CUDA.
+  AOTITorchError (*current)(int32_t device_index, void** stream) =
+      find<AOTITorchError(int32_t, void**)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+  // From torch 2.13 on.
+  AOTITorchError (*native_handle)(StreamHandle stream, void** native_handle) =
+      find<AOTITorchError(StreamHandle, void**)>("libtorch_cpu.so", "torch_stream_native_handle");
+};
+
+const StreamFunctions& functions() {
+  static const StreamFunctions found;
   return found;
 }
 
@@ -34,22 +39,22 @@ void check(AOTITorchError error) {
 }  // namespace
 
 const char* stream_source() {
-  if (current_stream_of_torch() != nullptr) return "libtorch_cuda";
-  return torch_stream_native_handle != nullptr ? "libtorch_cpu" : "none";
+  if (functions().current != nullptr) return "libtorch_cuda";
+  return functions().native_handle != nullptr ? "libtorch_cpu" : "none";
 }
 
 Stream current_stream(const Tensor& tensor) {
   const int32_t device = tensor.get_device_index();
   void* stream = nullptr;
-  if (const CurrentStream current = current_stream_of_torch()) {
-    check(current(device, &stream));
+  if (functions().current != nullptr) {
+    check(functions().current(device, &stream));
     return static_cast<Stream>(stream);
   }
-  STD_TORCH_CHECK(torch_stream_native_handle != nullptr,
+  STD_TORCH_CHECK(functions().native_handle != nullptr,
                   "pykern: this torch tells no CUDA stream; install a torch that is built for CUDA");
   StreamHandle handle = nullptr;
   check(aoti_torch_get_current_stream(device, &handle));
-  const AOTITorchError error = torch_stream_native_handle(handle, &stream);
+  const AOTITorchError error = functions().native_handle(handle, &stream);
   aoti_torch_delete_stream(handle);
   check(error);
   return static_cast<Stream>(stream);
