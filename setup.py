@@ -35,7 +35,7 @@ ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 SUFFIX = ".abi3.so" if ABI3 else ".so"
 LIBRARY, CUDA_LIBRARY = "_C" + SUFFIX, "_C_cuda" + SUFFIX
 
-# Modules of the tests: they never go into a wheel.
+# Modules of the tests, which CMake leaves in build/emulator.
 EMULATORS = {"checked": "_emulator.so", "address": "_emulator_address.so"}
 
 
@@ -139,8 +139,7 @@ class CMakeBuild(build_ext):
         if not EMULATORS.keys() >= set(emulators):
             raise SystemExit(f"pykern: PYKERN_EMULATOR: expected a list of {', '.join(EMULATORS)}, got {emulators}")
         folder = ROOT / os.environ.get("PYKERN_BUILD_FOLDER", "build/cmake")
-        made = [folder / LIBRARY, folder / CUDA_LIBRARY]
-        made += [folder / "kernels" / "emulator" / name for name in EMULATORS.values()]
+        in_tree = self.inplace or self.editable_mode
         # Every value is always passed: CMake would otherwise go on using that of an earlier run, the
         # path of a ninja in a temporary build environment of pip among them.
         settings = {
@@ -164,21 +163,16 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         run(cmake, *fresh, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING", *definitions)
         # What an earlier build left would pass for made by this one, had this one left it out.
-        targets = set(subprocess.run([ninja, "-C", str(folder), "-t", "targets", "all"], check=True, capture_output=True,
-                                     text=True).stdout.split())  # fmt: skip
-        for path in made:
-            if f"{path.relative_to(folder)}:" not in targets:
-                path.unlink(missing_ok=True)
+        if not nvcc():
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)
+        for name, library in EMULATORS.items():
+            if in_tree and name not in emulators:
+                (ROOT / "build" / "emulator" / library).unlink(missing_ok=True)
         run(cmake, "--build", str(folder), "--parallel", jobs)
 
-        in_tree = self.inplace or self.editable_mode
         target = ROOT / "pykern" if in_tree else Path(self.build_lib) / "pykern"
-        for path in made:
-            if path.name in EMULATORS.values():
-                if in_tree:
-                    place(path, ROOT / "build" / "emulator" / path.name)
-            else:
-                place(path, target / path.name)
+        for name in (LIBRARY, CUDA_LIBRARY):
+            place(folder / name, target / name)
 
     def get_source_files(self):
         return []
