@@ -127,7 +127,7 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
-def _no_device_reason() -> str | None:
+def no_device_reason() -> str | None:
     """Why torch, built with CUDA, has no CUDA device. Asks the driver, so importing pykern doesn't call it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -148,7 +148,7 @@ def _cuda_info() -> dict[str, str]:
         "cuda kernels": "loaded",
         "cuda built with": f"{torch.ops.pykern.cuda_built_with.default()}, architectures {architectures}",
     }
-    reason = cuda_unavailable_reason or _no_device_reason()
+    reason = cuda_unavailable_reason or no_device_reason()
     if reason:
         entries["cuda kernels"] = f"loaded, but not usable: {reason}"
         return entries
