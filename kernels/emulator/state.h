@@ -64,6 +64,13 @@ struct Cell {
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
 };
 
+// So close behind a shared object, an access was probably meant for it: no other memory lies there.
+#ifdef PYKERN_EMULATOR_CHECKED
+constexpr size_t kNearBytes = 256;
+#else
+constexpr size_t kNearBytes = 0;
+#endif
+
 struct SharedObject {
   const void* site;
   char* memory;
