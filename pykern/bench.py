@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .device import choose_device
+
 
 def main(arguments: list[str]) -> int:
     repository = Path(__file__).resolve().parent.parent

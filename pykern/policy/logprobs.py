@@ -166,11 +166,7 @@ def _check_floating(function: str, name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{function}: {name}: expected a tensor of float32, bfloat16, float16 or float64, got {_described(tensor)}"
         )
-    if tensor.is_cuda and _native.cuda_unavailable_reason is not None:
-        raise NotImplementedError(
-            f"{function}: {name} is on {tensor.device}, but {_native.cuda_unavailable_reason}; "
-            "move the tensors to the CPU"
-        )
+    _native.require_kernels(tensor, name, function, f"{function}_backward")
 
 
 def _check_overwritable(function: str, logits: Tensor) -> None:
