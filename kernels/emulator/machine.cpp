@@ -48,7 +48,7 @@ void start_block(int64_t number) {
   block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                   static_cast<unsigned>(number / grid.x / grid.y)};
   void* memory = nullptr;
-  if (posix_memalign(&memory, 1024, machine.dynamic_bytes + std::max<size_t>(kNearBytes, 1))) std::abort();
+  if (posix_memalign(&memory, 1024, std::max<size_t>(machine.dynamic_bytes + kNearBytes, 1))) std::abort();
   poison(memory, machine.dynamic_bytes);
   block->shared.push_back({nullptr, static_cast<char*>(memory), machine.dynamic_bytes, nullptr});
 #ifdef PYKERN_EMULATOR_CHECKED
