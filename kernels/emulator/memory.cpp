@@ -192,6 +192,8 @@ void check_access(const void* address, size_t bytes, AccessKind kind, const void
     check_shared(*object, static_cast<size_t>(static_cast<const char*>(address) - object->memory), bytes, kind, return_address);
     return;
   }
+  const bool write = kind != AccessKind::read;
+  if (global_access_allowed(address, bytes, write)) return;
   for (const SharedObject& object : current->block->shared) {
     const auto past = static_cast<const char*>(address) - (object.memory + object.bytes);
     if (past >= 0 && past < static_cast<std::ptrdiff_t>(kNearBytes)) {
@@ -200,8 +202,7 @@ void check_access(const void* address, size_t bytes, AccessKind kind, const void
            return_address);
     }
   }
-  const bool write = kind != AccessKind::read;
-  if (!global_access_allowed(address, bytes, write)) fail(describe_global(address, bytes, write), return_address);
+  fail(describe_global(address, bytes, write), return_address);
 #endif
 }
 
