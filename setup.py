@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -84,6 +85,8 @@ class CMakeBuild(build_ext):
             f"-DPYKERN_PYTHON_INCLUDE={sysconfig.get_path('include')}",
             f"-DPYKERN_ABI3={'ON' if ABI3 else 'OFF'}",
             f"-DPYKERN_SIMD_LEVELS={os.environ.get('PYKERN_SIMD_LEVELS', '')}",
+            f"-DPYKERN_PYTHON={sys.executable}",
+            f"-DPYKERN_EMULATOR={os.environ.get('PYKERN_EMULATOR', '')}",
         )  # fmt: skip
         run(cmake, "--build", str(folder), "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)))
 

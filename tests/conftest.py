@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pykern._native import best_cpu_level, use_cpu_level
+from tests.support import DEVICES, on
 
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
@@ -28,6 +29,13 @@ def cpu_level(request):
     """Runs the test once on each instruction-set level."""
     with use_cpu_level(request.param):
         yield request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Runs the test once on each device; the value is the torch device for its tensors."""
+    with on(request.param) as place:
+        yield place
 
 
 @pytest.fixture(autouse=True)

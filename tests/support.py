@@ -1,9 +1,16 @@
 """Comparisons and checks that the tests of all families share."""
 
+import importlib.util
+import os
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+import pykern
 
 
 def assert_accurate(
@@ -62,3 +69,53 @@ def threads(count: int):
 def poison(tensor: Tensor) -> Tensor:
     """Fills a floating-point tensor with NaN: whoever reads it shows it."""
     return tensor.fill_(float("nan"))
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+EMULATOR_BUILD = os.environ.get("PYKERN_EMULATOR_BUILD", "_emulator")
+"""Which build of the emulator runs the kernels: "_emulator", or "_emulator_address" under AddressSanitizer."""
+
+_EMULATOR_FILE = Path(pykern.__file__).parent.parent / "build" / "emulator" / f"{EMULATOR_BUILD}.so"
+
+
+@cache
+def emulator() -> ModuleType:
+    """The module that runs CUDA kernels on the CPU; loading it registers their ops as pykern_emulated::*."""
+    spec = importlib.util.spec_from_file_location(EMULATOR_BUILD, _EMULATOR_FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DEVICES = ["cpu", *(["emulated"] if _EMULATOR_FILE.exists() else []), *(["cuda"] if torch.cuda.is_available() else [])]
+"""Where the tests of an op run: its CPU code; its CUDA wrapper and kernels on the emulator; a GPU."""
+
+
+@cache
+def emulated_ops() -> list[str]:
+    """Names of the ops that have a CUDA kernel, without namespace."""
+    emulator()
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pykern_emulated::"))
+    return sorted(
+        name.split("::")[1] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    )
+
+
+@contextmanager
+def on(device: str):
+    """Runs a block on one of DEVICES and yields the torch device for its tensors.
+
+    "emulated" puts the CUDA wrapper of every op in the place of its CPU code, so CPU tensors go through the wrapper
+    and the kernels.
+    """
+    if device != "emulated":
+        yield torch.device(device)
+        return
+    replacement = torch.library.Library("pykern", "IMPL")
+    for name in emulated_ops():
+        replacement.impl(name, getattr(torch.ops.pykern_emulated, name).default, "CPU", allow_override=True)
+    try:
+        yield torch.device("cpu")
+    finally:
+        replacement._destroy()

@@ -28,8 +28,8 @@ const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream strea
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 #else
   (void)stream;
-  return emulator::launch(grid.blocks, grid.threads, grid.dynamic_shared,
-                          [&] { kernel(static_cast<Parameters>(arguments)...); });
+  const auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Parameters>(arguments)...); };
+  return emulator::launch(grid.blocks, grid.threads, grid.dynamic_shared, {emulator::invoke<decltype(call)>, &call});
 #endif
 }
 

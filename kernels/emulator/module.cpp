@@ -1,0 +1,72 @@
+// The test module: settings of the emulator, and the planted bugs that it must catch.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels/emulator/machine.h"
+#include "kernels/emulator/memory.h"
+#include "tests/emulator/planted.h"
+
+namespace py = pybind11;
+using namespace pykern::emulator;
+
+namespace {
+
+Order parse_order(const std::string& name) {
+  if (name == "forward") return {Order::forward, 0};
+  if (name == "reverse") return {Order::reverse, 0};
+  if (name.rfind("random:", 0) == 0) return {Order::random, std::stoull(name.substr(7))};
+  throw py::value_error("orders: expected 'forward', 'reverse' or 'random:SEED', got '" + name + "'");
+}
+
+std::string order_text(const Order& order) {
+  return order.kind == Order::forward   ? "forward"
+         : order.kind == Order::reverse ? "reverse"
+                                        : "random:" + std::to_string(order.seed);
+}
+
+py::array_t<float> run_planted(const std::string& name, bool buggy, py::array_t<float, py::array::c_style> input,
+                               int64_t results) {
+  py::array_t<float> output(results);
+  poison(output.mutable_data(), static_cast<size_t>(output.nbytes()));
+  forget_all();
+  announce(const_cast<float*>(input.data()), input.nbytes(), Access::read);
+  announce(output.mutable_data(), output.nbytes(), Access::write);
+  const char* error = nullptr;
+  bool found = false;
+  for (const Planted* entry = planted_kernels(); entry->name; ++entry) {
+    if (name != entry->name) continue;
+    found = true;
+    error = entry->run(buggy, input.data(), input.size(), output.mutable_data());
+  }
+  forget_all();
+  if (!found) throw py::value_error("no planted kernel is named '" + name + "'");
+  if (error) throw std::runtime_error(error);
+  return output;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
+  m.def("orders", [] {
+    std::vector<std::string> names;
+    for (const Order& order : orders()) names.push_back(order_text(order));
+    return names;
+  });
+  m.def("set_orders", [](const std::vector<std::string>& names) {
+    if (names.empty()) throw py::value_error("orders: expected at least one");
+    std::vector<Order> chosen;
+    for (const std::string& name : names) chosen.push_back(parse_order(name));
+    set_orders(chosen);
+  });
+  m.def("counters", [] {
+    const Counters& now = counters();
+    return py::dict(py::arg("launches") = now.launches, py::arg("threads") = now.threads, py::arg("switches") = now.switches);
+  });
+  m.def("planted", [] {
+    std::vector<std::string> names;
+    for (const Planted* entry = planted_kernels(); entry->name; ++entry) names.push_back(entry->name);
+    return names;
+  });
+  m.def("run_planted", &run_planted, py::arg("name"), py::arg("buggy"), py::arg("input"), py::arg("results"));
+}

@@ -1,0 +1,115 @@
+// The emulated machine's parts, for its own source files.
+#pragma once
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/emulator/fiber.h"
+#include "kernels/emulator/machine.h"
+
+namespace pykern::emulator {
+
+constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32, kBarriers = 16;
+
+// What a thread knows of the others: everything that warp w did up to time seen[w] happened before. Times
+// advance when threads synchronise; accesses carry the time at which they were made.
+struct Clock {
+  uint32_t now = 1;
+  uint32_t seen[kMaxWarps] = {};
+};
+
+struct Block;
+
+struct Thread {
+  enum State { ready, waiting, done };
+  Fiber fiber;
+  Block* block = nullptr;
+  int number = 0;  // in its block
+  Index3 index{};
+  State state = done;
+  // While waiting: at what, where, and with which mask or barrier.
+  const char* what = "";
+  Site site{};
+  unsigned mask = 0;
+  int barrier = -1;
+  Clock clock;
+  int warp() const { return number / 32; }
+  int lane() const { return number % 32; }
+};
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  bool for_all = false;  // expects every thread that has not exited
+  Site site{};
+  uint32_t seen[kMaxWarps] = {};
+  std::vector<Thread*> waiting;
+};
+
+// Lanes that have come to a warp collective whose others are still to come.
+struct Meeting {
+  unsigned mask, expected, arrived;
+  const char* what;
+  Site site;
+  void* brought[32];
+  Combine combine;
+  void* context;
+  bool orders_memory;
+};
+
+// The last accesses of one byte of shared memory.
+struct Cell {
+  uint16_t writer = 0, reader = 0, other_reader = 0;  // thread number + 1; 0: none
+  bool atomic = false, filling = false;
+  uint32_t write_time = 0, read_time = 0, other_read_time = 0;
+};
+
+struct SharedObject {
+  const void* site;
+  char* memory;
+  size_t bytes;
+  std::unique_ptr<Cell[]> cells;  // in the checked build
+};
+
+struct Block {
+  Index3 index{};
+  int64_t number = 0;
+  int live = 0;
+  std::vector<Thread*> threads;
+  Barrier barriers[kBarriers];
+  std::vector<Meeting> meetings[kMaxWarps];
+  std::vector<SharedObject> shared;  // the first is the dynamic one
+  int64_t votes = 0, vote_result = 0;
+  bool vote_all = true;
+
+  ~Block();
+};
+
+struct Machine {
+  Entry kernel{};
+  Dim3 grid, block;
+  size_t dynamic_bytes = 0, static_bytes = 0;
+  Order order;
+  std::mt19937_64 random;
+  std::vector<std::unique_ptr<Block>> resident;
+  std::vector<Thread*> ready;
+  std::string error;
+  const void* error_address = nullptr;
+  int64_t events = 0;  // anything that may let a waiting thread go on
+  Counters counters;
+};
+
+extern Machine machine;
+extern Thread* current;  // null while the host runs
+
+void wake(Thread* thread);
+// After a thread has exited: those that waited for it may go on.
+void thread_exited(Thread* thread);
+void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind kind, const void* return_address);
+// The block's shared object that holds the address, or null.
+SharedObject* shared_object(Block& block, const void* address);
+// Source file and line of an instruction of this module.
+std::string source_place(const void* address);
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace pykern::emulator
