@@ -8,7 +8,8 @@ namespace pykern {
 inline void check_matrix(const Tensor& tensor, const char* name) {
   data_type(tensor, name);
   check_dim(tensor, 2, name);
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected the columns of a row side by side");
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name,
+                  ": expected the columns of a row side by side");
 }
 
 inline void check_indices(const Tensor& tensor, const char* name) {
