@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .device import choose_device
+
 
 def main(arguments: list[str]) -> int:
     repository = Path(__file__).resolve().parent.parent
@@ -17,6 +19,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("family", nargs="*", help=f"any of {', '.join(harness.FAMILIES)}; all by default")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains TEXT")
     parser.add_argument("--seconds", type=float, default=2.0, help="measuring time per provider and case")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where pykern can use it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.family) - set(harness.FAMILIES))
@@ -26,7 +29,9 @@ def main(arguments: list[str]) -> int:
     cases = [case for case in harness.load_cases(tuple(options.family) or harness.FAMILIES) if options.only in case.label]
     if not cases:
         parser.error(f"no case contains {options.only!r}")
-    record = harness.run(cases, options.seconds)
+    device = choose_device(options.device)
+    print(f"device: {device}")
+    record = harness.run(cases, options.seconds, device)
     if options.json:
         harness.write(record, options.json)
         print(f"wrote {options.json}")

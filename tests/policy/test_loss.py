@@ -337,7 +337,7 @@ def test_cuda_tensors_without_cuda_kernels_get_one_clear_line(monkeypatch):
     with FakeTensorMode():
         logprobs, advantages = torch.empty(2, 3, device="cuda"), torch.empty(2, device="cuda")
         ids = torch.empty(2, device="cuda", dtype=torch.int64)
-    with pytest.raises(NotImplementedError, match="CUDA tensors: this build .* no CUDA kernels; move"):
+    with pytest.raises(NotImplementedError, match="is on cuda:0, but this build .* no CUDA kernels; move"):
         pykern.policy_loss(logprobs, logprobs, advantages)
-    with pytest.raises(NotImplementedError, match="CUDA tensors: this build .* no CUDA kernels; move"):
+    with pytest.raises(NotImplementedError, match="is on cuda:0, but this build .* no CUDA kernels; move"):
         pykern.group_advantages(advantages, ids)

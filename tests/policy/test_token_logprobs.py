@@ -306,7 +306,8 @@ def test_op_itself_refuses_targets_past_the_vocabulary():
         torch.ops.pykern.token_logprobs.default(torch.zeros(1, 5), torch.tensor([7]), None, 1.0, False, False)
 
 
-def test_cuda_tensors_say_what_is_missing():
+def test_cuda_tensors_say_what_is_missing(monkeypatch):
+    monkeypatch.setattr(pykern._native, "cuda_unavailable_reason", "this build of pykern has no CUDA kernels")
     with FakeTensorMode():
         logits, targets = torch.empty(2, 5, device="cuda"), torch.empty(2, dtype=torch.int64, device="cuda")
         with pytest.raises(NotImplementedError, match="no CUDA kernels; move the tensors to the CPU"):

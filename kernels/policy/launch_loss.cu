@@ -1,0 +1,93 @@
+#include "kernels/common/launch.h"
+#include "kernels/policy/loss_count_sm80.cuh"
+#include "kernels/policy/loss_sm80.cuh"
+
+namespace pykern {
+namespace {
+
+int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+Grid grid_of(int64_t blocks, int threads) { return {dim3(static_cast<unsigned>(blocks)), dim3(threads)}; }
+
+template <class T>
+LossBounds<T> bounds_as(const LossBounds<double>& from) {
+  return {static_cast<T>(from.ratio_low),        static_cast<T>(from.ratio_high),
+          static_cast<T>(from.dual_clip),        static_cast<T>(from.log_ratio_limit),
+          static_cast<T>(from.sequence_log_ratio_limit), static_cast<T>(from.kl_coef),
+          static_cast<T>(from.kl_log_ratio_limit), static_cast<T>(from.kl_limit),
+          static_cast<T>(from.rollout_clip)};
+}
+
+template <class T>
+bool all_allow_packs(const LossParams& p) {
+  for (const void* pointer : {p.logprobs, p.old_logprobs, p.ref_logprobs, p.rollout_logprobs,
+                              p.per_token_advantages ? p.advantages : nullptr, static_cast<const void*>(p.coefficient)}) {
+    if (!allows_packs(static_cast<const T*>(pointer))) return false;
+  }
+  return true;
+}
+
+template <class T>
+const char* launch_loss(const LossParams& p, Stream stream) {
+  const bool of_sequences = p.aggregate == LossAggregate::sequence_sum || p.aggregate == LossAggregate::sequence_mean ||
+                            p.aggregate == LossAggregate::sequence_sum_norm;
+  const bool only_sequences = p.cu_seqlens && of_sequences && !(p.denominator > 0) && !p.mask && !p.sequence_ratio;
+  const LossArguments<T> arguments{p, bounds_as<T>(p.bounds), all_allow_packs<T>(p),
+                                   p.mask || p.sequence_ratio || only_sequences};
+  const int64_t items = p.sequences * p.grid.parts, resident = multiprocessors() * (2048 / kLossThreads);
+  const char* error = nullptr;
+  if (p.sequence_ratio) {
+    error = launch(sequence_sums_kernel<T>, grid_of(at_most(items, resident), kLossThreads), stream, arguments);
+  } else if (p.mask) {
+    error = launch(pack_mask_kernel, grid_of(at_most(items, resident), kLossThreads), stream, p);
+  } else if (only_sequences) {
+    const int64_t blocks = (p.sequences + kLossThreads - 1) / kLossThreads;
+    error = launch(count_sequences_kernel, grid_of(at_most(blocks, resident), kLossThreads), stream, p);
+  }
+  if (error) return error;
+  return launch(p.sequence_ratio ? policy_loss_kernel<T, true> : policy_loss_kernel<T, false>,
+                grid_of(p.grid.blocks, kLossThreads), stream, arguments);
+}
+
+template <class T>
+const char* launch_gradient(const LossGradientParams& p, Stream stream) {
+  constexpr int64_t kBlockTokens = 2 * Pack<T>::kSize * kGradientThreads;
+  const int64_t blocks = at_most((p.tokens + kBlockTokens - 1) / kBlockTokens, int64_t{multiprocessors()} * 8 * 4);
+  const bool packs = allows_packs(static_cast<const T*>(p.coefficient)) && allows_packs(static_cast<const T*>(p.gradient));
+  return launch(policy_loss_gradient_kernel<T>, grid_of(blocks, kGradientThreads), stream, p, packs);
+}
+
+}  // namespace
+
+LossGrid loss_grid(DataType type, int64_t tokens, int64_t sequences, bool sequence_ratio) {
+  const int per_multiprocessor = type == DataType::f64 ? kLossBlocks<double, false>
+                                 : sequence_ratio      ? kLossBlocks<float, true>
+                                                       : kLossBlocks<float, false>;
+  const int64_t resident = int64_t{multiprocessors()} * per_multiprocessor;
+  // Enough parts that every block gets much the same share, but none below four tiles where sequences are
+  // of one length. A ratio of sequences is put together from all parts of one, so there should not be many.
+  constexpr int64_t kTurns = 32, kMostSequenceParts = 512;
+  const int64_t wanted = (resident * kTurns + sequences - 1) / sequences, longest = tokens / (4 * kTileTokens);
+  int64_t parts = at_most(wanted, longest);
+  if (sequence_ratio) parts = at_most(parts, kMostSequenceParts);
+  if (parts < 1) parts = 1;
+  return {parts, at_most(sequences * parts, resident)};
+}
+
+const char* launch_policy_loss(DataType type, const LossParams& params, Stream stream) {
+  switch (type) {
+    case DataType::f32: return launch_loss<float>(params, stream);
+    case DataType::f64: return launch_loss<double>(params, stream);
+    default: return "policy_loss: log-probabilities of this dtype have no kernel";
+  }
+}
+
+const char* launch_policy_loss_gradient(DataType type, const LossGradientParams& params, Stream stream) {
+  switch (type) {
+    case DataType::f32: return launch_gradient<float>(params, stream);
+    case DataType::f64: return launch_gradient<double>(params, stream);
+    default: return "policy_loss_backward: a gradient of this dtype has no kernel";
+  }
+}
+
+}  // namespace pykern
