@@ -107,15 +107,6 @@ def best_cpu_level() -> str:
     return torch.ops.pykern.best_cpu_level.default()
 
 
-def check_device(name: str, tensor: torch.Tensor) -> None:
-    """Raises NotImplementedError for a tensor on a device that this build has no kernels for."""
-    kind = tensor.device.type
-    if kind in ("cpu", "meta") or (kind == "cuda" and cuda_unavailable_reason is None):
-        return
-    reason = f" ({cuda_unavailable_reason})" if kind == "cuda" else ""
-    raise NotImplementedError(f"{name}: no {kind} kernels{reason}; move the inputs to the CPU")
-
-
 def runs_on(architectures: str, major: int, minor: int) -> bool:
     """Whether a GPU of compute capability major.minor runs code for one of these architectures.
 

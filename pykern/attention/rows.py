@@ -100,7 +100,7 @@ def _check(source: Tensor, rows: Tensor, order: Tensor | None, offsets: Tensor |
         wanted = None if like is None else like.shape[0] + (name == "offsets")
         if wanted is not None and tensor.shape[0] != wanted:
             raise ValueError(f"{name}: expected {wanted} values, got {tensor.shape[0]}")
-    _native.check_device("source", source)
+    _native.require_kernels(source, "source", "gather_rows", "gather_rows_backward")
     if not torch.compiler.is_compiling() and rows.is_cpu and rows.numel() > 0:
         least, most = (int(value) for value in rows.aminmax())
         if least < 0 or most >= source.shape[0]:

@@ -32,7 +32,7 @@ def tile_bounds(subtree_end: Tensor, tile_size: int) -> Tensor:
         raise TypeError(f"tile_size: expected an integer, got {type(tile_size).__name__}")
     if tile_size < 1:
         raise ValueError(f"tile_size: expected at least 1, got {tile_size}")
-    _native.check_device("subtree_end", subtree_end)
+    _native.require_kernels(subtree_end, "subtree_end", "prefix_attention_tiles")
     return _bounds(subtree_end.contiguous(), tile_size)
 
 

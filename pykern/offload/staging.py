@@ -157,7 +157,7 @@ class StagingLayout:
             raise ValueError(f"staging: expected one contiguous dimension, got shape {tuple(staging.shape)}")
         if staging.shape[0] < self.nbytes:
             raise ValueError(f"staging: expected at least {self.nbytes} bytes, got {staging.shape[0]}")
-        _native.check_device("staging", staging)
+        _native.require_kernels(staging, "staging", "offload_pack", "offload_unpack")
         for index, tensor in enumerate(tensors):
             if tensor.device != staging.device:
                 raise ValueError(f"tensors[{index}]: expected staging's device {staging.device}, got {tensor.device}")
