@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -113,8 +114,10 @@ def on(device: str):
         yield torch.device(device)
         return
     replacement = torch.library.Library("pykern", "IMPL")
-    for name in emulated_ops():
-        replacement.impl(name, getattr(torch.ops.pykern_emulated, name).default, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a kernel is replaced
+        for name in emulated_ops():
+            replacement.impl(name, getattr(torch.ops.pykern_emulated, name).default, "CPU", allow_override=True)
     try:
         yield torch.device("cpu")
     finally:
