@@ -98,7 +98,7 @@ def measured() -> dict[str, dict[str, Usage]]:
         for (source, architecture), usages in zip(sources(), pool.map(lambda task: _remembered(*task), sources())):
             folder = source.parent.name
             for name, usage in usages.items():
-                entry = kernels.setdefault(f"{folder}: {name}", {})
+                entry = kernels.setdefault(f"{folder}: {name.removeprefix(folder + '::')}", {})
                 assert architecture not in entry, f"two kernels are called {name}"
                 entry[architecture] = usage
     return dict(sorted(kernels.items()))
