@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _native
 
 CODECS = ("none", "float8_e4m3", "int8")
-"""How a tensor's elements lie in a block: bit by bit; or one byte each, with a float32 scale per SCALE_BLOCK of them."""
+"""How elements lie in a block: bit by bit; or one byte each, with a float32 scale per SCALE_BLOCK of them."""
 
 ALIGNMENT = 256
 """Codes and scales of every tensor begin at multiples of this in the block; the bytes between are zero."""
@@ -161,7 +161,7 @@ class StagingLayout:
         for index, tensor in enumerate(tensors):
             if tensor.device != staging.device:
                 raise ValueError(f"tensors[{index}]: expected staging's device {staging.device}, got {tensor.device}")
-        if staging.storage_offset() % 16:
+        if not torch.compiler.is_compiling() and staging.storage_offset() % 16:
             raise ValueError("staging: expected to start at a multiple of 16 bytes; slice it at multiples of 256")
 
 

@@ -266,7 +266,7 @@ def test_sizes():
     assert encoded_bytes(0, torch.float32, "int8") == 0
     assert encoded_bytes(1, torch.float32, "none") == 256
     assert encoded_bytes(256, torch.bfloat16, "float8_e4m3") == 256 + 256
-    assert encoded_bytes(8193 * 128, torch.bfloat16, "int8") == 8193 * 128 + 129 * 256
+    assert encoded_bytes(8193 * 128, torch.bfloat16, "int8") == 4097 * 256 + 129 * 256
     layout = StagingLayout.of([torch.zeros(65), torch.zeros(64), torch.zeros(0), torch.zeros(1)])
     assert layout.offsets == (0, 512, 768, 768) and layout.nbytes == 1024
     empty = StagingLayout.of([])
