@@ -137,7 +137,8 @@ def make_phase(rank: int, length: int) -> dict[str, Callable]:
     }
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
+    large = device == "cuda"
     listed = []
     for rows, columns, rank, dtype in (
         (4096, 4096, 128, torch.bfloat16),
@@ -162,15 +163,15 @@ def cases() -> list[Case]:
                     dtype=name,
                 )
             )
-    listed.append(
-        Case("lowrank", "adamw_step", "16M bfloat16", partial(make_adamw, 1 << 24), bytes=22.0 * (1 << 24))
-    )
-    for rank, length in ((128, 11008), (1024, 4096)):
+    for millions in (16, 256) if large else (16,):
+        size = millions << 20
+        step = partial(make_adamw, size)
+        listed.append(Case("lowrank", "adamw_step", f"{millions}M bfloat16", step, bytes=22.0 * size))
+    for rank, length in ((128, 11008), (1024, 4096), *([(1024, 65536)] if large else [])):
         # Read the gradient, write the direction, read and write the codes and scales of both moments.
         moved = (2 * 2 + 4 * 1 + 16 / 256) * rank * length
-        listed.append(
-            Case("lowrank", "adam_phase", f"r{rank} x {length} bfloat16", partial(make_phase, rank, length), bytes=moved)
-        )
+        shape = f"r{rank} x {length} bfloat16"
+        listed.append(Case("lowrank", "adam_phase", shape, partial(make_phase, rank, length), bytes=moved))
     for rows, columns, rank in ((512, 1376, 128), (1024, 1024, 128)):
         listed.append(
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
