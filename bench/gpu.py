@@ -101,7 +101,7 @@ def has_module(name: str) -> bool:
 
 
 def test_step(out: Path, folder: Path) -> Step:
-    folders = [f"tests/{family}" for family in FAMILIES]
+    folders = [*(f"tests/{family}" for family in FAMILIES), "tests/cuda"]
     workers = ["-n", "4"] if has_module("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *workers, f"--junitxml={out / 'tests.xml'}", *folders]
     return Step("tests on cuda", command, 210, folder)
