@@ -9,6 +9,17 @@ int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : l
 
 Grid grid_of(int64_t blocks, int threads) { return {dim3(static_cast<unsigned>(blocks)), dim3(threads)}; }
 
+bool is_plain(const LossParams& p) {
+  return !p.per_token_advantages && !p.weight_clip && p.kl == KlDivergence::none && !p.rollout_logprobs;
+}
+
+template <class T>
+int blocks_per_multiprocessor(const LossParams& p) {
+  constexpr int kBlocks[2][2] = {{kLossBlocks<T, false, false>, kLossBlocks<T, false, true>},
+                                 {kLossBlocks<T, true, false>, kLossBlocks<T, true, true>}};
+  return kBlocks[p.sequence_ratio][is_plain(p)];
+}
+
 template <class T>
 LossBounds<T> bounds_as(const LossBounds<double>& from) {
   return {static_cast<T>(from.ratio_low),        static_cast<T>(from.ratio_high),
@@ -20,8 +31,9 @@ LossBounds<T> bounds_as(const LossBounds<double>& from) {
 
 template <class T>
 bool all_allow_packs(const LossParams& p) {
-  for (const void* pointer : {p.logprobs, p.old_logprobs, p.ref_logprobs, p.rollout_logprobs,
-                              p.per_token_advantages ? p.advantages : nullptr, static_cast<const void*>(p.coefficient)}) {
+  const void* of_tokens[] = {p.logprobs,         p.old_logprobs, p.per_token_advantages ? p.advantages : nullptr,
+                             p.ref_logprobs, p.rollout_logprobs, p.coefficient};
+  for (const void* pointer : of_tokens) {
     if (!allows_packs(static_cast<const T*>(pointer))) return false;
   }
   return true;
@@ -45,33 +57,34 @@ const char* launch_loss(const LossParams& p, Stream stream) {
     error = launch(count_sequences_kernel, grid_of(at_most(blocks, resident), kLossThreads), stream, p);
   }
   if (error) return error;
-  return launch(p.sequence_ratio ? policy_loss_kernel<T, true> : policy_loss_kernel<T, false>,
-                grid_of(p.grid.blocks, kLossThreads), stream, arguments);
+  using Kernel = void (*)(LossArguments<T>);
+  constexpr Kernel kKernels[2][2] = {{policy_loss_kernel<T, false, false>, policy_loss_kernel<T, false, true>},
+                                     {policy_loss_kernel<T, true, false>, policy_loss_kernel<T, true, true>}};
+  return launch(kKernels[p.sequence_ratio][is_plain(p)], grid_of(p.grid.blocks, kLossThreads), stream, arguments);
 }
 
 template <class T>
 const char* launch_gradient(const LossGradientParams& p, Stream stream) {
   constexpr int64_t kBlockTokens = 2 * Pack<T>::kSize * kGradientThreads;
   const int64_t blocks = at_most((p.tokens + kBlockTokens - 1) / kBlockTokens, int64_t{multiprocessors()} * 8 * 4);
-  const bool packs = allows_packs(static_cast<const T*>(p.coefficient)) && allows_packs(static_cast<const T*>(p.gradient));
+  const bool packs =
+      allows_packs(static_cast<const T*>(p.coefficient)) && allows_packs(static_cast<const T*>(p.gradient));
   return launch(policy_loss_gradient_kernel<T>, grid_of(blocks, kGradientThreads), stream, p, packs);
 }
 
 }  // namespace
 
-LossGrid loss_grid(DataType type, int64_t tokens, int64_t sequences, bool sequence_ratio) {
-  const int per_multiprocessor = type == DataType::f64 ? kLossBlocks<double, false>
-                                 : sequence_ratio      ? kLossBlocks<float, true>
-                                                       : kLossBlocks<float, false>;
-  const int64_t resident = int64_t{multiprocessors()} * per_multiprocessor;
+LossGrid loss_grid(DataType type, const LossParams& p) {
+  const int64_t resident = int64_t{multiprocessors()} * (type == DataType::f64 ? blocks_per_multiprocessor<double>(p)
+                                                                               : blocks_per_multiprocessor<float>(p));
   // Enough parts that every block gets much the same share, but none below four tiles where sequences are
   // of one length. A ratio of sequences is put together from all parts of one, so there should not be many.
   constexpr int64_t kTurns = 32, kMostSequenceParts = 512;
-  const int64_t wanted = (resident * kTurns + sequences - 1) / sequences, longest = tokens / (4 * kTileTokens);
+  const int64_t wanted = (resident * kTurns + p.sequences - 1) / p.sequences, longest = p.tokens / (4 * kTileTokens);
   int64_t parts = at_most(wanted, longest);
-  if (sequence_ratio) parts = at_most(parts, kMostSequenceParts);
+  if (p.sequence_ratio) parts = at_most(parts, kMostSequenceParts);
   if (parts < 1) parts = 1;
-  return {parts, at_most(sequences * parts, resident)};
+  return {parts, at_most(p.sequences * parts, resident)};
 }
 
 const char* launch_policy_loss(DataType type, const LossParams& params, Stream stream) {
