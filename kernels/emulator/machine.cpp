@@ -48,7 +48,7 @@ void start_block(int64_t number) {
   block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                   static_cast<unsigned>(number / grid.x / grid.y)};
   void* memory = nullptr;
-  if (posix_memalign(&memory, 1024, machine.dynamic_bytes ? machine.dynamic_bytes : 1)) std::abort();
+  if (posix_memalign(&memory, 1024, std::max<size_t>(machine.dynamic_bytes + kNearBytes, 1))) std::abort();
   poison(memory, machine.dynamic_bytes);
   block->shared.push_back({nullptr, static_cast<char*>(memory), machine.dynamic_bytes, nullptr});
 #ifdef PYKERN_EMULATOR_CHECKED
@@ -292,7 +292,7 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
     fail(text("%zu bytes of shared memory exceed the limit %zu", total + machine.dynamic_bytes, kMaxShared));
   }
   void* memory = nullptr;
-  if (posix_memalign(&memory, std::max<size_t>(alignment, sizeof(void*)), bytes)) std::abort();
+  if (posix_memalign(&memory, std::max<size_t>(alignment, sizeof(void*)), bytes + kNearBytes)) std::abort();
   poison(memory, bytes);
   block.shared.push_back({site, static_cast<char*>(memory), bytes, nullptr});
 #ifdef PYKERN_EMULATOR_CHECKED

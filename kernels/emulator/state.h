@@ -64,6 +64,14 @@ struct Cell {
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
 };
 
+// So close behind a shared object, an access was probably meant for it. Nothing else is allocated there; where
+// AddressSanitizer watches, it keeps a zone of its own.
+#ifdef PYKERN_EMULATOR_CHECKED
+constexpr size_t kNearBytes = 256;
+#else
+constexpr size_t kNearBytes = 0;
+#endif
+
 struct SharedObject {
   const void* site;
   char* memory;
