@@ -9,15 +9,23 @@ int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : l
 
 Grid grid_of(int64_t blocks, int threads) { return {dim3(static_cast<unsigned>(blocks)), dim3(threads)}; }
 
-bool is_plain(const LossParams& p) {
-  return !p.per_token_advantages && !p.weight_clip && p.kl == KlDivergence::none && !p.rollout_logprobs;
+// Of a kernel for each of LossExtras, with a ratio of tokens or of sequences.
+template <class Entry>
+Entry choose(const Entry (&table)[2][3], const LossParams& p) {
+  const bool any = p.per_token_advantages || p.weight_clip || p.rollout_logprobs;
+  const LossExtras extras = any                          ? LossExtras::any
+                            : p.kl == KlDivergence::none ? LossExtras::none
+                                                         : LossExtras::divergence;
+  return table[p.sequence_ratio][static_cast<int>(extras)];
 }
 
 template <class T>
 int blocks_per_multiprocessor(const LossParams& p) {
-  constexpr int kBlocks[2][2] = {{kLossBlocks<T, false, false>, kLossBlocks<T, false, true>},
-                                 {kLossBlocks<T, true, false>, kLossBlocks<T, true, true>}};
-  return kBlocks[p.sequence_ratio][is_plain(p)];
+  using E = LossExtras;
+  constexpr int kBlocks[2][3] = {
+      {kLossBlocks<T, false, E::none>, kLossBlocks<T, false, E::divergence>, kLossBlocks<T, false, E::any>},
+      {kLossBlocks<T, true, E::none>, kLossBlocks<T, true, E::divergence>, kLossBlocks<T, true, E::any>}};
+  return choose(kBlocks, p);
 }
 
 template <class T>
@@ -45,7 +53,8 @@ const char* launch_loss(const LossParams& p, Stream stream) {
                             p.aggregate == LossAggregate::sequence_sum_norm;
   const bool only_sequences = p.cu_seqlens && of_sequences && !(p.denominator > 0) && !p.mask && !p.sequence_ratio;
   const LossArguments<T> arguments{p, bounds_as<T>(p.bounds), all_allow_packs<T>(p),
-                                   p.mask || p.sequence_ratio || only_sequences};
+                                   p.mask || p.sequence_ratio || only_sequences,
+                                   p.bounds.kl_log_ratio_limit < HUGE_VAL || p.bounds.kl_limit < HUGE_VAL};
   const int64_t items = p.sequences * p.grid.parts, resident = multiprocessors() * (2048 / kLossThreads);
   const char* error = nullptr;
   if (p.sequence_ratio) {
@@ -58,9 +67,12 @@ const char* launch_loss(const LossParams& p, Stream stream) {
   }
   if (error) return error;
   using Kernel = void (*)(LossArguments<T>);
-  constexpr Kernel kKernels[2][2] = {{policy_loss_kernel<T, false, false>, policy_loss_kernel<T, false, true>},
-                                     {policy_loss_kernel<T, true, false>, policy_loss_kernel<T, true, true>}};
-  return launch(kKernels[p.sequence_ratio][is_plain(p)], grid_of(p.grid.blocks, kLossThreads), stream, arguments);
+  using E = LossExtras;
+  constexpr Kernel kKernels[2][3] = {{policy_loss_kernel<T, false, E::none>, policy_loss_kernel<T, false, E::divergence>,
+                                      policy_loss_kernel<T, false, E::any>},
+                                     {policy_loss_kernel<T, true, E::none>, policy_loss_kernel<T, true, E::divergence>,
+                                      policy_loss_kernel<T, true, E::any>}};
+  return launch(choose(kKernels, p), grid_of(p.grid.blocks, kLossThreads), stream, arguments);
 }
 
 template <class T>

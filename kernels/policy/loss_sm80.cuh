@@ -12,49 +12,66 @@ struct LossShared {
   bool last;
 };
 
-// exp(-d) + d - 1 and its derivative 1 - exp(-d). Near zero both cancel, so a series takes over.
-__device__ __forceinline__ void k3_divergence(float d, float* value, float* derivative) {
-  const float e = exponential(-d);
-  float p = -1.0f / 362880;
-  p = p * d + 1.0f / 40320;
-  p = p * d - 1.0f / 5040;
-  p = p * d + 1.0f / 720;
-  p = p * d - 1.0f / 120;
-  p = p * d + 1.0f / 24;
-  p = p * d - 1.0f / 6;
-  p = p * d + 0.5f;
-  const float series = p * d * d;
-  const bool near = d < 0.5f && d > -0.5f;
-  *value = near ? series : e + (d - 1.0f);
-  *derivative = near ? d - series : 1.0f - e;
+// exp(-d) + d - 1 and its derivative 1 - exp(-d). Near zero both cancel, so a series takes over; most
+// policies stay so near to their reference that nothing else is needed.
+__device__ __forceinline__ void k3_divergence(const FourTokens<float>& d, FourTokens<float>& value,
+                                              FourTokens<float>& derivative) {
+  bool all_near = true;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    float p = -1.0f / 362880;
+    p = p * d[i] + 1.0f / 40320;
+    p = p * d[i] - 1.0f / 5040;
+    p = p * d[i] + 1.0f / 720;
+    p = p * d[i] - 1.0f / 120;
+    p = p * d[i] + 1.0f / 24;
+    p = p * d[i] - 1.0f / 6;
+    p = p * d[i] + 0.5f;
+    value[i] = p * d[i] * d[i];
+    derivative[i] = d[i] - value[i];
+    all_near = all_near && fabsf(d[i]) < 0.5f;
+  }
+  if (all_near) return;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const float e = exponential(-d[i]);
+    const bool near = fabsf(d[i]) < 0.5f;
+    value[i] = near ? value[i] : e + (d[i] - 1.0f);
+    derivative[i] = near ? derivative[i] : 1.0f - e;
+  }
 }
-__device__ __forceinline__ void k3_divergence(double d, double* value, double* derivative) {
-  const double less_one = expm1(-d);
-  *value = less_one + d;
-  *derivative = -less_one;
-}
-
-template <class T>
-__device__ __forceinline__ void divergence(KlDivergence kind, const LossBounds<T>& bounds, T raw, T* value,
-                                           T* derivative) {
-  if (kind == KlDivergence::k1) {
-    *value = raw;
-    *derivative = 1;
-  } else if (kind == KlDivergence::k2) {
-    *value = raw * raw * T(0.5);
-    *derivative = raw;
-  } else {
-    const T limit = bounds.kl_log_ratio_limit;
-    k3_divergence(clamp(raw, -limit, limit), value, derivative);
-    const bool held = raw < -limit || raw > limit || *value > bounds.kl_limit;
-    *derivative = held ? T(0) : *derivative;
-    *value = *value > bounds.kl_limit ? bounds.kl_limit : *value;
+__device__ __forceinline__ void k3_divergence(const FourTokens<double>& d, FourTokens<double>& value,
+                                              FourTokens<double>& derivative) {
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const double less_one = expm1(-d[i]);
+    value[i] = less_one + d[i];
+    derivative[i] = -less_one;
   }
 }
 
-// `plain`: advantages of sequences, rule "ppo", and neither KL estimate nor rollout weights. What it has not to
-// ask about saves the instructions and registers that the others can spend, who read more for each token.
-template <class T, bool sequence_ratio, bool plain>
+// Only k3 has limits: of its input, and of its value.
+template <class T>
+__device__ __forceinline__ void limited_k3(const LossBounds<T>& bounds, FourTokens<T> raw, FourTokens<T>& value,
+                                           FourTokens<T>& derivative) {
+  const T limit = bounds.kl_log_ratio_limit, largest = bounds.kl_limit;
+  FourTokens<T> held;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) held[i] = clamp(raw[i], -limit, limit);
+  k3_divergence(held, value, derivative);
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const bool beyond = raw[i] < -limit || raw[i] > limit || value[i] > largest;
+    derivative[i] = beyond ? T(0) : derivative[i];
+    value[i] = value[i] > largest ? largest : value[i];
+  }
+}
+
+// What a call has beside clipped ratios and advantages of sequences: nothing; a KL estimate; anything. What a
+// kernel need not ask about saves instructions and registers.
+enum class LossExtras { none, divergence, any };
+
+template <class T, bool sequence_ratio, LossExtras extras>
 class PolicyLoss {
   // A thread's tokens fit 32 bits; those of a sequence are counted at once.
   template <bool wide, class Unused = void>
@@ -89,10 +106,13 @@ class PolicyLoss {
   }
 
  private:
-  __device__ __forceinline__ bool has_divergence() const { return !plain && p_.kl != KlDivergence::none; }
-  __device__ __forceinline__ bool clips_weight() const { return !plain && p_.weight_clip; }
-  __device__ __forceinline__ bool has_token_advantages() const { return !plain && p_.per_token_advantages; }
-  __device__ __forceinline__ bool has_rollout() const { return !plain && p_.rollout_logprobs; }
+  static constexpr bool kAny = extras == LossExtras::any;
+  __device__ __forceinline__ bool has_divergence() const {
+    return extras == LossExtras::divergence || (kAny && p_.kl != KlDivergence::none);
+  }
+  __device__ __forceinline__ bool clips_weight() const { return kAny && p_.weight_clip; }
+  __device__ __forceinline__ bool has_token_advantages() const { return kAny && p_.per_token_advantages; }
+  __device__ __forceinline__ bool has_rollout() const { return kAny && p_.rollout_logprobs; }
   __device__ __forceinline__ bool reads_tokens() const { return has_divergence() || clips_weight(); }
 
   __device__ __forceinline__ static double over(double denominator, double counted) {
@@ -203,7 +223,9 @@ class PolicyLoss {
     for (; pack < packs.end(); pack += kLossThreads) {
       const TokenBits later_valid = packs.unmasked(pack + 2 * kLossThreads);
       const Inputs next = read(packs, pack + kLossThreads, next_valid);
-      FourTokens<T> gradient;
+      FourTokens<T> gradient, reference;
+      // Long before it is needed.
+      if (has_divergence()) reference = packs.template read<T>(p_.ref_logprobs, pack, valid);
 #pragma unroll
       for (int i = 0; i < kThreadTokens; ++i) gradient[i] = share_;
       if (valid & kFourTokens) {
@@ -213,7 +235,7 @@ class PolicyLoss {
         } else {
           add_policy<false>(packs, pack, valid, inputs, gradient, hits);
         }
-        if (has_divergence()) add_divergence(packs, pack, valid, inputs, gradient);
+        if (has_divergence()) add_divergence(valid, inputs, reference, gradient);
       }
       if (p_.coefficient) {
 #pragma unroll
@@ -303,17 +325,32 @@ class PolicyLoss {
     return weights;
   }
 
-  __device__ __forceinline__ void add_divergence(const PartPacks& packs, uint32_t pack, TokenBits valid,
-                                                 const Inputs& inputs, FourTokens<T>& gradient) {
-    const FourTokens<T> reference = packs.template read<T>(p_.ref_logprobs, pack, valid);
+  __device__ __forceinline__ void add_divergence(TokenBits valid, const Inputs& inputs, const FourTokens<T>& reference,
+                                                 FourTokens<T>& gradient) {
     const T factor = token_weight_ * bounds_.kl_coef;
+    FourTokens<T> raw, value, derivative;
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      raw[i] = is_wanted(valid, i) ? inputs.logprob[i] - reference[i] : T(0);
+      value[i] = raw[i];
+      derivative[i] = 1;
+    }
+    if (p_.kl == KlDivergence::k2) {
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) {
+        value[i] = raw[i] * raw[i] * T(0.5);
+        derivative[i] = raw[i];
+      }
+    } else if (p_.kl == KlDivergence::k3 && !arguments_.limited_divergence) {
+      k3_divergence(raw, value, derivative);
+    } else if (p_.kl == KlDivergence::k3) {
+      limited_k3(bounds_, raw, value, derivative);
+    }
     T values = 0;
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
-      T value, derivative;
-      divergence(p_.kl, bounds_, is_wanted(valid, i) ? inputs.logprob[i] - reference[i] : T(0), &value, &derivative);
-      values += value;
-      gradient[i] += factor * derivative;
+      values += value[i];
+      gradient[i] += factor * derivative[i];
     }
     kl_ += static_cast<double>(values);
     weighted_kl_ += weight_ * static_cast<double>(values);
@@ -385,14 +422,17 @@ class PolicyLoss {
 };
 
 // Blocks per multiprocessor: enough loads in flight within the registers there are.
-template <class T, bool sequence_ratio, bool plain>
-constexpr int kLossBlocks = sizeof(T) == 8 ? 2 : plain ? (sequence_ratio ? 6 : 8) : sequence_ratio ? 5 : 4;
+template <class T, bool sequence_ratio, LossExtras extras>
+constexpr int kLossBlocks = sizeof(T) == 8               ? 2
+                            : extras == LossExtras::any ? 4
+                            : sequence_ratio || extras == LossExtras::divergence ? 6
+                                                                                 : 8;
 
-template <class T, bool sequence_ratio, bool plain>
-__global__ void __launch_bounds__(kLossThreads, kLossBlocks<T, sequence_ratio, plain>)
+template <class T, bool sequence_ratio, LossExtras extras>
+__global__ void __launch_bounds__(kLossThreads, kLossBlocks<T, sequence_ratio, extras>)
     policy_loss_kernel(LossArguments<T> arguments) {
   PYKERN_SHARED(LossShared, shared);
-  PolicyLoss<T, sequence_ratio, plain>(arguments, shared).run();
+  PolicyLoss<T, sequence_ratio, extras>(arguments, shared).run();
 }
 
 constexpr int kGradientThreads = 256;

@@ -21,6 +21,7 @@ struct LossArguments {
   LossBounds<T> bounds;
   bool packs;    // all pointers to tokens allow sixteen-byte accesses
   bool counted;  // the counters hold what they are meant to
+  bool limited_divergence;
 };
 
 // --- parts of sequences -------------------------------------------------------------------------------------
