@@ -6,6 +6,7 @@ namespace pykern {
 namespace {
 
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+int64_t ceil_divide(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 Grid grid_of(int64_t blocks, int threads) { return {dim3(static_cast<unsigned>(blocks)), dim3(threads)}; }
 
@@ -62,23 +63,24 @@ const char* launch_loss(const LossParams& p, Stream stream) {
   } else if (p.mask) {
     error = launch(pack_mask_kernel, grid_of(at_most(items, resident), kLossThreads), stream, p);
   } else if (only_sequences) {
-    const int64_t blocks = (p.sequences + kLossThreads - 1) / kLossThreads;
+    const int64_t blocks = ceil_divide(p.sequences, kLossThreads);
     error = launch(count_sequences_kernel, grid_of(at_most(blocks, resident), kLossThreads), stream, p);
   }
   if (error) return error;
   using Kernel = void (*)(LossArguments<T>);
   using E = LossExtras;
-  constexpr Kernel kKernels[2][3] = {{policy_loss_kernel<T, false, E::none>, policy_loss_kernel<T, false, E::divergence>,
-                                      policy_loss_kernel<T, false, E::any>},
-                                     {policy_loss_kernel<T, true, E::none>, policy_loss_kernel<T, true, E::divergence>,
-                                      policy_loss_kernel<T, true, E::any>}};
+  constexpr Kernel kKernels[2][3] = {
+      {policy_loss_kernel<T, false, E::none>, policy_loss_kernel<T, false, E::divergence>,
+       policy_loss_kernel<T, false, E::any>},
+      {policy_loss_kernel<T, true, E::none>, policy_loss_kernel<T, true, E::divergence>,
+       policy_loss_kernel<T, true, E::any>}};
   return launch(choose(kKernels, p), grid_of(p.grid.blocks, kLossThreads), stream, arguments);
 }
 
 template <class T>
 const char* launch_gradient(const LossGradientParams& p, Stream stream) {
   constexpr int64_t kBlockTokens = 2 * Pack<T>::kSize * kGradientThreads;
-  const int64_t blocks = at_most((p.tokens + kBlockTokens - 1) / kBlockTokens, int64_t{multiprocessors()} * 8 * 4);
+  const int64_t blocks = at_most(ceil_divide(p.tokens, kBlockTokens), int64_t{multiprocessors()} * 8 * 4);
   const bool packs =
       allows_packs(static_cast<const T*>(p.coefficient)) && allows_packs(static_cast<const T*>(p.gradient));
   return launch(policy_loss_gradient_kernel<T>, grid_of(blocks, kGradientThreads), stream, p, packs);
@@ -89,13 +91,14 @@ const char* launch_gradient(const LossGradientParams& p, Stream stream) {
 LossGrid loss_grid(DataType type, const LossParams& p) {
   const int64_t resident = int64_t{multiprocessors()} * (type == DataType::f64 ? blocks_per_multiprocessor<double>(p)
                                                                                : blocks_per_multiprocessor<float>(p));
-  // Enough parts that every block gets much the same share, but none below four tiles where sequences are
-  // of one length. A ratio of sequences is put together from all parts of one, so there should not be many.
-  constexpr int64_t kTurns = 32, kMostSequenceParts = 512;
-  const int64_t wanted = (resident * kTurns + p.sequences - 1) / p.sequences, longest = p.tokens / (4 * kTileTokens);
-  int64_t parts = at_most(wanted, longest);
-  if (p.sequence_ratio) parts = at_most(parts, kMostSequenceParts);
-  if (parts < 1) parts = 1;
+  // Parts of up to six tiles, as many of them for one block as for another. Packed sequences may differ in
+  // length, and the host does not know theirs. A ratio of sequences is put together from all parts of one.
+  constexpr int64_t kMostTiles = 6, kMostSequenceParts = 512;
+  const int64_t tiles_of_block = ceil_divide(ceil_divide(p.tokens, kTileTokens), resident);
+  const int64_t tiles = ceil_divide(tiles_of_block, ceil_divide(tiles_of_block, kMostTiles));
+  const int64_t longest = p.cu_seqlens ? 2 * ceil_divide(p.tokens, p.sequences) : p.columns;
+  const int64_t wanted = ceil_divide(ceil_divide(longest, kTileTokens), tiles);
+  const int64_t parts = p.sequence_ratio ? at_most(wanted, kMostSequenceParts) : wanted;
   return {parts, at_most(p.sequences * parts, resident)};
 }
 
