@@ -308,6 +308,26 @@ def test_repeats_bit_for_bit(device, codec):
     assert torch.equal(layout.pack([tensor], dirty_block(layout, device)), layout.pack([tensor]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("codec", CODECS)
+def test_captured_in_a_graph(codec):
+    """Nothing waits for the host, and a replay reads and writes what lies at the captured addresses then."""
+    tensors = [randn(5000, dtype=torch.bfloat16).cuda(), randn(3, 70).cuda()]
+    layout = StagingLayout.of(tensors, codec)
+    block = layout.pack(tensors)
+    targets = layout.unpack(block)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layout.pack(tensors, block)
+        layout.unpack(block, targets)
+    for tensor in tensors:
+        tensor.mul_(-3)
+    graph.replay()
+    for tensor, target in zip(tensors, targets, strict=True):
+        assert torch.equal(target.cpu(), tensor.cpu() if codec == "none" else decoded(tensor.cpu(), codec))
+
+
 LAYOUT = StagingLayout.of([torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)])
 TENSORS = [torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)]
 BLOCK = torch.zeros(512, dtype=torch.uint8)
