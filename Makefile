@@ -1,4 +1,4 @@
-# make train | test | test-peers | build | bench | wheel | clean
+# make train | test | test-peers | build | bench | wheel | gpu | clean
 #
 # The virtual environment sees the system's packages, so an installed torch >= 2.11 is used; otherwise
 # this release is installed. Any other: make TORCH="torch==2.12.0", or TORCH="torch --index-url ...".
@@ -15,7 +15,7 @@ GPU_TOOLS := nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 # A torch that is named on the command line is installed whatever is there.
 TORCH_GIVEN := $(findstring command,$(origin TORCH))
 
-.PHONY: build train test test-peers bench wheel clean always
+.PHONY: build train test test-peers bench wheel gpu clean always
 
 BUILD = @PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
 
@@ -46,6 +46,11 @@ wheel: $(VENV)/.ready
 	PYKERN_CUDA=0 $(WHEEL)
 	@command -v $${CUDACXX:-nvcc} >/dev/null || echo "pykern: no CUDA compiler (nvcc) was found; the CPU wheel alone is made"
 	@! command -v $${CUDACXX:-nvcc} >/dev/null || PYKERN_CUDA=1 PYKERN_CUDA_ARCHS=$${PYKERN_CUDA_ARCHS:-release} $(WHEEL)
+
+# One run on a machine with a GPU, with the Python, torch and tools that are there: nothing is installed from a network.
+gpu:
+	@test -n "$(OUT)" || { echo "pykern: make gpu needs a folder for its results: make gpu OUT=folder" >&2; exit 2; }
+	$(PYTHON) -m bench.gpu --out "$(OUT)" $(if $(WHEEL),--wheel "$(WHEEL)")
 
 clean:
 	rm -rf build dist *.egg-info pykern/*.so

@@ -20,6 +20,29 @@ cuda_unavailable_reason: str | None = None
 cuda_ops: frozenset[str] = frozenset()
 """The ops that have a CUDA kernel here."""
 
+FAMILY_OPS = {
+    "attention": (
+        "prefix_attention_forward",
+        "prefix_attention_backward",
+        "prefix_attention_tiles",
+        "gather_rows",
+        "gather_rows_backward",
+    ),
+    "policy": (
+        "group_advantages",
+        "policy_loss_forward",
+        "policy_loss_backward",
+        "token_logprobs",
+        "token_logprobs_backward",
+        "token_logprobs_backward_in_place",
+        "linear_token_logprobs",
+        "linear_token_logprobs_backward",
+    ),
+    "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
+    "offload": ("offload_pack", "offload_unpack"),
+}
+"""The ops that compute on tensors, on a GPU too once they have a kernel for it."""
+
 
 def _load_cpu() -> None:
     found = sorted(_FOLDER.glob("_C.*so"))
@@ -148,6 +171,9 @@ def _cuda_info() -> dict[str, str]:
         "cuda kernels": "loaded",
         "cuda built with": f"{torch.ops.pykern.cuda_built_with.default()}, architectures {architectures}",
     }
+    for family, ops in FAMILY_OPS.items():
+        missing = [op for op in ops if op not in cuda_ops]
+        entries[f"{family} on cuda"] = f"not yet: {', '.join(missing)}" if missing else "every op"
     reason = cuda_unavailable_reason or no_device_reason()
     if reason:
         entries["cuda kernels"] = f"loaded, but not usable: {reason}"

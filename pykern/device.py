@@ -1,4 +1,4 @@
-"""Which device a command runs on."""
+"""Which device to compute on."""
 
 import torch
 
@@ -19,9 +19,14 @@ def unusable_reason() -> str | None:
     return reason
 
 
-def choose_device(name: str) -> torch.device:
-    """"auto" is the GPU where pykern's CUDA kernels load and one is there, else the CPU. Raises RuntimeError for a
-    "cuda" that can't be used."""
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to put tensors on: "auto" is the GPU where pykern can use one, else the CPU.
+
+    An op that has no CUDA kernel yet refuses CUDA tensors with NotImplementedError, by name; `pykern.info()` lists them.
+    Raises RuntimeError for a "cuda" that can't be used, with the reason, and ValueError for another name.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"name: expected 'auto', 'cpu' or 'cuda', got {name!r}")
     if name == "cpu":
         return torch.device("cpu")
     reason = unusable_reason()

@@ -97,7 +97,7 @@ def group_case(
     )
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     shapes = [(1024, 8, 128, 8, 2, 128), (512, 8, 512, 8, 2, 64), (256, 16, 64, 8, 8, 64)]
     attention = [
         group_case(*shape, dtype, backward)
@@ -105,4 +105,4 @@ def cases() -> list[Case]:
         for dtype in (torch.float32, torch.bfloat16)
         for backward in (False, True)
     ]
-    return attention + cases_rows.cases()
+    return attention + cases_rows.cases(device)

@@ -62,7 +62,9 @@ def tiles_case(tokens: int, tile_size: int) -> Case:
     return Case("attention", name, shape, make, bytes=4.0 * tokens + 8.0 * tokens / tile_size)
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     shapes = [(4, 256, 8, 256, 1024), (2, 1024, 16, 64, 4096)]
+    if device == "cuda":
+        shapes.append((16, 1024, 16, 512, 4096))
     gathers = [gather_case(*shape, backward) for shape in shapes for backward in (False, True)]
     return [*gathers, tiles_case(65536, 128)]

@@ -61,6 +61,7 @@ def staging_case(tokens: int, width: int, codec: str, packing: bool) -> Case:
     )
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
+    tokens, width = (32768, 4096) if device == "cuda" else (4096, 1024)
     codecs = ("none", "float8_e4m3", "int8")
-    return [staging_case(4096, 1024, codec, packing) for codec in codecs for packing in (True, False)]
+    return [staging_case(tokens, width, codec, packing) for codec in codecs for packing in (True, False)]

@@ -25,7 +25,7 @@ CACHE = ROOT / "build" / "budgets"
 ARCHITECTURES = ("80", "90a")
 # As kernels/CMakeLists.txt compiles them.
 FLAGS = ["-std=c++17", "-O3", "-I.", "-DPYKERN_HAS_SM90"]
-TOLD = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warn-on-double-precision-use"
+TOLD = "-Xptxas=-v"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measured() -> dict[str, dict[str, Usage]]:
         for (source, architecture), usages in zip(sources(), pool.map(lambda task: _remembered(*task), sources())):
             folder = source.parent.name
             for name, usage in usages.items():
-                entry = kernels.setdefault(f"{folder}: {name}", {})
+                entry = kernels.setdefault(f"{folder}: {name.removeprefix(folder + '::')}", {})
                 assert architecture not in entry, f"two kernels are called {name}"
                 entry[architecture] = usage
     return dict(sorted(kernels.items()))
@@ -134,7 +134,7 @@ def compiled(source: Path, architecture: str, cubin: Path) -> dict[str, Usage]:
 
 
 def parse(told: str, ptx: str) -> dict[str, dict]:
-    """What ptxas says of each kernel, by symbol; it tells doubles by the line of its input."""
+    """What ptxas and its input say of each kernel, by symbol."""
     usages: dict[str, dict] = {}
     kernel, function = None, None
     for line in told.splitlines():
@@ -151,15 +151,30 @@ def parse(told: str, ptx: str) -> dict[str, dict]:
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             usages[kernel] |= {"registers": int(match[1]), "static_shared_per_block": int(shared[1]) if shared else 0}
-    entry_of_line: list[str | None] = [None]
-    for line in ptx.splitlines():
-        match = re.search(r"\.(?:entry|func) (?:\([^)]*\) )?(\w+)", line)
-        entry_of_line.append(match[1] if match else entry_of_line[-1])
-    for number in re.findall(r"line (\d+); warning\s*: Program is doing double precision", told):
-        name = entry_of_line[int(number)]
-        for kernel in [name] if name in usages else usages:
-            usages[kernel]["doubles"] = True
+    doubles = double_functions(ptx)
+    for kernel in usages.keys() & doubles:
+        usages[kernel]["doubles"] = True
     return usages
+
+
+def double_functions(ptx: str) -> set[str]:
+    """Symbols of the functions that compute in doubles, or name one that does: they call it.
+
+    Not --warn-on-double-precision-use of ptxas: it names lines, and those are off.
+    """
+    bodies: dict[str, list[str]] = {"": []}
+    function = ""
+    for line in re.sub("//.*", "", ptx).splitlines():
+        if match := re.search(r"\.(?:entry|func)\s+(?:\([^)]*\)\s*)?(\w+)", line):
+            function = match[1]
+        bodies.setdefault(function, []).append(line)
+    texts = {function: "\n".join(lines) for function, lines in bodies.items()}
+    computes = re.compile(r"^\s*(?:@!?%\w+ )?(?!ld|st|mov)\w[\w.]*\.f64\b", re.MULTILINE)
+    found = {function for function, text in texts.items() if computes.search(text)}
+    names = {function: set(re.findall(r"\w+", text)) for function, text in texts.items()}
+    while more := {function for function, named in names.items() if named & found} - found:
+        found |= more
+    return found
 
 
 def opcodes(cubin: Path) -> dict[str, dict[str, int]]:
