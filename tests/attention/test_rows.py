@@ -186,7 +186,7 @@ def test_wrong_inverse_reaches_nothing_outside(device):
     assert grad[:, 0].tolist() == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(device, dtype):
     source = randn(6, 5, dtype=dtype).to(device)
     rows = torch.tensor([1, 5, 1]).to(device)
