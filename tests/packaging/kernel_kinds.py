@@ -10,19 +10,13 @@ OTHER = "other"
 """Neither: a kernel over few values, or one whose accesses can't be wide."""
 
 KINDS: dict[str, str] = {
-<<<<<<< HEAD
     # Each has a sibling, a template argument away, for rows that allow no sixteen-byte accesses.
-    "attention: gather_rows_kernel<Pack<*": MEMORY,
-    "attention: gather_rows_kernel<unsigned *": OTHER,
-=======
     "attention: gather_rows_kernel<Pack*": MEMORY,
     "attention: gather_rows_kernel<*": OTHER,
->>>>>>> moves
     "attention: gather_rows_backward_kernel<*, true>": MEMORY,
     "attention: gather_rows_backward_kernel<*, false>": OTHER,
     "attention: prefix_attention_tiles_kernel<true>": MEMORY,
     "attention: prefix_attention_tiles_kernel<false>": OTHER,
-<<<<<<< HEAD
     "lowrank: adam_packs_kernel<*": MEMORY,
     "lowrank: adam_scalars_kernel<*": OTHER,
     "lowrank: adam_8bit_kernel<*, true>": MEMORY,
@@ -35,6 +29,7 @@ KINDS: dict[str, str] = {
     "lowrank: weight_update_kernel<*, false, *>": OTHER,
     "offload: staging_copy_kernel<*": MEMORY,
     "offload: staging_code_kernel<true, *": MEMORY,
+    # Codes are a byte each: eight of them become sixteen bytes.
     "offload: staging_code_kernel<false, *": OTHER,
     "policy: pack_mask_kernel": MEMORY,
     "policy: policy_loss_gradient_kernel<*": MEMORY,
@@ -49,12 +44,6 @@ KINDS: dict[str, str] = {
     "lowrank: combine_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
     "policy: group_advantages_kernel<*": OTHER,
-=======
-    "offload: staging_copy_kernel<*": MEMORY,
-    "offload: staging_code_kernel<true, *": MEMORY,
-    # Codes are a byte each: eight of them become sixteen bytes.
-    "offload: staging_code_kernel<false, *": OTHER,
->>>>>>> moves
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -62,7 +51,6 @@ LOCAL_MEMORY: dict[str, str] = {}
 """Kernels that may spill or have a stack frame, and why."""
 
 DOUBLES: dict[str, str] = {
-<<<<<<< HEAD
     "*<double*": "the tensors are float64",
     "lowrank: adam_rule_kernel": "one thread: step, rate and bias corrections, as torch's optimizers have them",
     "lowrank: weight_update_kernel<*": "rounds a factor that the host gives as a double",
@@ -73,8 +61,5 @@ DOUBLES: dict[str, str] = {
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
-=======
-    "attention: gather_rows_backward_kernel<double, *": "float64 gradients are summed in float64",
->>>>>>> moves
 }
 """Kernels that may compute in double precision, and why."""
