@@ -28,8 +28,6 @@ HOST_OPS = {
 }  # fmt: skip
 NOT_YET = {
     "prefix_attention_forward", "prefix_attention_backward", "linear_token_logprobs", "linear_token_logprobs_backward",
-    "token_logprobs", "token_logprobs_backward", "group_advantages", "policy_loss_forward",
-    "low_rank_adam_step", "adam_step",
 }  # fmt: skip
 
 
