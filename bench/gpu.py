@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("attention", "policy", "lowrank", "offload")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-GOLDEN = ROOT / "tests" / "emulator" / "golden"
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Step:
     name: str
     command: list[str]
     timeout: int
+    folder: Path = ROOT
     environment: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     status: str = "not run"
@@ -38,7 +38,7 @@ class Step:
         self._begin = time.monotonic()
         return subprocess.Popen(
             self.command,
-            cwd=ROOT,
+            cwd=self.folder,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -78,57 +78,54 @@ def run_together(steps: list[Step]) -> None:
                 process.kill()
 
 
-def install_step(wheel: Path | None, site: Path, architecture: str) -> tuple[Step, dict[str, str]]:
-    """How pykern gets there, and the environment in which the other steps find it."""
-    python = sys.executable
-    if wheel is None:
-        build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-        variables = {"PYKERN_CUDA": "1", "PYKERN_CUDA_ARCHS": architecture, "MAX_JOBS": str(os.cpu_count() or 1)}
-        return Step("build for this GPU", build, 300, variables), {"PYTHONPATH": str(ROOT)}
+def build_step(architecture: str) -> Step:
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    variables = {"PYKERN_CUDA": "1", "PYKERN_CUDA_ARCHS": architecture, "MAX_JOBS": str(os.cpu_count() or 1)}
+    return Step("build for this GPU", build, 300, environment=variables)
+
+
+def install_step(wheel: Path, site: Path) -> Step:
+    """Installs the wheel in an empty folder, beside copies of what the other steps run: not this checkout's pykern."""
     if not wheel.is_file():
         raise SystemExit(f"gpu: --wheel {wheel}: expected a wheel of pykern, found no such file")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site), str(wheel)]
-    return Step("install the wheel", install, 60), {"PYTHONPATH": str(site)}
-
-
-def link_checkout(site: Path) -> None:
-    """Lets the tests and benches of this checkout run against the pykern that is installed in `site`."""
-    for name in ("tests", "bench", "README.md", "csrc", "kernels"):
-        target = site / name
-        if not target.exists():
-            target.symlink_to(ROOT / name)
+    shutil.rmtree(site, ignore_errors=True)
+    for name in ("tests", "bench", "kernels"):
+        shutil.copytree(ROOT / name, site / name)
+    shutil.copy(ROOT / "pyproject.toml", site)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
+    return Step("install the wheel", [*command, str(wheel.resolve())], 60)
 
 
 def has_module(name: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
 
 
-def test_step(out: Path, variables: dict[str, str]) -> Step:
-    folders = [f"tests/{family}" for family in FAMILIES]
+def test_step(out: Path, folder: Path) -> Step:
+    folders = [*(f"tests/{family}" for family in FAMILIES), "tests/cuda"]
     workers = ["-n", "4"] if has_module("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *workers, f"--junitxml={out / 'tests.xml'}", *folders]
-    return Step("tests on cuda", command, 210, variables)
+    return Step("tests on cuda", command, 210, folder)
 
 
-def sanitizer_steps(variables: dict[str, str]) -> list[Step]:
+def sanitizer_steps(folder: Path) -> list[Step]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return []
-    cases = [sys.executable, "-m", "tests.gpu_cases"]
+    cases = [sys.executable, "-m", "tests.kernel_cases"]
     return [
-        Step(f"compute-sanitizer {name}", [tool, f"--tool={name}", "--error-exitcode=99", *cases], 120, variables)
+        Step(f"compute-sanitizer {name}", [tool, f"--tool={name}", "--error-exitcode=99", *cases], 120, folder)
         for name in SANITIZERS
     ]
 
 
-def bench_steps(out: Path, seconds: float, variables: dict[str, str]) -> list[Step]:
+def bench_steps(out: Path, seconds: float, folder: Path) -> list[Step]:
     return [
         Step(
             f"bench {family}",
             [sys.executable, "-m", "pykern", "bench", family, "--device", "cuda", "--seconds", str(seconds),
              "--json", str(out / f"{family}.json")],
             90,
-            variables,
+            folder,
         )
         for family in FAMILIES
     ]  # fmt: skip
@@ -191,25 +188,23 @@ def main(arguments: list[str]) -> int:
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
-    site = ROOT / "build" / "gpu-site"
-    install, variables = install_step(options.wheel, site, architecture)
+    folder = ROOT if options.wheel is None else ROOT / "build" / "gpu"
+    install = build_step(architecture) if options.wheel is None else install_step(options.wheel, folder)
     run_together([install])
     steps = [install]
     if install.status == "passed":
-        if options.wheel is not None:
-            link_checkout(site)
-        tests = test_step(out, variables)
-        golden = Step("golden vectors", [sys.executable, "-m", "tests.emulator.golden", "--record"], 120, variables)
+        tests = test_step(out, folder)
+        golden = Step("golden vectors", [sys.executable, "-m", "tests.emulator.golden", "--record"], 120, folder)
         run_together([tests, golden])
-        sanitizers = sanitizer_steps(variables)
+        sanitizers = sanitizer_steps(folder)
         run_together(sanitizers)
         # By themselves: nothing else may use the GPU or the processor.
-        benches = bench_steps(out, options.seconds, variables)
+        benches = bench_steps(out, options.seconds, folder)
         for bench in benches:
             run_together([bench])
         steps += [tests, golden, *sanitizers, *benches]
         with zipfile.ZipFile(out / "golden.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(GOLDEN.glob("*")):
+            for path in sorted((folder / "tests" / "emulator" / "golden").glob("*")):
                 archive.write(path, path.name)
     text, record = summarize(steps, out)
     record["device"] = torch.cuda.get_device_name()

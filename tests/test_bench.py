@@ -108,11 +108,11 @@ def test_summary_counts_tests_and_compares(tmp_path):
     (tmp_path / "policy.json").write_text(json.dumps({"rows": rows, "missing": {"policy/other[1]": "no kernel"}}))
     text, record = gpu.summarize([gpu.Step("tests on cuda", ["true"], 1, status="passed")], tmp_path)
     assert "7 executed, 2 failed, 2 skipped" in text
-    assert "0.5000 ms   87.5% of memory    peer 2.25x" in text
+    assert "0.5000 ms   87.5% of memory   peer 2.25x" in text
     assert "policy/other[1]" in text and "not run: no kernel" in text
     assert record["steps"][0]["status"] == "passed"
 
 
 def test_missing_wheel_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="expected a wheel of pykern, found no such file"):
-        gpu.install_step(tmp_path / "none.whl", tmp_path, "90a")
+        gpu.install_step(tmp_path / "none.whl", tmp_path / "site")

@@ -170,9 +170,8 @@ def cases(device: str) -> list[Case]:
     for rank, length in ((128, 11008), (1024, 4096), *([(1024, 65536)] if large else [])):
         # Read the gradient, write the direction, read and write the codes and scales of both moments.
         moved = (2 * 2 + 4 * 1 + 16 / 256) * rank * length
-        listed.append(
-            Case("lowrank", "adam_phase", f"r{rank} x {length} bfloat16", partial(make_phase, rank, length), bytes=moved)
-        )
+        shape = f"r{rank} x {length} bfloat16"
+        listed.append(Case("lowrank", "adam_phase", shape, partial(make_phase, rank, length), bytes=moved))
     for rows, columns, rank in ((512, 1376, 128), (1024, 1024, 128)):
         listed.append(
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))

@@ -23,7 +23,8 @@ void run_low_rank(const Tensor& param, const Tensor& grad, const Tensor& project
   request.rank = projector.size(1);
   request.right = right;
   if (residual_norm) request.residual_norm = residual_norm->mutable_data_ptr();
-  request.rule = lowrank::next_rule(step, lowrank::number(lr), beta1, beta2, eps, weight_decay, decay_after, corrected_eps, maximize);
+  request.rule = lowrank::next_rule(step, lowrank::number(lr), beta1, beta2, eps, weight_decay, decay_after,
+                                    corrected_eps, maximize);
   request.param_stride = param.stride(0);
   request.grad_stride = grad.stride(0);
   request.param = param.mutable_data_ptr();
@@ -47,7 +48,8 @@ void run_adam(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, co
   lowrank::check_adam(param, grad, exp_avg, exp_avg_sq, step, lr, check_cpu);
   request.type = data_type(param, "param");
   request.size = param.numel();
-  request.rule = lowrank::next_rule(step, lowrank::number(lr), beta1, beta2, eps, weight_decay, decay_after, corrected_eps, maximize);
+  request.rule = lowrank::next_rule(step, lowrank::number(lr), beta1, beta2, eps, weight_decay, decay_after,
+                                    corrected_eps, maximize);
   request.param = param.mutable_data_ptr();
   request.grad = grad.const_data_ptr();
   request.exp_avg = exp_avg.mutable_data_ptr();

@@ -1,4 +1,5 @@
-// A block of 128 elements at a time, widened to float32. The compiler vectorises the loops: they have no branches.
+// A block of 128 elements at a time, widened to float32. The compiler vectorises the loops over it: they have no
+// branches.
 #include "offload/codec.h"
 
 #include "common/numeric.h"
@@ -26,6 +27,19 @@ PYKERN_INLINE void narrow_block(const float* block, int64_t count, T* target) {
   if (i < count) store_partial(target + i, load(block + i), count - i);
 }
 
+// The largest of codec::finite_bits. The compiler does not find this maximum.
+PYKERN_INLINE uint32_t largest_finite_bits(const float* block) {
+  vint largest = {};
+  for (int64_t i = 0; i < kScaleBlock; i += kLanes) {
+    const vint bits = (vint)load(block + i) & 0x7fffffff;
+    const vint finite = bits < static_cast<int32_t>(codec::kInfinityBits) ? bits : vint{};
+    largest = finite > largest ? finite : largest;
+  }
+  int32_t result = 0;
+  for (int lane = 0; lane < kLanes; ++lane) result = largest[lane] > result ? largest[lane] : result;
+  return static_cast<uint32_t>(result);
+}
+
 template <class Codec, class T>
 void encode(const T* source, int64_t count, uint8_t* codes, float* scales) {
   alignas(64) float block[kScaleBlock];
@@ -33,12 +47,7 @@ void encode(const T* source, int64_t count, uint8_t* codes, float* scales) {
   for (int64_t first = 0; first < count; first += kScaleBlock) {
     const int64_t size = count - first < kScaleBlock ? count - first : kScaleBlock;
     widen_block(source + first, size, block);
-    uint32_t largest = 0;
-    for (int i = 0; i < kScaleBlock; ++i) {
-      const uint32_t bits = codec::finite_bits(block[i]);
-      largest = largest > bits ? largest : bits;
-    }
-    const float scale = codec::scale_of(largest, Codec::kRange);
+    const float scale = codec::scale_of(largest_finite_bits(block), Codec::kRange);
     const float inverse = 1.0f / scale;
     for (int i = 0; i < kScaleBlock; ++i) coded[i] = Codec::encode(block[i], inverse);
     std::memcpy(codes + first, coded, size);

@@ -12,9 +12,10 @@
 
 namespace pykern::lowrank {
 
-// N = first * m / (second * sqrt(v) + eps), w <- w - (shrink * w + step_size * direction).
+// N = first * m / (second * sqrt(v) + eps), w <- w - (shrink * w + step_size * direction). Aligned, so that a thread
+// reads it in a few wide loads.
 template <class C>
-struct AdamFactors {
+struct alignas(16) AdamFactors {
   C beta1, rest1, beta2, rest2, first, second, eps, sign, shrink, step_size;
 };
 

@@ -49,7 +49,8 @@ __device__ __forceinline__ int nearest(const Level* levels, float smallest, floa
 }
 
 template <class T, bool kPacks>
-__global__ void __launch_bounds__(kQuantThreads, kQuantResident) adam_8bit_kernel(Adam8BitParams params, QuantMaps maps) {
+__global__ void __launch_bounds__(kQuantThreads, kQuantResident)
+    adam_8bit_kernel(Adam8BitParams params, QuantMaps maps) {
   PYKERN_SHARED(MapTables, tables);
   for (int code = threadIdx.x; code < kCodes; code += kQuantThreads) {
     tables.values[0][code] = maps.first.values[code];
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kQuantThreads, kQuantResident) adam_8bit_kerne
   __syncthreads();
 
   constexpr int kSize = Pack<T>::kSize;
-  const AdamFactors<float> rule = params.rule->single;
+  const AdamFactors<float>& rule = params.rule->single;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row_blocks = quant_blocks(params.length), blocks = params.rank * row_blocks;
   const int64_t stride = int64_t{gridDim.x} * (kQuantThreads / kWarpSize);
@@ -115,7 +116,9 @@ __global__ void __launch_bounds__(kQuantThreads, kQuantResident) adam_8bit_kerne
         second_largest = larger(second[e], second_largest);
         narrow(adam_direction(rule, first[e], second[e]) * rule.step_size, value);
         if (!kPacks) direction[place(e)] = value;
-        if (kPacks && e % kSize == kSize - 1) store_pack(direction + place(e + 1 - kSize), gradients[e / kSize]);
+        if (kPacks && e % kSize == kSize - 1) {
+          store_pack<Reuse::stream>(direction + place(e + 1 - kSize), gradients[e / kSize]);
+        }
       }
     }
     first_largest = warp_reduce(first_largest, Larger());

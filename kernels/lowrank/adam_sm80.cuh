@@ -38,7 +38,7 @@ __device__ __forceinline__ C changed_weight(const AdamFactors<C>& rule, C weight
   return weight - (rule.shrink * weight + rule.step_size * direction);
 }
 
-// --- numbers on the device, float32 or float64 --------------------------------------------------------------------------------------
+// --- numbers on the device, float32 or float64 ---------------------------------------------------------
 
 __device__ __forceinline__ double read_number(const void* source, bool is_double) {
   return is_double ? *static_cast<const double*>(source) : static_cast<double>(*static_cast<const float*>(source));
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kAdamThreads) adam_packs_kernel(AdamParams par
     C* second = static_cast<C*>(params.exp_avg_sq) + index;
     T* target = static_cast<T*>(params.target) + index;
     const Pack<T> gradients = load_pack<Reuse::stream>(grad);
-    Pack<T> targets{};
-    if (kWeights) targets = load_pack(target);
+    Pack<T> targets;
+    if (kWeights) targets = load_pack<Reuse::stream>(target);
     Pack<C> firsts[kSize / kMoments], seconds[kSize / kMoments];
 #pragma unroll
     for (int part = 0; part < kSize / kMoments; ++part) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kAdamThreads) adam_packs_kernel(AdamParams par
       store_pack<Reuse::stream>(first + part * kMoments, firsts[part]);
       store_pack<Reuse::stream>(second + part * kMoments, seconds[part]);
     }
-    store_pack(target, targets);
+    store_pack<Reuse::stream>(target, targets);
   }
   const int64_t tail = head + packs * kSize;
   if (thread < head) {

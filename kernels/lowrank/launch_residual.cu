@@ -7,7 +7,9 @@ namespace {
 
 static_assert(kResidualThreads == kUpdateThreads, "combine_kernel is tiled as the weight update is");
 
-dim3 blocks_for(int64_t count, int64_t per_block) { return dim3(static_cast<unsigned>((count + per_block - 1) / per_block)); }
+dim3 blocks_for(int64_t count, int64_t per_block) {
+  return dim3(static_cast<unsigned>((count + per_block - 1) / per_block));
+}
 
 template <class T, bool kPacks>
 const char* launch_squares(const ResidualParams& params, Stream stream) {

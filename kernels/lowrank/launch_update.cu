@@ -26,7 +26,9 @@ const char* launch_typed(WeightUpdateParams params, Stream stream) {
   const bool packs = allows_packs(static_cast<const T*>(params.param), params.param_stride) &&
                      allows_packs(static_cast<const T*>(params.update), update_stride) &&
                      allows_packs(static_cast<const T*>(params.grad), residual ? params.grad_stride : 0);
-  if (residual) return packs ? launch_tiled<T, true, true>(params, stream) : launch_tiled<T, false, true>(params, stream);
+  if (residual) {
+    return packs ? launch_tiled<T, true, true>(params, stream) : launch_tiled<T, false, true>(params, stream);
+  }
   return packs ? launch_tiled<T, true, false>(params, stream) : launch_tiled<T, false, false>(params, stream);
 }
 

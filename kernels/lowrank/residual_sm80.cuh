@@ -63,7 +63,8 @@ struct ColumnSums {
 
 // A block adds up kSquareRows rows of some columns: each warp every eighth row, then all warps together.
 template <class T, bool kPacks>
-__global__ void __launch_bounds__(kResidualThreads) column_squares_kernel(ResidualParams params, int64_t column_blocks) {
+__global__ void __launch_bounds__(kResidualThreads)
+    column_squares_kernel(ResidualParams params, int64_t column_blocks) {
   using C = Compute<T>;
   constexpr int kWidth = kPacks ? Pack<T>::kSize : 1, kColumns = kWarpSize * kWidth;
   using Sums = ColumnSums<C, kWidth>;
@@ -95,7 +96,9 @@ __global__ void __launch_bounds__(kResidualThreads) column_squares_kernel(Residu
     C total = 0;
 #pragma unroll
     for (int w = 0; w < kResidualWarps; ++w) total += shared.values[w][i];
-    if (column0 + i < params.columns) static_cast<C*>(params.square_parts)[part * params.columns + column0 + i] = total;
+    if (column0 + i < params.columns) {
+      static_cast<C*>(params.square_parts)[part * params.columns + column0 + i] = total;
+    }
   }
 }
 
@@ -141,7 +144,9 @@ __global__ void __launch_bounds__(kResidualThreads) measure_rows_kernel(Residual
   const AdamFactors<C> rule = factors_of(*params.rule, C{});
   LineNorms<C> norms;
 #pragma unroll 2
-  for (int64_t k = lane; k < params.rank; k += kWarpSize) measure_element<T>(params, rule, row * params.rank + k, norms);
+  for (int64_t k = lane; k < params.rank; k += kWarpSize) {
+    measure_element<T>(params, rule, row * params.rank + k, norms);
+  }
   norms.direction = warp_reduce(norms.direction, Sum());
   norms.low = warp_reduce(norms.low, Sum());
   norms.gram = warp_reduce(norms.gram, Sum());

@@ -65,7 +65,7 @@ struct WeightRow {
 
   __device__ __forceinline__ void pack(int64_t column) const {
     constexpr int kSize = Pack<T>::kSize, kFactors = Pack<C>::kSize;
-    Pack<T> weight = load_pack(weights + column);
+    Pack<T> weight = load_pack<Reuse::stream>(weights + column);
     const Pack<T> update = load_pack<Reuse::stream>(updates + column);
     Pack<T> gradient{};
     if (kResidual) gradient = load_pack<Reuse::stream>(gradients + column);
@@ -82,7 +82,7 @@ struct WeightRow {
         narrow(changed(weight[e], update[e], gradient[e], factor), weight[e]);
       }
     }
-    store_pack(weights + column, weight);
+    store_pack<Reuse::stream>(weights + column, weight);
   }
 };
 

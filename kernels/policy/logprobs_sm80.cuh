@@ -1,4 +1,8 @@
 // Token log-probabilities: one block per row, one read of the logits, one exponential per logit.
+//
+// At the rate of a copy, 9 bfloat16 logits per clock go through a multiprocessor of an H200, which issues 128
+// instructions and 16 exponentials in that time. The forward's loop has 6 instructions per logit, 9 with the entropy
+// and the sum of squares: neither limit is near, so all exponentials are the special-function unit's.
 #pragma once
 
 #include <type_traits>

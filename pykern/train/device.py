@@ -40,6 +40,10 @@ def resolve(config: Config, name: str) -> str:
                     f"--device {name}: the {family} family has no CUDA kernel for {', '.join(missing)} yet; "
                     "use --device cpu"
                 )
+        if "offload" in families(config):
+            raise InputError(
+                f"--device {name}: activations on a GPU can't be offloaded yet; use --offload none or --device cpu"
+            )
     return device.type
 
 

@@ -23,7 +23,8 @@ def hold(problem: Problem, norm_error=None, **rule) -> None:
         # Where the subspace is the whole space, the residual is nothing but rounding.
         whole = problem.projector.shape[0] == problem.projector.shape[1]
         slack = torch.finfo(problem.param.dtype).eps * problem.grad.double().norm().item() if whole else 0.0
-        assert norm.item() == pytest.approx(exact[3], rel=norm_error[problem.param.dtype] if norm_error else 1e-5, abs=10 * slack)
+        allowed = norm_error[problem.param.dtype] if norm_error else 1e-5
+        assert norm.item() == pytest.approx(exact[3], rel=allowed, abs=10 * slack)
 
 
 @pytest.mark.parametrize("fira", [False, True], ids=["galore", "fira"])

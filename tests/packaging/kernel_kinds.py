@@ -11,8 +11,8 @@ OTHER = "other"
 
 KINDS: dict[str, str] = {
     # Each has a sibling, a template argument away, for rows that allow no sixteen-byte accesses.
-    "attention: gather_rows_kernel<Pack<*": MEMORY,
-    "attention: gather_rows_kernel<unsigned *": OTHER,
+    "attention: gather_rows_kernel<Pack*": MEMORY,
+    "attention: gather_rows_kernel<*": OTHER,
     "attention: gather_rows_backward_kernel<*, true>": MEMORY,
     "attention: gather_rows_backward_kernel<*, false>": OTHER,
     "attention: prefix_attention_tiles_kernel<true>": MEMORY,
@@ -29,6 +29,7 @@ KINDS: dict[str, str] = {
     "lowrank: weight_update_kernel<*, false, *>": OTHER,
     "offload: staging_copy_kernel<*": MEMORY,
     "offload: staging_code_kernel<true, *": MEMORY,
+    # Codes are a byte each: eight of them become sixteen bytes.
     "offload: staging_code_kernel<false, *": OTHER,
     "policy: pack_mask_kernel": MEMORY,
     "policy: policy_loss_gradient_kernel<*": MEMORY,

@@ -150,9 +150,10 @@ def test_masked_target_has_probability_zero():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("where", [0, 1500])
-def test_not_a_number_shows(bad, where):
-    logits = torch.randn(2, 1600)
+@pytest.mark.parametrize("where", [0, 1500, 1599])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_not_a_number_shows(bad, where, dtype):
+    logits = torch.randn(2, 1600).to(dtype)
     logits[0, where] = bad
     results = pykern.token_logprobs(logits, torch.tensor([3, 3]), **EVERYTHING)
     assert all(r[0].isnan() and r[1].isfinite() for r in results)

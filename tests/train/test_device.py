@@ -31,8 +31,14 @@ def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
 
 def test_auto_is_the_gpu_where_all_kernels_are_there(usable_gpu):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS)
-    assert resolve(Config(), "auto") == "cuda"
+    assert resolve(Config(offload="none"), "auto") == "cuda"
     assert resolve(Config(), "cpu") == "cpu"
+
+
+def test_offload_is_refused_on_a_gpu(usable_gpu):
+    usable_gpu.setattr(_native, "cuda_ops", ALL_OPS)
+    with pytest.raises(InputError, match="--device auto: activations on a GPU can't be offloaded yet; use --offload none"):
+        resolve(Config(offload="memory"), "auto")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
@@ -46,7 +52,7 @@ def test_missing_kernel_is_refused_by_name(usable_gpu, name, family, op):
 def test_unused_family_needs_no_kernel(usable_gpu):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS - {"low_rank_adam_step", "adam_step"})
     assert families(Config(optimizer="adamw", offload="none")) == ["attention", "policy"]
-    assert resolve(Config(optimizer="adamw"), "auto") == "cuda"
+    assert resolve(Config(optimizer="adamw", offload="none"), "auto") == "cuda"
 
 
 def test_needed_ops_exist():
