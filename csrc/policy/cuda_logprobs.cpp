@@ -42,7 +42,7 @@ TokenLogprobsRows prepare(Tensor& logits, const Tensor& targets, const std::opti
   check_contiguous(targets, "targets");
   check_row_temperature(row_temperature, targets.numel());
   if (row_temperature) cuda::check_device(*row_temperature, "row_temperature");
-  STD_TORCH_CHECK(targets.numel() < (int64_t{1} << 31), "targets: expected fewer than 2^31 rows, got ", targets.numel());
+  STD_TORCH_CHECK(targets.numel() < (int64_t{1} << 31), "targets: expected fewer than 2^31, got ", targets.numel());
   TokenLogprobsRows rows{};
   rows.type = data_type(logits, "logits");
   rows.rows = targets.numel();

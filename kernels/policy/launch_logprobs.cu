@@ -10,8 +10,9 @@ template <class T>
 Grid grid_of(const TokenLogprobsRows& rows) {
   const int64_t per_thread = kLogprobsUnroll * Pack<T>::kSize;
   const int64_t wanted = (rows.vocabulary + per_thread - 1) / per_thread;
-  const int64_t threads = wanted < kLogprobsThreads ? (wanted + kWarpSize - 1) / kWarpSize * kWarpSize : kLogprobsThreads;
-  return Grid{dim3(static_cast<unsigned>(rows.rows)), dim3(threads > 0 ? static_cast<unsigned>(threads) : kWarpSize)};
+  const int64_t warps = wanted > 0 ? (wanted + kWarpSize - 1) / kWarpSize : 1;
+  const int64_t threads = warps * kWarpSize < kLogprobsThreads ? warps * kWarpSize : kLogprobsThreads;
+  return Grid{dim3(static_cast<unsigned>(rows.rows)), dim3(static_cast<unsigned>(threads))};
 }
 
 template <class T>

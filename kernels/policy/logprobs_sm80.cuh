@@ -210,7 +210,8 @@ __device__ __forceinline__ double sum_of_warps(const WarpValues<double>& shared)
 }
 
 template <class T, bool Entropy, bool SumP2>
-__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks<T>) token_logprobs_kernel(const TokenLogprobsParams params) {
+__global__ void __launch_bounds__(kLogprobsThreads, kLogprobsBlocks<T>)
+    token_logprobs_kernel(const TokenLogprobsParams params) {
   PYKERN_SHARED(RowShared<T>, shared);
   const uint32_t row = blockIdx.x;
   const int64_t target = params.rows.targets[row];

@@ -45,9 +45,10 @@ def token_logprobs(
         logprobs [...], float32 (float64 for float64 logits); with `entropy` or `sum_p2` a tuple
         (logprobs, entropy, sum_p2) of the ones asked for.
 
-    Math is in float32 whatever the dtype of the logits, float64 for float64; sums are carried on in float64,
-    on CUDA those of a warp's share of a row in float32. The gradient has the dtype of the logits. Both are the
-    same bit for bit for any number of threads or rows. Memory beyond results and gradient: two numbers per row.
+    Math is in float32, for float64 logits in float64; sums are carried on in float64, on CUDA those of a warp's
+    share of a row in float32. The gradient has the dtype of the logits. Both are the same bit for bit for any
+    number of threads and of other rows; on CUDA, while a row's place modulo 16 bytes stays the same. Memory
+    beyond results and gradient: two numbers per row.
 
     A target past the vocabulary is refused on the CPU. On CUDA, where looking would wait for the device, it is
     not read, and its log-probability and the gradient of its row are NaN.
