@@ -2,7 +2,7 @@
 
 Environment:
   MAX_JOBS              compile jobs, by default one per processor
-  CXX, CUDACXX          C++ and CUDA compilers, by default those on the PATH
+  CXX, CUDACXX          C++ and CUDA compilers, by default those on the PATH; CUDAHOSTCXX: the one that nvcc calls
   PYKERN_TORCH_ROOT     folder of the torch package to compile against
   PYKERN_SIMD_LEVELS    semicolon list of instruction-set levels, to shorten development builds
   PYKERN_CUDA           auto (default): the CUDA library is built where nvcc is found; 0: never; 1: fail without nvcc
@@ -112,7 +112,10 @@ def run(*command: str) -> None:
     try:
         subprocess.run(command, check=True)
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"pykern: the native build failed in '{Path(command[0]).name} {command[1]}'; see above") from error
+        way_out = "; PYKERN_CUDA=0 builds without CUDA" if nvcc() else ""
+        raise SystemExit(
+            f"pykern: the native build failed in '{Path(command[0]).name} {command[1]}'; see above{way_out}"
+        ) from error
 
 
 def place(built: Path, target: Path) -> None:

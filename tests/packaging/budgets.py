@@ -40,11 +40,15 @@ class Usage:
     doubles: bool = False
     opcodes: dict[str, int] = field(default_factory=dict, compare=False)
 
-    def budget(self) -> dict:
-        """What the table keeps: the registers, and whatever else isn't zero."""
+    def told(self) -> dict:
+        """The registers, and whatever else isn't zero."""
         values = asdict(self)
         del values["opcodes"]
         return {name: value for name, value in values.items() if value or name == "registers"}
+
+    def budget(self) -> dict:
+        """What the table grants: registers by the eight, as the hardware allots them to a thread."""
+        return {**self.told(), "registers": -(-self.registers // 8) * 8}
 
 
 @functools.cache
@@ -233,7 +237,7 @@ def main() -> int:
         return 0
     for kernel, entry in measured().items():
         for architecture, usage in entry.items():
-            told = ", ".join(f"{name} {value}" for name, value in usage.budget().items())
+            told = ", ".join(f"{name} {value}" for name, value in usage.told().items())
             before = granted.get(kernel, {}).get(architecture)
             mark = "" if before == usage.budget() else f"   (table: {before})"
             print(f"{kernel} [{architecture}]: {told}{mark}")

@@ -12,6 +12,7 @@ import torch
 import pykern
 from pykern import _native
 
+from . import budgets
 from .binary import CUDA_LIBRARY, ROOT
 from .test_native import package, python  # noqa: F401
 
@@ -28,8 +29,6 @@ HOST_OPS = {
 }  # fmt: skip
 NOT_YET = {
     "prefix_attention_forward", "prefix_attention_backward", "linear_token_logprobs", "linear_token_logprobs_backward",
-    "token_logprobs", "token_logprobs_backward", "group_advantages", "policy_loss_forward",
-    "low_rank_adam_step", "adam_step",
 }  # fmt: skip
 
 
@@ -84,6 +83,16 @@ def test_tells_how_it_was_built():
     assert torch.ops.pykern.cuda_architectures() in pykern.info()["cuda built with"]
 
 
+@needs_library
+@pytest.mark.skipif(not budgets.disassembler(), reason="no cuobjdump (pip install nvidia-cuda-cuobjdump)")
+def test_holds_code_for_what_it_says():
+    names = torch.ops.pykern.cuda_architectures().split()
+    for kind, option in (("sm", "--list-elf"), ("compute", "--list-ptx")):
+        told = subprocess.run([budgets.disassembler(), option, CUDA_LIBRARY], capture_output=True, text=True).stdout
+        expected = {name.removesuffix("-virtual") for name in names if name.endswith("-virtual") == (kind == "compute")}
+        assert set(re.findall(r"\.sm_(\w+)\.", told)) == expected
+
+
 # --- the stream ---------------------------------------------------------------------------------------
 
 STREAM = """
@@ -116,8 +125,8 @@ def test_stream_is_found_in_a_torch_loaded_without_rtld_global(tmp_path):
 # --- why it can't be used -------------------------------------------------------------------------------
 
 
-def cuda_kernels(package, prelude=""):  # noqa: F811
-    code = f"import torch\n{prelude}\nimport pykern\nprint(pykern.info()['cuda kernels'])"
+def cuda_kernels(package):  # noqa: F811
+    code = "import pykern\nprint(pykern.info()['cuda kernels'])"
     result = python("-c", code, cwd=package)
     assert result.returncode == 0, result.stderr
     (line,) = result.stdout.strip().splitlines()
@@ -141,51 +150,57 @@ def test_does_not_load(package):  # noqa: F811
     assert told.startswith(f"not loaded: {damaged.name} does not load: ") and str(damaged) in told
 
 
-def test_torch_of_rocm(package):  # noqa: F811
-    if not CUDA_LIBRARY:
-        (package / "pykern" / "_C_cuda.abi3.so").touch()
-    told = cuda_kernels(package, "torch.version.hip = '7.0'")
-    assert told == f"not loaded: torch {torch.__version__} is built for ROCm, and pykern's kernels for CUDA"
+@pytest.fixture
+def torch_as(monkeypatch):
+    """Makes this process's torch pass for another, then tells what pykern says of CUDA."""
+
+    def tell(version_cuda, hip=None, **functions):
+        monkeypatch.setattr(torch.version, "cuda", version_cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        for name, function in functions.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(_native, "cuda_ops", _native.cuda_ops)
+        monkeypatch.setattr(_native, "cuda_unavailable_reason", _native._load_cuda())
+        return pykern.info()
+
+    return tell
 
 
 @needs_library
-def test_torch_without_cuda():
-    told = cuda_kernels(ROOT, "torch.version.cuda = None")
-    assert told == (
+def test_torch_of_rocm(torch_as):
+    torch_as(None, hip="7.0")
+    assert _native.cuda_unavailable_reason == f"torch {torch.__version__} is built for ROCm, and pykern's kernels for CUDA"
+
+
+@needs_library
+def test_torch_without_cuda(torch_as):
+    assert torch_as(None)["cuda kernels"] == (
         f"loaded, but not usable: torch {torch.__version__} is built without CUDA; install one that is built with it"
     )
 
 
-NO_DRIVER = """
-torch.version.cuda = "13.0"
-def init():
-    raise RuntimeError("Found no NVIDIA driver on your system.\\nMore of it.")
-torch.cuda.init, torch.cuda.is_available = init, lambda: False
-"""
-
-
 @needs_library
-def test_no_gpu():
-    told = cuda_kernels(ROOT, NO_DRIVER)
+def test_no_gpu(torch_as):
+    def init():
+        raise RuntimeError("Found no NVIDIA driver on your system.\nMore of it.")
+
+    told = torch_as("13.0", is_available=lambda: False, init=init)["cuda kernels"]
     assert told == "loaded, but not usable: torch finds no CUDA device: Found no NVIDIA driver on your system."
 
 
-GPU = """
-torch.version.cuda = "13.0"
-torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2
-torch.cuda.get_device_capability = lambda device: [(9, 0), (7, 5)][device]
-torch.cuda.get_device_name = lambda device: ["NVIDIA H200", "Tesla T4"][device]
-"""
-
-
 @needs_library
-def test_gpus_are_named_and_those_without_kernels():
-    code = f"import torch\n{GPU}\nimport pykern\nfor entry in pykern.info().items(): print(*entry, sep=': ')"
-    lines = python("-c", code, cwd=ROOT).stdout.splitlines()
-    assert "cuda kernels: loaded" in lines
+def test_gpus_are_named_and_those_without_kernels(torch_as):
+    entries = torch_as(
+        "13.0",
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_capability=lambda device=0: [(9, 0), (7, 5)][device],
+        get_device_name=lambda device=0: ["NVIDIA H200", "Tesla T4"][device],
+    )
+    assert entries["cuda kernels"] == "loaded"
     if _native.runs_on(torch.ops.pykern.cuda_architectures(), 9, 0):
-        assert "cuda device 0: NVIDIA H200, 9.0" in lines
-    assert "cuda device 1: Tesla T4, 7.5: no kernels for it; build with PYKERN_CUDA_ARCHS=75" in lines
+        assert entries["cuda device 0"] == "NVIDIA H200, 9.0"
+    assert entries["cuda device 1"] == "Tesla T4, 7.5: no kernels for it; build with PYKERN_CUDA_ARCHS=75"
 
 
 def test_import_asks_no_driver():

@@ -47,7 +47,7 @@ def test_no_kernel_exceeds_its_budget(usages):
     granted = budgets.table()["kernels"]
     above = []
     for kernel, architecture, usage in usages:
-        for name, value in usage.budget().items():
+        for name, value in usage.told().items():
             budget = granted.get(kernel, {}).get(architecture, {}).get(name, 0)
             if value > budget:
                 above.append(f"{kernel} [{architecture}]: {name} {value}, budget {budget}")
@@ -57,7 +57,7 @@ def test_no_kernel_exceeds_its_budget(usages):
 def test_no_kernel_spills_without_a_reason(usages):
     def fails(kernel, usage):
         local = usage.stack or usage.spill_stores or usage.spill_loads
-        return usage.budget() if local and not allowed(LOCAL_MEMORY, kernel) else None
+        return usage.told() if local and not allowed(LOCAL_MEMORY, kernel) else None
 
     assert not failing(usages, fails)
 
