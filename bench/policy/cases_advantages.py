@@ -76,6 +76,20 @@ def loss_and_gradient(rows: int, columns: int, loss: str) -> Callable[[], dict[s
     return make
 
 
+def loss_alone(rows: int, columns: int, loss: str, per_token: bool) -> Callable[[], dict[str, Callable]]:
+    """The loss with what its backward needs, as one reads it: no KL estimate, no backward."""
+
+    def make():
+        torch.manual_seed(0)
+        logprobs = (-torch.rand(rows, columns)).requires_grad_()
+        old = logprobs.detach() + 0.1 * torch.randn(rows, columns)
+        advantages = torch.randn(rows, columns) if per_token else torch.randn(rows)
+        mask = torch.arange(columns) < torch.randint(columns // 2, columns + 1, (rows, 1))
+        return {"pykern": lambda: pykern.policy_loss(logprobs, old, advantages, mask=mask, loss=loss)}
+
+    return make
+
+
 def cases(device: str) -> list[Case]:
     # A batch of a CPU's time, and 134 million tokens.
     rows, columns = (16384, 8192) if device == "cuda" else (256, 1024)
@@ -88,4 +102,10 @@ def cases(device: str) -> list[Case]:
         moved = 25.0 * rows * columns
         shape = f"{rows}x{columns}"
         listed.append(Case("policy", f"policy_loss {loss}", shape, loss_and_gradient(rows, columns, loss), bytes=moved))
+    for loss, per_token in (("grpo", False), ("grpo", True), ("gspo", False)):
+        # Two inputs and a mask byte read, the coefficient written.
+        moved = (17.0 if per_token else 13.0) * rows * columns
+        shape = f"{rows}x{columns} {'token' if per_token else 'sequence'} advantages"
+        make = loss_alone(rows, columns, loss, per_token)
+        listed.append(Case("policy", f"policy_loss_forward {loss}", shape, make, bytes=moved))
     return listed

@@ -11,51 +11,46 @@ using lowrank::DynamicMap;
 using lowrank::kQuantBlock;
 using lowrank::PhaseStep;
 
-// Half way between the magnitudes of neighbouring codes, counted from zero's.
-struct Midpoints {
-  int zero, count;
-  float values[lowrank::kCodes];
+PYKERN_INLINE vfloat magnitude(vfloat value) { return (vfloat)((vint)value & 0x7fffffff); }
 
-  constexpr explicit Midpoints(const DynamicMap& map) : zero(map.is_signed ? 127 : 0), count(255 - zero), values{} {
-    for (int i = 0; i < count; ++i) {
-      values[i] = static_cast<float>((static_cast<double>(map.values[zero + i]) + map.values[zero + i + 1]) / 2);
-    }
+// The numbers of the values nearest to x >= 0, counted from zero's; NaN counts as zero.
+PYKERN_INLINE vint nearest(const DynamicMap& map, int one, vfloat x) {
+  vfloat slope = broadcast(map.levels[0].slope), offset = broadcast(map.levels[0].offset);
+  vfloat last = broadcast(static_cast<float>(map.levels[0].last));
+  vint first = broadcast(map.levels[0].first);
+  for (int level = 1; level < lowrank::kLevels; ++level) {
+    const vint inside = x >= broadcast(map.levels[level].begin);
+    slope = select(inside, broadcast(map.levels[level].slope), slope);
+    offset = select(inside, broadcast(map.levels[level].offset), offset);
+    last = select(inside, broadcast(static_cast<float>(map.levels[level].last)), last);
+    first = inside ? broadcast(map.levels[level].first) : first;
   }
+  vfloat cell = x * slope + offset;
+  cell = cell > zero() ? cell : zero();
+  cell = cell < last ? cell : last;
+  vint number = first + __builtin_convertvector(cell, vint);
+  number = x >= broadcast(map.smallest) ? number : broadcast(0);
+  return x >= broadcast(map.top) ? broadcast(one) : number;
+}
 
-  // The number of the value nearest to x >= 0; NaN counts as zero.
-  int nearest(float x) const {
-    int low = 0, high = count;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (x >= values[middle]) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-};
-
-constexpr Midpoints kSignedMidpoints{lowrank::kSignedMap};
-constexpr Midpoints kUnsignedMidpoints{lowrank::kUnsignedMap};
-
-// Codes and scale of the first `count` values.
-void quantise(const float* values, int64_t count, const Midpoints& midpoints, bool is_signed, uint8_t* codes,
-              float* scale) {
+// Codes and scale of a block's first `count` values; behind them there are zeros.
+void quantise(const float* values, int64_t count, const DynamicMap& map, uint8_t* codes, float* scale) {
   float largest = 0;
   for (int64_t i = 0; i < count; ++i) largest = lowrank::larger(__builtin_fabsf(values[i]), largest);
   *scale = largest < lowrank::kSmallestScale ? 0.0f : largest;
   const float reciprocal = lowrank::reciprocal_scale(largest);
-  for (int64_t i = 0; i < count; ++i) {
-    const int number = midpoints.nearest(__builtin_fabsf(values[i]) * reciprocal);
-    if (is_signed && values[i] < 0) {
-      // There is no minus one: its nearest value is the last cell's.
-      codes[i] = static_cast<uint8_t>(midpoints.zero - (number < midpoints.zero ? number : midpoints.zero));
-    } else {
-      codes[i] = static_cast<uint8_t>(midpoints.zero + number);
-    }
+  const int zero_code = map.is_signed ? 127 : 0;
+  alignas(64) int32_t chosen[kQuantBlock];
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vfloat value = load(values + i);
+    const vint number = nearest(map, 255 - zero_code, magnitude(value) * reciprocal);
+    // There is no minus one: its nearest value is the last cell's.
+    const vint below = number < zero_code ? zero_code - number : broadcast(0);
+    const vint negative = map.is_signed ? (vint)(value < zero()) : broadcast(0);
+    const vint code = negative ? below : number + zero_code;
+    std::memcpy(chosen + i, &code, sizeof code);
   }
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(chosen[i]);
 }
 
 template <class T>
@@ -85,8 +80,8 @@ void quantised_block(const PhaseStep& step, const Adam& adam, vfloat factor, int
       store_partial(direction + i, value, rest);
     }
   }
-  quantise(first, count, kSignedMidpoints, true, first_codes, step.exp_avg_scale + block);
-  quantise(second, count, kUnsignedMidpoints, false, second_codes, step.exp_avg_sq_scale + block);
+  quantise(first, count, lowrank::kSignedMap, first_codes, step.exp_avg_scale + block);
+  quantise(second, count, lowrank::kUnsignedMap, second_codes, step.exp_avg_sq_scale + block);
 }
 
 template <class T>

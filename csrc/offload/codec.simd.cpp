@@ -49,7 +49,7 @@ void encode(const T* source, int64_t count, uint8_t* codes, float* scales) {
     widen_block(source + first, size, block);
     const float scale = codec::scale_of(largest_finite_bits(block), Codec::kRange);
     const float inverse = 1.0f / scale;
-    for (int i = 0; i < kScaleBlock; ++i) coded[i] = Codec::encode(block[i], inverse);
+    for (int i = 0; i < kScaleBlock; ++i) coded[i] = codec::encode<Codec>(block[i], inverse);
     std::memcpy(codes + first, coded, size);
     scales[first / kScaleBlock] = scale;
   }

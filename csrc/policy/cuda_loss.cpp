@@ -76,44 +76,48 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logprobs, Tensor old_logprobs,
             with_gradient ? torch::stable::empty_like(logprobs) : cuda::empty(logprobs, {0}, type),
             cuda::new_zeros(logprobs, {kLossMetrics})};
   }
-  const DataType data = data_type(logprobs, "logprobs");
-  const LossGrid grid = loss_grid(data, tokens, sequences, sequence_ratio);
   Tensor loss = cuda::empty(logprobs, {}, type);
   Tensor metrics = cuda::empty(logprobs, {kLossMetrics}, type);
   Tensor coefficient = with_gradient ? cuda::empty(logprobs, logprobs.sizes(), type) : cuda::empty(logprobs, {0}, type);
+  LossParams params{cuda::input(logprobs),
+                    cuda::input(old_logprobs),
+                    cuda::input(advantages),
+                    cuda::input(ref_logprobs),
+                    cuda::input(rollout_logprobs),
+                    cuda::input<uint8_t>(mask),
+                    cuda::input<int64_t>(cu_seqlens),
+                    cuda::output(loss),
+                    with_gradient ? cuda::output(coefficient) : nullptr,
+                    cuda::output(metrics),
+                    tokens,
+                    sequences,
+                    cu_seqlens ? 0 : logprobs.size(1),
+                    per_token,
+                    sequence_ratio,
+                    weight_clip,
+                    static_cast<KlDivergence>(kl),
+                    static_cast<LossAggregate>(aggregate),
+                    settings[kDenominator],
+                    settings[kHorizon],
+                    {settings[kRatioLow], settings[kRatioHigh], settings[kDualClip], settings[kLogRatioLimit],
+                     settings[kSequenceLogRatioLimit], settings[kKlCoef], settings[kKlLogRatioLimit],
+                     settings[kKlLimit], settings[kRolloutClip]},
+                    {},
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr};
+  const DataType data = data_type(logprobs, "logprobs");
+  params.grid = loss_grid(data, params);
+  const int64_t parts = sequence_ratio ? sequences * params.grid.parts : 0;
   Tensor counters = cuda::new_zeros(logprobs, {kSequenceLengths + sequences}, ScalarType::Long);
   Tensor mask_bits = cuda::empty(logprobs, {mask ? loss_mask_words(tokens, sequences) : 0}, ScalarType::Int);
-  Tensor part_sums = cuda::empty(logprobs, {sequence_ratio ? sequences * grid.parts * kPartSums : 0}, ScalarType::Double);
-  Tensor block_sums = cuda::empty(logprobs, {grid.blocks * kBlockSums}, ScalarType::Double);
-
-  const LossParams params{cuda::input(logprobs),
-                          cuda::input(old_logprobs),
-                          cuda::input(advantages),
-                          cuda::input(ref_logprobs),
-                          cuda::input(rollout_logprobs),
-                          cuda::input<uint8_t>(mask),
-                          cuda::input<int64_t>(cu_seqlens),
-                          cuda::output(loss),
-                          with_gradient ? cuda::output(coefficient) : nullptr,
-                          cuda::output(metrics),
-                          tokens,
-                          sequences,
-                          cu_seqlens ? 0 : logprobs.size(1),
-                          grid,
-                          per_token,
-                          sequence_ratio,
-                          weight_clip,
-                          static_cast<KlDivergence>(kl),
-                          static_cast<LossAggregate>(aggregate),
-                          settings[kDenominator],
-                          settings[kHorizon],
-                          {settings[kRatioLow], settings[kRatioHigh], settings[kDualClip], settings[kLogRatioLimit],
-                           settings[kSequenceLogRatioLimit], settings[kKlCoef], settings[kKlLogRatioLimit],
-                           settings[kKlLimit], settings[kRolloutClip]},
-                          cuda::workspace<unsigned long long>(counters),
-                          cuda::workspace<uint32_t>(mask_bits),
-                          cuda::workspace<double>(part_sums),
-                          cuda::workspace<double>(block_sums)};
+  Tensor part_sums = cuda::empty(logprobs, {parts * kPartSums}, ScalarType::Double);
+  Tensor block_sums = cuda::empty(logprobs, {params.grid.blocks * kBlockSums}, ScalarType::Double);
+  params.counters = cuda::workspace<unsigned long long>(counters);
+  params.mask_bits = cuda::workspace<uint32_t>(mask_bits);
+  params.part_sums = cuda::workspace<double>(part_sums);
+  params.block_sums = cuda::workspace<double>(block_sums);
   cuda::check_launch(launch_policy_loss(data, params, cuda::current_stream(logprobs)), "policy_loss");
   return {loss, coefficient, metrics};
 }

@@ -52,21 +52,20 @@ PYKERN_CODEC float scale_of(uint32_t largest_bits, float range) {
 // Four exponent bits, three mantissa bits, no infinity: torch.float8_e4m3fn. Rounds to nearest even.
 struct Float8E4m3 {
   static constexpr float kRange = 448.0f;
+  static constexpr uint8_t kNan = 0x7f;
 
-  static PYKERN_CODEC uint8_t encode(float value, float inverse) {
-    const uint32_t absolute = absolute_bits(value);
-    const float scaled = float_of(absolute) * inverse;
+  static PYKERN_CODEC uint8_t encode_finite(float value, float inverse) {
+    const float scaled = float_of(absolute_bits(value)) * inverse;
     const float magnitude = scaled < kRange ? scaled : kRange;
     // The unit in the last place is 2^-3 of the leading bit, and 2^-9 at least: adding 2^20 leading bits makes the
-    // float32 adder round there.
-    constexpr uint32_t kLeastExponent = 121u << 23;
+    // float32 adder round there. The number of units is then in the low bits of the sum, and what belongs to the
+    // exponent comes on top of them.
+    constexpr uint32_t kLeastExponent = 121;
     const uint32_t exponent = bits_of(magnitude) & kInfinityBits;
-    const uint32_t leading = exponent > kLeastExponent ? exponent : kLeastExponent;
-    const uint32_t shifted = leading + (20u << 23);
-    const uint32_t units = bits_of(magnitude + float_of(shifted)) - shifted;
-    const uint32_t code = ((leading - kLeastExponent) >> 20) + units;
-    const uint32_t sign = bits_of(value) >> 24 & 0x80u;
-    return static_cast<uint8_t>(absolute < kInfinityBits ? code | sign : 0x7fu);
+    const uint32_t leading = exponent > kLeastExponent << 23 ? exponent : kLeastExponent << 23;
+    const uint32_t sum = bits_of(magnitude + float_of(leading + (20u << 23)));
+    const uint32_t code = sum + (leading >> 20) - (kLeastExponent << 3);
+    return static_cast<uint8_t>((code & 0x7fu) | (bits_of(value) >> 24 & 0x80u));
   }
 
   static PYKERN_CODEC float decode(uint8_t code, float scale) {
@@ -74,7 +73,7 @@ struct Float8E4m3 {
     const float normal = float_of((rest << 20) + (120u << 23));
     // Without a leading bit: the fraction over 2^-6, less the 2^-6.
     const float subnormal = float_of((rest << 20) + (121u << 23)) - 0.015625f;
-    const float magnitude = rest < 8 ? subnormal : rest == 0x7f ? float_of(0x7fc00000u) : normal;
+    const float magnitude = rest < 8 ? subnormal : rest == kNan ? float_of(0x7fc00000u) : normal;
     return float_of(bits_of(magnitude * scale) ^ (code & 0x80u) << 24);
   }
 };
@@ -82,22 +81,27 @@ struct Float8E4m3 {
 // -127 to 127, rounded to nearest even; -128 is NaN.
 struct Int8 {
   static constexpr float kRange = 127.0f;
+  static constexpr uint8_t kNan = 0x80;
 
-  static PYKERN_CODEC uint8_t encode(float value, float inverse) {
+  static PYKERN_CODEC uint8_t encode_finite(float value, float inverse) {
     const float scaled = value * inverse;
     const float below = scaled < kRange ? scaled : kRange;
     const float limited = below > -kRange ? below : -kRange;
-    // At 1.5 * 2^23 the unit in the last place is one.
-    constexpr uint32_t kShift = 0x4b400000u;
-    const uint32_t code = bits_of(limited + float_of(kShift)) - kShift;
-    return static_cast<uint8_t>(absolute_bits(value) < kInfinityBits ? code : 0x80u);
+    // At 1.5 * 2^23 the unit in the last place is one; the low byte of the sum is the code.
+    return static_cast<uint8_t>(bits_of(limited + 12582912.0f));
   }
 
   static PYKERN_CODEC float decode(uint8_t code, float scale) {
     const float value = static_cast<float>(static_cast<int8_t>(code)) * scale;
-    return code == 0x80u ? float_of(0x7fc00000u) : value;
+    return code == kNan ? float_of(0x7fc00000u) : value;
   }
 };
+
+// Of any value; NaN and infinity become NaN.
+template <class Codec>
+PYKERN_CODEC uint8_t encode(float value, float inverse) {
+  return absolute_bits(value) < kInfinityBits ? Codec::encode_finite(value, inverse) : Codec::kNan;
+}
 
 }  // namespace codec
 }  // namespace pykern

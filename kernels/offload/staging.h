@@ -36,6 +36,7 @@ struct StagingLaunch {
   int32_t segments, chunks;
   StagingSegment segment[kStagingSegments];
 };
+static_assert(sizeof(StagingLaunch) <= 4096, "more than the parameters of a launch hold");
 
 const char* launch_staging_pack(const StagingLaunch& params, Stream stream);
 const char* launch_staging_unpack(const StagingLaunch& params, Stream stream);

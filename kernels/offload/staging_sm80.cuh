@@ -1,6 +1,7 @@
 // A block of threads takes one chunk of one tensor. Which one is found in the table of the launch's parameters.
 #pragma once
 
+#include "kernels/common/reduce.cuh"
 #include "kernels/common/vector.cuh"
 #include "kernels/offload/codec.h"
 #include "kernels/offload/staging.h"
@@ -131,20 +132,28 @@ __device__ __forceinline__ void encode_packs(const Coded<T>& part, int64_t first
     const int64_t element = first + (threadIdx.x + i * kStagingThreads) * kSize;
     uint32_t largest = 0;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const uint32_t bits = codec::finite_bits(widen(values[i][j]));
-      largest = largest > bits ? largest : bits;
+    for (int j = 0; j < kSize; ++j) largest = Largest()(largest, codec::absolute_bits(widen(values[i][j])));
+    // Rarely anything is not finite; only then is each value asked.
+    const bool finite = !__any_sync(kFullWarp, largest >= codec::kInfinityBits);
+    if (!finite) {
+      largest = 0;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) largest = Largest()(largest, codec::finite_bits(widen(values[i][j])));
     }
 #pragma unroll
     for (int distance = kSharers / 2; distance > 0; distance /= 2) {
-      const uint32_t bits = __shfl_xor_sync(kFullWarp, largest, distance);
-      largest = largest > bits ? largest : bits;
+      largest = Largest()(largest, __shfl_xor_sync(kFullWarp, largest, distance));
     }
     const float scale = codec::scale_of(largest, Codec::kRange);
     const float inverse = 1.0f / scale;
     Word word = 0;
+    if (finite) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) word |= Word{Codec::encode(widen(values[i][j]), inverse)} << (8 * j);
+      for (int j = 0; j < kSize; ++j) word |= Word{Codec::encode_finite(widen(values[i][j]), inverse)} << (8 * j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) word |= Word{codec::encode<Codec>(widen(values[i][j]), inverse)} << (8 * j);
+    }
     if (whole) {
       *reinterpret_cast<Word*>(part.codes + element) = word;
     } else {

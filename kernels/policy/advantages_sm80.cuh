@@ -296,7 +296,9 @@ class GroupAdvantages {
   template <class Visit>
   __device__ __forceinline__ void for_rows(Visit visit) {
     const int64_t lane = threadIdx.x % kWarpSize;
-    for (int64_t first = threadIdx.x - lane; first < rows_; first += blockDim.x) visit(first + lane < rows_, first + lane);
+    for (int64_t first = threadIdx.x - lane; first < rows_; first += blockDim.x) {
+      visit(first + lane < rows_, first + lane);
+    }
   }
 
   __device__ __forceinline__ void find_groups() {
@@ -440,7 +442,9 @@ class GroupAdvantages {
       RowState state = kLeftOut;
       GroupStatistics group{};
       if (takes_part(row)) {
-        group = !needs_mean() ? range_of(leader) : p_.scale == Scale::group_std ? with_variance(leader) : with_mean(leader);
+        group = !needs_mean()                       ? range_of(leader)
+                : p_.scale == Scale::group_std ? with_variance(leader)
+                                               : with_mean(leader);
         distance = centred(row, group, weight_of(leader));
         const bool without = grouped() && (group.count == 1 ? !p_.singleton_self : group.equal());
         state = without ? kWithoutSignal : kWithSignal;

@@ -8,7 +8,9 @@ const char* launch_group_advantages(DataType type, const AdvantageParams& params
   constexpr int64_t kBlockRows = 128, kThreadRows = 8;
   const int64_t wanted_blocks = (params.rows + kBlockRows - 1) / kBlockRows, most = multiprocessors();
   const int64_t wanted_threads = (params.rows / kThreadRows + kWarpSize - 1) / kWarpSize * kWarpSize;
-  const int64_t threads = wanted_threads < 64 ? 64 : wanted_threads < kAdvantageThreads ? wanted_threads : kAdvantageThreads;
+  const int64_t threads = wanted_threads < 64                  ? 64
+                          : wanted_threads < kAdvantageThreads ? wanted_threads
+                                                               : kAdvantageThreads;
   const Grid grid{dim3(static_cast<unsigned>(wanted_blocks < most ? wanted_blocks : most)),
                   dim3(static_cast<unsigned>(threads)), kSharedGroupRows * kGroupRowBytes};
   switch (type) {

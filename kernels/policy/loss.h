@@ -69,7 +69,6 @@ struct LossParams {
   const int64_t* cu_seqlens;  // [sequences + 1]; null: `columns` tokens each
   void *loss, *coefficient, *metrics;
   int64_t tokens, sequences, columns;
-  LossGrid grid;
   bool per_token_advantages, sequence_ratio, weight_clip;
   KlDivergence kl;
   LossAggregate aggregate;
@@ -77,6 +76,8 @@ struct LossParams {
   double horizon;
   LossBounds<double> bounds;
 
+  // Whose sizes depend on what stands above.
+  LossGrid grid;
   unsigned long long* counters;  // [kSequenceLengths + sequences]
   uint32_t* mask_bits;           // [loss_mask_words()] if there is a mask
   double* part_sums;             // [sequences, grid.parts, kPartSums] for a ratio of sequences
@@ -86,7 +87,7 @@ struct LossParams {
 // Words of the mask's bits: each sequence begins in one of its own.
 inline int64_t loss_mask_words(int64_t tokens, int64_t sequences) { return tokens / 32 + sequences + 1; }
 
-LossGrid loss_grid(DataType type, int64_t tokens, int64_t sequences, bool sequence_ratio);
+LossGrid loss_grid(DataType type, const LossParams& params);
 const char* launch_policy_loss(DataType type, const LossParams& params, Stream stream);
 
 struct LossGradientParams {

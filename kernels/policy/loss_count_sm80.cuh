@@ -82,19 +82,108 @@ __global__ void __launch_bounds__(kLossThreads, kMaskBlocks) pack_mask_kernel(Lo
   counter.finish();
 }
 
-// A bit for each of the wanted ones among four bytes of the mask.
-__device__ __forceinline__ unsigned read_mask(const LossParams& p, int64_t token, unsigned wanted) {
+// Of the wanted ones among four tokens, those that are not masked.
+__device__ __forceinline__ TokenBits read_mask(const LossParams& p, int64_t token, TokenBits wanted) {
   const uint8_t* source = p.mask + token;
-  if (wanted == 0xfu && reinterpret_cast<uintptr_t>(p.mask) % 4 == 0) {
-    return nonzero_bytes(__ldcs(reinterpret_cast<const unsigned*>(source)));
+  if (wanted & kWholePack && reinterpret_cast<uintptr_t>(p.mask) % 4 == 0) {
+    return nonzero_bytes(__ldcs(reinterpret_cast<const unsigned*>(source))) | kWholePack;
   }
-  unsigned bits = 0;
+  TokenBits bits = wanted & kWholePack;
 #pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) bits |= (wanted >> i & 1 && source[i] ? 1u : 0u) << i;
+  for (int i = 0; i < kThreadTokens; ++i) bits |= (is_wanted(wanted, i) && source[i] ? 1u : 0u) << i;
   return bits;
 }
 
 // A ratio of whole sequences, with a mask or without.
+template <class T>
+class SequenceSums {
+ public:
+  __device__ __forceinline__ SequenceSums(const LossArguments<T>& arguments, const LossPart& part)
+      : p_(arguments.params), bounds_(arguments.bounds), packs_(p_, part, arguments.packs), part_(part) {}
+
+  // Sums of this thread; returns its unmasked tokens.
+  __device__ __forceinline__ unsigned run(double (&sums)[kPartSums]) {
+    const bool uniform = !p_.per_token_advantages && !p_.rollout_logprobs;
+    unsigned unmasked = 0;
+    // All threads take part in all turns, for the words of bits.
+    for (uint32_t turn = 0; turn < packs_.end(); turn += kLossThreads) {
+      const uint32_t pack = turn + threadIdx.x;
+      const TokenBits valid = p_.mask ? keep_mask(pack) : packs_.inside(pack);
+      unmasked += __popc(valid & kFourTokens);
+      const FourTokens<T> logprob = packs_.template read<T>(p_.logprobs, pack, valid);
+      const FourTokens<T> old = packs_.template read<T>(p_.old_logprobs, pack, valid);
+      T distances = 0;
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) distances += is_wanted(valid, i) ? logprob[i] - old[i] : T(0);
+      sums[kLogRatios] += static_cast<double>(distances);
+      if (!uniform) add_advantages(pack, valid, old, sums);
+    }
+    if (uniform && unmasked > 0) {
+      const auto advantage = static_cast<double>(of_sequence());
+      const bool below = advantage < 0;
+      sums[kPositiveAdvantages] = below ? 0 : advantage * unmasked;
+      sums[kNegativeAdvantages] = below ? advantage * unmasked : 0;
+      sums[kPositives] = advantage > 0 ? unmasked : 0;
+      sums[kNegatives] = below ? unmasked : 0;
+    }
+    return unmasked;
+  }
+
+ private:
+  __device__ __forceinline__ T of_sequence() const { return static_cast<const T*>(p_.advantages)[part_.sequence]; }
+
+  // Reads the mask and keeps its bits, eight lanes to a word.
+  __device__ __forceinline__ TokenBits keep_mask(uint32_t pack) const {
+    const int64_t token = packs_.token_of(pack);
+    const TokenBits valid = read_mask(p_, token, packs_.inside(pack));
+    unsigned word = (valid & kFourTokens) << (pack % 8 * kThreadTokens);
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(kFullWarp, word, distance);
+    const bool in_part = token + 32 > part_.begin && token < part_.end;
+    if (pack % 8 == 0 && in_part) *mask_word(p_, part_, token) = word;
+    return valid;
+  }
+
+  __device__ __forceinline__ void add_advantages(uint32_t pack, TokenBits valid, const FourTokens<T>& old,
+                                                 double (&sums)[kPartSums]) const {
+    FourTokens<T> advantage, rollout;
+    if (p_.per_token_advantages) {
+      advantage = packs_.template read<T>(p_.advantages, pack, valid);
+    } else {
+      const T same = of_sequence();
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) advantage[i] = same;
+    }
+    if (p_.rollout_logprobs) rollout = packs_.template read<T>(p_.rollout_logprobs, pack, valid);
+    T positive = 0, negative = 0, weights = 0;
+    int positives = 0, negatives = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      const T value = is_wanted(valid, i) ? advantage[i] : T(0);
+      T weighted = value;
+      if (p_.rollout_logprobs) {
+        const T distance = is_wanted(valid, i) ? old[i] - rollout[i] : T(0), weight = rollout_weight(distance, bounds_);
+        weighted *= weight;
+        weights += is_wanted(valid, i) ? weight : T(0);
+      }
+      positive += value < 0 ? T(0) : weighted;
+      negative += value < 0 ? weighted : T(0);
+      positives += value > 0;
+      negatives += value < 0;
+    }
+    sums[kPositiveAdvantages] += static_cast<double>(positive);
+    sums[kNegativeAdvantages] += static_cast<double>(negative);
+    sums[kPositives] += positives;
+    sums[kNegatives] += negatives;
+    sums[kRolloutWeights] += static_cast<double>(weights);
+  }
+
+  const LossParams& p_;
+  const LossBounds<T>& bounds_;
+  const PartPacks packs_;
+  const LossPart& part_;
+};
+
 template <class T>
 __global__ void __launch_bounds__(kLossThreads) sequence_sums_kernel(LossArguments<T> arguments) {
   PYKERN_SHARED(BlockTotals<kPartSums>, shared);
@@ -103,65 +192,7 @@ __global__ void __launch_bounds__(kLossThreads) sequence_sums_kernel(LossArgumen
   for (int64_t item = blockIdx.x; item < p.sequences * p.grid.parts; item += gridDim.x) {
     const LossPart part = find_part(p, item);
     double sums[kPartSums] = {};
-    unsigned unmasked = 0;
-    for (int64_t tile = part.begin / kTileTokens * kTileTokens; tile < part.end; tile += kTileTokens) {
-      const int64_t token = tile + kThreadTokens * static_cast<int64_t>(threadIdx.x);
-      unsigned valid = tokens_inside(part, token);
-      if (p.mask) {
-        valid &= read_mask(p, token, valid);
-        // Eight lanes to a word.
-        unsigned word = valid << (token % 32);
-#pragma unroll
-        for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(kFullWarp, word, distance);
-        const bool in_part = token + 32 > part.begin && token < part.end;
-        if (threadIdx.x % 8 == 0 && in_part) *mask_word(p, part, token) = word;
-      }
-      unmasked += __popc(valid);
-      const FourTokens<T> logprob = read_tokens(arguments, p.logprobs, token, valid);
-      const FourTokens<T> old = read_tokens(arguments, p.old_logprobs, token, valid);
-      T distances = 0;
-#pragma unroll
-      for (int i = 0; i < kThreadTokens; ++i) distances += logprob[i] - old[i];
-      sums[kLogRatios] += static_cast<double>(distances);
-      if (!p.per_token_advantages && !p.rollout_logprobs) continue;
-      FourTokens<T> advantage, rollout;
-      if (p.per_token_advantages) {
-        advantage = read_tokens(arguments, p.advantages, token, valid);
-      } else {
-        const T shared_advantage = static_cast<const T*>(p.advantages)[part.sequence];
-#pragma unroll
-        for (int i = 0; i < kThreadTokens; ++i) advantage[i] = valid >> i & 1 ? shared_advantage : T(0);
-      }
-      if (p.rollout_logprobs) rollout = read_tokens(arguments, p.rollout_logprobs, token, valid);
-      T positive = 0, negative = 0, weights = 0;
-#pragma unroll
-      for (int i = 0; i < kThreadTokens; ++i) {
-        T weighted = advantage[i];
-        if (p.rollout_logprobs) {
-          const T weight = rollout_weight(old[i], rollout[i], arguments.bounds.rollout_clip);
-          weighted *= weight;
-          weights += valid >> i & 1 ? weight : T(0);
-        }
-        const bool below = advantage[i] < 0;
-        positive += below ? T(0) : weighted;
-        negative += below ? weighted : T(0);
-        sums[kPositives] += advantage[i] > 0;
-        sums[kNegatives] += below;
-      }
-      sums[kPositiveAdvantages] += static_cast<double>(positive);
-      sums[kNegativeAdvantages] += static_cast<double>(negative);
-      sums[kRolloutWeights] += static_cast<double>(weights);
-    }
-    if (!p.per_token_advantages && !p.rollout_logprobs) {
-      const auto advantage = static_cast<double>(static_cast<const T*>(p.advantages)[part.sequence]);
-      const bool below = advantage < 0;
-      const double total = unmasked > 0 ? advantage * unmasked : 0;
-      sums[kPositiveAdvantages] = below ? 0 : total;
-      sums[kNegativeAdvantages] = below ? total : 0;
-      sums[kPositives] = advantage > 0 ? unmasked : 0;
-      sums[kNegatives] = below ? unmasked : 0;
-    }
-    counter.add(part.sequence, unmasked);
+    counter.add(part.sequence, SequenceSums<T>(arguments, part).run(sums));
     block_totals(sums, shared, [&](int index, double sum) { p.part_sums[item * kPartSums + index] = sum; });
   }
   counter.finish();

@@ -1,5 +1,5 @@
 // The pass over the tokens: loss, its gradient with respect to the log-probability, and the sums behind the
-// metrics. A masked token is not read where a whole pack is masked, and taken for zeros elsewhere.
+// metrics. Four masked tokens side by side are not even read.
 #pragma once
 
 #include "kernels/policy/loss_tokens.cuh"
@@ -12,47 +12,66 @@ struct LossShared {
   bool last;
 };
 
-// exp(-d) + d - 1 and its derivative 1 - exp(-d). Near zero both cancel, so a series takes over.
-__device__ __forceinline__ void k3_divergence(float d, float* value, float* derivative) {
-  const float e = exponential(-d);
-  float p = -1.0f / 362880;
-  p = p * d + 1.0f / 40320;
-  p = p * d - 1.0f / 5040;
-  p = p * d + 1.0f / 720;
-  p = p * d - 1.0f / 120;
-  p = p * d + 1.0f / 24;
-  p = p * d - 1.0f / 6;
-  p = p * d + 0.5f;
-  const float series = p * d * d;
-  const bool near = d < 0.5f && d > -0.5f;
-  *value = near ? series : e + (d - 1.0f);
-  *derivative = near ? d - series : 1.0f - e;
+// exp(-d) + d - 1 and its derivative 1 - exp(-d). Near zero both cancel, so a series takes over; most
+// policies stay so near to their reference that nothing else is needed.
+__device__ __forceinline__ void k3_divergence(const FourTokens<float>& d, FourTokens<float>& value,
+                                              FourTokens<float>& derivative) {
+  bool all_near = true;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    float p = -1.0f / 362880;
+    p = p * d[i] + 1.0f / 40320;
+    p = p * d[i] - 1.0f / 5040;
+    p = p * d[i] + 1.0f / 720;
+    p = p * d[i] - 1.0f / 120;
+    p = p * d[i] + 1.0f / 24;
+    p = p * d[i] - 1.0f / 6;
+    p = p * d[i] + 0.5f;
+    value[i] = p * d[i] * d[i];
+    derivative[i] = d[i] - value[i];
+    all_near = all_near && fabsf(d[i]) < 0.5f;
+  }
+  if (all_near) return;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const float e = exponential(-d[i]);
+    const bool near = fabsf(d[i]) < 0.5f;
+    value[i] = near ? value[i] : e + (d[i] - 1.0f);
+    derivative[i] = near ? derivative[i] : 1.0f - e;
+  }
 }
-__device__ __forceinline__ void k3_divergence(double d, double* value, double* derivative) {
-  const double less_one = expm1(-d);
-  *value = less_one + d;
-  *derivative = -less_one;
-}
-
-template <class T>
-__device__ __forceinline__ void divergence(KlDivergence kind, const LossBounds<T>& bounds, T raw, T* value,
-                                           T* derivative) {
-  if (kind == KlDivergence::k1) {
-    *value = raw;
-    *derivative = 1;
-  } else if (kind == KlDivergence::k2) {
-    *value = raw * raw * T(0.5);
-    *derivative = raw;
-  } else {
-    const T limit = bounds.kl_log_ratio_limit;
-    k3_divergence(clamp(raw, -limit, limit), value, derivative);
-    const bool held = raw < -limit || raw > limit || *value > bounds.kl_limit;
-    *derivative = held ? T(0) : *derivative;
-    *value = *value > bounds.kl_limit ? bounds.kl_limit : *value;
+__device__ __forceinline__ void k3_divergence(const FourTokens<double>& d, FourTokens<double>& value,
+                                              FourTokens<double>& derivative) {
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const double less_one = expm1(-d[i]);
+    value[i] = less_one + d[i];
+    derivative[i] = -less_one;
   }
 }
 
-template <class T, bool sequence_ratio>
+// Only k3 has limits: of its input, and of its value.
+template <class T>
+__device__ __forceinline__ void limited_k3(const LossBounds<T>& bounds, FourTokens<T> raw, FourTokens<T>& value,
+                                           FourTokens<T>& derivative) {
+  const T limit = bounds.kl_log_ratio_limit, largest = bounds.kl_limit;
+  FourTokens<T> held;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) held[i] = clamp(raw[i], -limit, limit);
+  k3_divergence(held, value, derivative);
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const bool beyond = raw[i] < -limit || raw[i] > limit || value[i] > largest;
+    derivative[i] = beyond ? T(0) : derivative[i];
+    value[i] = value[i] > largest ? largest : value[i];
+  }
+}
+
+// What a call has beside clipped ratios and advantages of sequences: nothing; a KL estimate; anything. What a
+// kernel need not ask about saves instructions and registers.
+enum class LossExtras { none, divergence, any };
+
+template <class T, bool sequence_ratio, LossExtras extras>
 class PolicyLoss {
   // A thread's tokens fit 32 bits; those of a sequence are counted at once.
   template <bool wide, class Unused = void>
@@ -66,6 +85,10 @@ class PolicyLoss {
 
   struct Inputs {
     FourTokens<T> logprob, old;
+  };
+  // How often a ratio met the bounds of its advantage.
+  struct Hits {
+    int lower = 0, upper = 0, upper_of_negative = 0;
   };
 
  public:
@@ -83,7 +106,14 @@ class PolicyLoss {
   }
 
  private:
-  __device__ __forceinline__ bool reads_tokens() const { return p_.kl != KlDivergence::none || p_.weight_clip; }
+  static constexpr bool kAny = extras == LossExtras::any;
+  __device__ __forceinline__ bool has_divergence() const {
+    return extras == LossExtras::divergence || (kAny && p_.kl != KlDivergence::none);
+  }
+  __device__ __forceinline__ bool clips_weight() const { return kAny && p_.weight_clip; }
+  __device__ __forceinline__ bool has_token_advantages() const { return kAny && p_.per_token_advantages; }
+  __device__ __forceinline__ bool has_rollout() const { return kAny && p_.rollout_logprobs; }
+  __device__ __forceinline__ bool reads_tokens() const { return has_divergence() || clips_weight(); }
 
   __device__ __forceinline__ static double over(double denominator, double counted) {
     const double divisor = denominator > 0 ? denominator : counted;
@@ -104,7 +134,10 @@ class PolicyLoss {
       case LossAggregate::sequence_sum_norm: weight_ = over(p_.denominator, sequences) / p_.horizon; break;
     }
     token_weight_ = static_cast<T>(weight_);
-    if (!p_.per_token_advantages) advantage_ = static_cast<const T*>(p_.advantages)[sequence_];
+    if (!has_token_advantages()) {
+      advantage_ = static_cast<const T*>(p_.advantages)[sequence_];
+      find_range(advantage_, lower_, upper_);
+    }
     // A sequence's first part comes before its others, in whichever block it is.
     if (sequence_ratio) find_ratio(part.index == 0 && threadIdx.x == 0);
   }
@@ -147,7 +180,7 @@ class PolicyLoss {
     ratios_ += length > 0 ? length * static_cast<double>(ratio_) : 0;
     log_ratios_ += sums[kLogRatios];
     rollout_weights_ += sums[kRolloutWeights];
-    if (p_.weight_clip) {
+    if (clips_weight()) {
       counts_.low += clipped_low ? length : 0;
       counts_.high += clipped_high ? length : 0;
     } else {
@@ -164,122 +197,160 @@ class PolicyLoss {
     return advantages != 0 ? advantages * factor : 0;
   }
 
-  __device__ __forceinline__ Inputs read(int64_t token, unsigned valid) const {
+  // Where a ratio may lie before it is clipped. A loss max(-A ratio, -A clipped) has one bound only, by the
+  // sign of its advantage, and the dual clip is the other for a negative one.
+  __device__ __forceinline__ void find_range(T advantage, T& lower, T& upper) const {
+    const T infinity = static_cast<T>(HUGE_VAL);
+    const bool both = clips_weight();
+    lower = both || advantage < 0 ? bounds_.ratio_low : -infinity;
+    upper = both || advantage > 0 ? bounds_.ratio_high : advantage < 0 ? bounds_.dual_clip : infinity;
+  }
+
+  __device__ __forceinline__ Inputs read(const PartPacks& packs, uint32_t pack, TokenBits valid) const {
     Inputs inputs{};
-    if (!sequence_ratio || reads_tokens()) inputs.logprob = read_tokens(arguments_, p_.logprobs, token, valid);
-    if (!sequence_ratio) inputs.old = read_tokens(arguments_, p_.old_logprobs, token, valid);
+    if (!sequence_ratio || reads_tokens()) inputs.logprob = packs.template read<T>(p_.logprobs, pack, valid);
+    if (!sequence_ratio) inputs.old = packs.template read<T>(p_.old_logprobs, pack, valid);
     return inputs;
   }
 
   // The mask is read two tiles ahead and the log-probabilities one, so that loads wait for no other.
   __device__ __forceinline__ void run_part(const LossPart& part) {
-    int64_t token = part.begin / kTileTokens * kTileTokens + kThreadTokens * static_cast<int64_t>(threadIdx.x);
-    unsigned valid = tokens_unmasked(p_, part, token);
-    unsigned next_valid = tokens_unmasked(p_, part, token + kTileTokens);
-    Inputs inputs = read(token, valid);
-    for (; token < part.end; token += kTileTokens) {
-      const unsigned later_valid = tokens_unmasked(p_, part, token + 2 * kTileTokens);
-      const Inputs next = read(token + kTileTokens, next_valid);
-      add(part, token, valid, inputs);
+    const PartPacks packs(p_, part, arguments_.packs);
+    Hits hits;
+    uint32_t pack = threadIdx.x;
+    TokenBits valid = packs.unmasked(pack), next_valid = packs.unmasked(pack + kLossThreads);
+    Inputs inputs = read(packs, pack, valid);
+    for (; pack < packs.end(); pack += kLossThreads) {
+      const TokenBits later_valid = packs.unmasked(pack + 2 * kLossThreads);
+      const Inputs next = read(packs, pack + kLossThreads, next_valid);
+      FourTokens<T> gradient, reference;
+      // Long before it is needed.
+      if (has_divergence()) reference = packs.template read<T>(p_.ref_logprobs, pack, valid);
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) gradient[i] = share_;
+      if (valid & kFourTokens) {
+        if (sequence_ratio && !clips_weight()) {
+        } else if (has_token_advantages()) {
+          add_policy<true>(packs, pack, valid, inputs, gradient, hits);
+        } else {
+          add_policy<false>(packs, pack, valid, inputs, gradient, hits);
+        }
+        if (has_divergence()) add_divergence(valid, inputs, reference, gradient);
+      }
+      if (p_.coefficient) {
+#pragma unroll
+        for (int i = 0; i < kThreadTokens; ++i) gradient[i] = is_wanted(valid, i) ? gradient[i] : T(0);
+        packs.write(p_.coefficient, pack, gradient);
+      }
       inputs = next;
       valid = next_valid;
       next_valid = later_valid;
     }
+    if (sequence_ratio) return;
+    const bool all_negative = !clips_weight() && !has_token_advantages() && advantage_ < 0;
+    const int dual = all_negative ? hits.upper : hits.upper_of_negative;
+    counts_.low += hits.lower;
+    counts_.high += hits.upper - dual;
+    counts_.dual += dual;
   }
 
-  __device__ __forceinline__ void add(const LossPart& part, int64_t token, unsigned valid, const Inputs& inputs) {
-    FourTokens<T> gradient;
-#pragma unroll
-    for (int i = 0; i < kThreadTokens; ++i) gradient[i] = sequence_ratio && !p_.weight_clip ? share_ : T(0);
-    if (valid) {
-      if (!sequence_ratio || p_.weight_clip) add_policy(token, valid, inputs, gradient);
-      if (p_.kl != KlDivergence::none) add_divergence(token, valid, inputs, gradient);
-    }
-    if (!p_.coefficient) return;
-#pragma unroll
-    for (int i = 0; i < kThreadTokens; ++i) gradient[i] = valid >> i & 1 ? gradient[i] : T(0);
-    write_tokens(arguments_, p_.coefficient, token, tokens_inside(part, token), gradient);
-  }
-
-  __device__ __forceinline__ void add_policy(int64_t token, unsigned valid, const Inputs& inputs,
-                                             FourTokens<T>& gradient) {
-    FourTokens<T> advantages, truncated;
-    if (p_.per_token_advantages) {
-      advantages = read_tokens(arguments_, p_.advantages, token, valid);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kThreadTokens; ++i) advantages[i] = valid >> i & 1 ? advantage_ : T(0);
-    }
-    if (p_.rollout_logprobs) {
-      const FourTokens<T> rollout = read_tokens(arguments_, p_.rollout_logprobs, token, valid);
-      FourTokens<T> old = inputs.old;
-      if (sequence_ratio) old = read_tokens(arguments_, p_.old_logprobs, token, valid);
-      T weights = 0;
-#pragma unroll
-      for (int i = 0; i < kThreadTokens; ++i) {
-        truncated[i] = rollout_weight(old[i], rollout[i], bounds_.rollout_clip);
-        weights += valid >> i & 1 ? truncated[i] : T(0);
-      }
-      if (!sequence_ratio) rollout_weights_ += static_cast<double>(weights);
-    }
+  template <bool per_token>
+  __device__ __forceinline__ void add_policy(const PartPacks& packs, uint32_t pack, TokenBits valid,
+                                             const Inputs& inputs, FourTokens<T>& gradient, Hits& hits) {
+    FourTokens<T> advantages, weights;
+    if (per_token) advantages = packs.template read<T>(p_.advantages, pack, valid);
+    const bool weighted = has_rollout();
+    if (weighted) weights = read_weights(packs, pack, valid, inputs);
     T losses = 0, ratios = 0, log_ratios = 0;
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
-      const T advantage = advantages[i], logprob = inputs.logprob[i];
+      const bool here = is_wanted(valid, i);
       T ratio = ratio_;
-      bool outside = false;
+      bool stopped = false;
       if (!sequence_ratio) {
-        const T raw = logprob - inputs.old[i], limit = bounds_.log_ratio_limit;
-        const T log_ratio = clamp(raw, -limit, limit);
-        outside = raw < -limit || raw > limit;
+        const T raw = here ? inputs.logprob[i] - inputs.old[i] : T(0), limit = bounds_.log_ratio_limit;
+        const bool below = raw < -limit, above = raw > limit;
+        const T log_ratio = below ? -limit : above ? limit : raw;
+        stopped = below || above;
         ratio = exponential(log_ratio);
-        ratios += valid >> i & 1 ? ratio : T(0);
+        ratios += here ? ratio : T(0);
         log_ratios += log_ratio;
       }
-      // The ratio's own clamp has no gradient beyond its limit; a clipped weight never has one.
-      const T bounded = clamp(ratio, bounds_.ratio_low, bounds_.ratio_high);
-      T loss, slope;
-      bool clipped;
-      if (p_.weight_clip) {
-        loss = -bounded * advantage * logprob;
-        slope = -bounded * advantage;
-        clipped = ratio != bounded;
-      } else {
-        const T free = -advantage * ratio, held = -advantage * bounded, floor = -advantage * bounds_.dual_clip;
-        clipped = held > free;
-        loss = clipped ? held : free;
-        const bool below = advantage < 0 && loss > floor;
-        loss = below ? floor : loss;
-        slope = clipped || outside || below ? T(0) : free;
-        if (!sequence_ratio) counts_.dual += below;
-      }
-      if (p_.rollout_logprobs) {
-        loss *= truncated[i];
-        slope *= truncated[i];
-      }
-      losses += loss;
-      gradient[i] = token_weight_ * slope;
+      const T advantage = per_token ? advantages[i] : advantage_;
+      T lower = lower_, upper = upper_;
+      if (per_token) find_range(advantage, lower, upper);
+      // A NaN passes both.
+      const bool too_low = ratio < lower, too_high = ratio > upper;
+      const T factor = too_low ? lower : too_high ? upper : ratio;
       if (!sequence_ratio) {
-        counts_.low += clipped && ratio < bounds_.ratio_low;
-        counts_.high += clipped && ratio > bounds_.ratio_high;
+        // A masked token's ratio is one, which lies within any range.
+        hits.lower += too_low;
+        hits.upper += too_high;
+        if (per_token) hits.upper_of_negative += too_high && advantage < 0 && !clips_weight();
       }
+      T slope = -advantage * factor, loss = slope;
+      if (clips_weight()) {
+        // A constant weight: its clip stops no gradient.
+        loss *= inputs.logprob[i];
+      } else {
+        slope = too_low || too_high || stopped ? T(0) : slope;
+      }
+      if (weighted) {
+        loss *= weights[i];
+        slope *= weights[i];
+      }
+      losses += here ? loss : T(0);
+      gradient[i] = token_weight_ * slope;
     }
     policy_ += weight_ * static_cast<double>(losses);
-    ratios_ += static_cast<double>(ratios);
-    log_ratios_ += static_cast<double>(log_ratios);
+    if (!sequence_ratio) {
+      ratios_ += static_cast<double>(ratios);
+      log_ratios_ += static_cast<double>(log_ratios);
+    }
   }
 
-  __device__ __forceinline__ void add_divergence(int64_t token, unsigned valid, const Inputs& inputs,
+  __device__ __forceinline__ FourTokens<T> read_weights(const PartPacks& packs, uint32_t pack, TokenBits valid,
+                                                        const Inputs& inputs) {
+    const FourTokens<T> rollout = packs.template read<T>(p_.rollout_logprobs, pack, valid);
+    const FourTokens<T> old = sequence_ratio ? packs.template read<T>(p_.old_logprobs, pack, valid) : inputs.old;
+    FourTokens<T> weights;
+    T sum = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      weights[i] = rollout_weight(old[i] - rollout[i], bounds_);
+      sum += is_wanted(valid, i) ? weights[i] : T(0);
+    }
+    // Those of a ratio of sequences are among the sums of the sequence.
+    if (!sequence_ratio) rollout_weights_ += static_cast<double>(sum);
+    return weights;
+  }
+
+  __device__ __forceinline__ void add_divergence(TokenBits valid, const Inputs& inputs, const FourTokens<T>& reference,
                                                  FourTokens<T>& gradient) {
-    const FourTokens<T> reference = read_tokens(arguments_, p_.ref_logprobs, token, valid);
     const T factor = token_weight_ * bounds_.kl_coef;
+    FourTokens<T> raw, value, derivative;
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      raw[i] = is_wanted(valid, i) ? inputs.logprob[i] - reference[i] : T(0);
+      value[i] = raw[i];
+      derivative[i] = 1;
+    }
+    if (p_.kl == KlDivergence::k2) {
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) {
+        value[i] = raw[i] * raw[i] * T(0.5);
+        derivative[i] = raw[i];
+      }
+    } else if (p_.kl == KlDivergence::k3 && !arguments_.limited_divergence) {
+      k3_divergence(raw, value, derivative);
+    } else if (p_.kl == KlDivergence::k3) {
+      limited_k3(bounds_, raw, value, derivative);
+    }
     T values = 0;
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
-      T value, derivative;
-      divergence(p_.kl, bounds_, inputs.logprob[i] - reference[i], &value, &derivative);
-      values += value;
-      gradient[i] += factor * derivative;
+      values += value[i];
+      gradient[i] += factor * derivative[i];
     }
     kl_ += static_cast<double>(values);
     weighted_kl_ += weight_ * static_cast<double>(values);
@@ -345,18 +416,23 @@ class PolicyLoss {
   // Of the sequence that is being read.
   int64_t sequence_ = -1;
   double weight_ = 0;
-  T token_weight_ = 0, advantage_ = 0;
+  T token_weight_ = 0;
+  T advantage_ = 0, lower_ = 0, upper_ = 0;  // where all its tokens have the same advantage
   T ratio_ = 1, share_ = 0;  // where the ratio is that of the sequence: it, and each token's share of the gradient
 };
 
 // Blocks per multiprocessor: enough loads in flight within the registers there are.
-template <class T, bool sequence_ratio>
-constexpr int kLossBlocks = sizeof(T) == 8 ? 3 : sequence_ratio ? 6 : 8;
+template <class T, bool sequence_ratio, LossExtras extras>
+constexpr int kLossBlocks = sizeof(T) == 8               ? 2
+                            : extras == LossExtras::any ? 4
+                            : sequence_ratio || extras == LossExtras::divergence ? 6
+                                                                                 : 8;
 
-template <class T, bool sequence_ratio>
-__global__ void __launch_bounds__(kLossThreads, kLossBlocks<T, sequence_ratio>) policy_loss_kernel(LossArguments<T> arguments) {
+template <class T, bool sequence_ratio, LossExtras extras>
+__global__ void __launch_bounds__(kLossThreads, kLossBlocks<T, sequence_ratio, extras>)
+    policy_loss_kernel(LossArguments<T> arguments) {
   PYKERN_SHARED(LossShared, shared);
-  PolicyLoss<T, sequence_ratio>(arguments, shared).run();
+  PolicyLoss<T, sequence_ratio, extras>(arguments, shared).run();
 }
 
 constexpr int kGradientThreads = 256;
@@ -373,7 +449,9 @@ __global__ void __launch_bounds__(kGradientThreads) policy_loss_gradient_kernel(
       Pack<T> pack[kPacks];
       const int64_t token = tile + static_cast<int64_t>(threadIdx.x) * kSize;
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) pack[i] = load_pack<Reuse::stream>(source + token + i * kGradientThreads * kSize);
+      for (int i = 0; i < kPacks; ++i) {
+        pack[i] = load_pack<Reuse::stream>(source + token + i * kGradientThreads * kSize);
+      }
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
 #pragma unroll

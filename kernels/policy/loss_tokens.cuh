@@ -21,6 +21,7 @@ struct LossArguments {
   LossBounds<T> bounds;
   bool packs;    // all pointers to tokens allow sixteen-byte accesses
   bool counted;  // the counters hold what they are meant to
+  bool limited_divergence;
 };
 
 // --- parts of sequences -------------------------------------------------------------------------------------
@@ -51,31 +52,13 @@ __device__ __forceinline__ LossPart find_part(const LossParams& p, int64_t item)
   return part;
 }
 
-// --- four tokens of a thread, a bit each -----------------------------------------------------------------------
+// --- four tokens of a thread -----------------------------------------------------------------------------------
 
-__device__ __forceinline__ unsigned tokens_inside(const LossPart& part, int64_t token) {
-  if (token >= part.begin && token + kThreadTokens <= part.end) return 0xfu;
-  unsigned inside = 0;
-#pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) inside |= (token + i >= part.begin && token + i < part.end ? 1u : 0u) << i;
-  return inside;
-}
+// A bit for each of four tokens, and one that says that all four belong to the part and can be read at once.
+using TokenBits = unsigned;
+constexpr TokenBits kFourTokens = 0xfu, kWholePack = 0x10u;
 
-// Which of four bytes are not zero.
-__device__ __forceinline__ unsigned nonzero_bytes(uint32_t bytes) {
-  const uint32_t ones = ((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u) >> 7;
-  return (ones * 0x01020408u) >> 24 & 0xfu;
-}
-
-__device__ __forceinline__ uint32_t* mask_word(const LossParams& p, const LossPart& part, int64_t token) {
-  return p.mask_bits + (token / 32 + part.sequence);
-}
-
-__device__ __forceinline__ unsigned tokens_unmasked(const LossParams& p, const LossPart& part, int64_t token) {
-  const unsigned inside = tokens_inside(part, token);
-  if (!p.mask || !inside) return inside;
-  return inside & (*mask_word(p, part, token) >> (token % 32));
-}
+__device__ __forceinline__ bool is_wanted(TokenBits bits, int index) { return (bits & (1u << index)) != 0; }
 
 template <class T>
 struct FourTokens {
@@ -84,45 +67,99 @@ struct FourTokens {
   __device__ __forceinline__ const T& operator[](int index) const { return values[index]; }
 };
 
-// The wanted ones; zeros in the place of the others, whatever is there.
-template <class T>
-__device__ __forceinline__ FourTokens<T> read_tokens(const LossArguments<T>& arguments, const void* array, int64_t token,
-                                                     unsigned wanted) {
-  FourTokens<T> result;
-  const T* source = static_cast<const T*>(array) + token;
-  if (wanted && arguments.packs && token + kThreadTokens <= arguments.params.tokens) {
-#pragma unroll
-    for (int i = 0; i < kThreadTokens; i += Pack<T>::kSize) {
-      const Pack<T> pack = load_pack<Reuse::stream>(source + i);
-#pragma unroll
-      for (int j = 0; j < Pack<T>::kSize; ++j) result[i + j] = wanted >> (i + j) & 1 ? pack[j] : T(0);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kThreadTokens; ++i) result[i] = wanted >> i & 1 ? source[i] : T(0);
-  }
-  return result;
+// Which of four bytes are not zero.
+__device__ __forceinline__ TokenBits nonzero_bytes(uint32_t bytes) {
+  const uint32_t ones = ((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u) >> 7;
+  return (ones * 0x01020408u) >> 24 & kFourTokens;
 }
 
-template <class T>
-__device__ __forceinline__ void write_tokens(const LossArguments<T>& arguments, void* array, int64_t token,
-                                             unsigned inside, const FourTokens<T>& values) {
-  T* target = static_cast<T*>(array) + token;
-  if (inside == 0xfu && arguments.packs) {
-#pragma unroll
-    for (int i = 0; i < kThreadTokens; i += Pack<T>::kSize) {
-      Pack<T> pack;
-#pragma unroll
-      for (int j = 0; j < Pack<T>::kSize; ++j) pack[j] = values[i + j];
-      store_pack(target + i, pack);
-    }
-  } else {
-#pragma unroll
+__device__ __forceinline__ uint32_t* mask_word(const LossParams& p, const LossPart& part, int64_t token) {
+  return p.mask_bits + (token / 32 + part.sequence);
+}
+
+// The packs of four tokens of a part, counted from the tile in which it begins: 32 bits are enough for them.
+class PartPacks {
+ public:
+  __device__ __forceinline__ PartPacks(const LossParams& p, const LossPart& part, bool aligned)
+      : first_(part.begin / kTileTokens * kTileTokens),
+        head_(part.begin - first_),
+        tail_(part.end - first_),
+        whole_begin_(static_cast<uint32_t>((head_ + kThreadTokens - 1) / kThreadTokens)),
+        whole_state_(aligned ? kFourTokens | kWholePack : kFourTokens),
+        bits_(p.mask ? mask_word(p, part, first_) : nullptr) {
+    const auto whole_end = static_cast<uint32_t>(tail_ / kThreadTokens);
+    whole_ = whole_end > whole_begin_ ? whole_end - whole_begin_ : 0;
+    end_ = part.begin < part.end ? static_cast<uint32_t>((tail_ + kThreadTokens - 1) / kThreadTokens) : 0;
+  }
+
+  __device__ __forceinline__ uint32_t end() const { return end_; }
+  __device__ __forceinline__ int64_t token_of(uint32_t pack) const { return first_ + int64_t{pack} * kThreadTokens; }
+
+  __device__ __forceinline__ TokenBits inside(uint32_t pack) const {
+    if (pack - whole_begin_ < whole_) return whole_state_;
+    TokenBits bits = 0;
+#pragma unroll 1
     for (int i = 0; i < kThreadTokens; ++i) {
-      if (inside >> i & 1) target[i] = values[i];
+      const int64_t token = int64_t{pack} * kThreadTokens + i;
+      bits |= (token >= head_ && token < tail_ ? 1u : 0u) << i;
+    }
+    return bits;
+  }
+  // Needs the mask's bits.
+  __device__ __forceinline__ TokenBits unmasked(uint32_t pack) const {
+    const TokenBits bits = inside(pack);
+    if (!bits_ || !bits) return bits;
+    return bits & (bits_[pack / 8] >> (pack % 8 * kThreadTokens) | kWholePack);
+  }
+
+  // What is not wanted holds anything, and is read only where a whole pack is.
+  template <class T>
+  __device__ __forceinline__ FourTokens<T> read(const void* array, uint32_t pack, TokenBits wanted) const {
+    FourTokens<T> result{};
+    const T* source = static_cast<const T*>(array) + token_of(pack);
+    if ((wanted & kFourTokens) == 0) return result;
+    if (wanted & kWholePack) {
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; i += Pack<T>::kSize) {
+        const Pack<T> part = load_pack<Reuse::stream>(source + i);
+#pragma unroll
+        for (int j = 0; j < Pack<T>::kSize; ++j) result[i + j] = part[j];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) {
+        if (is_wanted(wanted, i)) result[i] = source[i];
+      }
+    }
+    return result;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void write(void* array, uint32_t pack, const FourTokens<T>& values) const {
+    T* target = static_cast<T*>(array) + token_of(pack);
+    const TokenBits bits = inside(pack);
+    if (bits & kWholePack) {
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; i += Pack<T>::kSize) {
+        Pack<T> part;
+#pragma unroll
+        for (int j = 0; j < Pack<T>::kSize; ++j) part[j] = values[i + j];
+        store_pack(target + i, part);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) {
+        if (is_wanted(bits, i)) target[i] = values[i];
+      }
     }
   }
-}
+
+ private:
+  int64_t first_, head_, tail_;
+  uint32_t whole_begin_, whole_, end_;
+  TokenBits whole_state_;
+  const uint32_t* bits_;
+};
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -138,9 +175,9 @@ __device__ __forceinline__ T clamp(T value, T low, T high) {
 
 // min(exp(old_logprob - rollout_logprob), bound)
 template <class T>
-__device__ __forceinline__ T rollout_weight(T old_logprob, T rollout_logprob, T bound) {
-  const T weight = exponential(old_logprob - rollout_logprob);
-  return weight > bound ? bound : weight;
+__device__ __forceinline__ T rollout_weight(T distance, const LossBounds<T>& bounds) {
+  const T weight = exponential(distance);
+  return weight > bounds.rollout_clip ? bounds.rollout_clip : weight;
 }
 
 // --- sums of a block ------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ Moments of `low`'s shape in float32 (float64 for float64), with both scales None
 shape [rank, length], and one float32 scale per block, [rank, ceil(length / 256)]. Each row of `low` then belongs to one
 basis vector, and a block is 256 neighbours in a row, so that no block mixes the energies of two basis vectors. On the
 left side that is R = P^T G as it is; on the right side R is made and used transposed: low = P^T G^T, up(X) = X^T P^T.
-All tensors are contiguous; scales of zero make a fresh state, whatever its codes. A block whose magnitudes are all below
-1.2e-38 is stored as zero; one with a NaN or an infinity becomes NaN."""
+All tensors are contiguous. Scales of zero make a fresh state, whatever its codes. A block whose magnitudes all are
+below 1.2e-38 is stored as zero; one with a NaN or an infinity becomes NaN."""
 adam_step = torch.ops.pykern.adam_step.default
 
 

@@ -339,11 +339,7 @@ def _check_gradient(param: Tensor) -> None:
             f"LowRankAdamW: this build of pykern has no {param.device.type} kernels for it; "
             "keep the parameters on the CPU or a CUDA device"
         )
-    if param.is_cuda and _native.cuda_unavailable_reason is not None:
-        raise NotImplementedError(
-            f"LowRankAdamW: a parameter is on {param.device}, but {_native.cuda_unavailable_reason}; "
-            "keep the parameters on the CPU"
-        )
+    _native.require_kernels(param, "a parameter", "low_rank_adam_step", "adam_step")
 
 
 def _complete_group(group: dict) -> None:

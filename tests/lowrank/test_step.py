@@ -7,7 +7,9 @@ from pykern.lowrank import ops
 from tests.lowrank.problems import LR, RULE, Problem
 from tests.support import assert_accurate, check_op, compile_whole, poison, threads
 
-SIZES = [(1, 1, 1), (5, 3, 1), (3, 5, 3), (64, 64, 16), (70, 45, 7), (45, 70, 45), (130, 600, 33), (530, 97, 64)]
+SIZES = [(1, 1, 1), (5, 3, 1), (3, 5, 3), (64, 64, 16), (70, 45, 7), (45, 70, 45)]
+# Several tiles and slices of the CPU code; several blocks of every kernel.
+LARGER = [(130, 600, 33), (530, 97, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -35,6 +37,13 @@ def test_step_matches_the_definition(device, norm_error, dtype, size, right, fir
     rows, columns, rank = size
     rank = min(rank, columns if right else rows)
     hold(Problem.make(rows, columns, rank, right=right, dtype=dtype, fira=fira, device=device), norm_error)
+
+
+@pytest.mark.parametrize("fira", [False, True], ids=["galore", "fira"])
+@pytest.mark.parametrize("right", [True, False], ids=["right", "left"])
+@pytest.mark.parametrize("size, dtype", list(zip(LARGER, [torch.float32, torch.bfloat16], strict=True)), ids=str)
+def test_larger_steps_match_the_definition(device, norm_error, dtype, size, right, fira):
+    hold(Problem.make(*size, right=right, dtype=dtype, fira=fira, device=device), norm_error)
 
 
 @pytest.mark.parametrize("fira", [False, True], ids=["galore", "fira"])

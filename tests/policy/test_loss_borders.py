@@ -54,7 +54,7 @@ def test_packed_lengths_around_tiles_and_words(loss, aggregate, masked):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
-@pytest.mark.parametrize("lengths", [[9001], [3, 8190, 700]])
+@pytest.mark.parametrize("lengths", [[7001], [3, 5190, 700]])
 def test_long_sequences_in_parts(lengths, loss, dtype):
     for per_token in (False, True):
         tensors = pack_of(lengths, dtype, masked=True, per_token=per_token)
@@ -88,7 +88,7 @@ def test_unaligned_tensors(loss, dtype):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_repeats_match_bit_for_bit(loss):
-    positional, named = arguments(pack_of([700, 12, 3000], masked=True), loss=loss, kl="k3")
+    positional, named = arguments(pack_of([700, 12, 2000], masked=True), loss=loss, kl="k3")
     first, again = ours(positional, named), ours(positional, named)
     assert torch.equal(first[0], again[0]) and torch.equal(first[2], again[2])
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
