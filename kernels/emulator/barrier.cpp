@@ -7,13 +7,13 @@ namespace pykern::emulator {
 namespace {
 
 void merge(uint32_t* seen, const Thread& thread) {
-  for (int warp = 0; warp < kMaxWarps; ++warp) seen[warp] = std::max(seen[warp], thread.clock.seen[warp]);
+  for (int i = 0; i < kClocks; ++i) seen[i] = std::max(seen[i], thread.clock.seen[i]);
   seen[thread.warp()] = std::max(seen[thread.warp()], thread.clock.now);
 }
 
 // The thread has synchronised with all that `seen` tells of; what it does next is newer.
 void advance(Thread& thread, const uint32_t* seen) {
-  std::copy(seen, seen + kMaxWarps, thread.clock.seen);
+  std::copy(seen, seen + kClocks, thread.clock.seen);
   thread.clock.now = seen[thread.warp()] + 1;
 }
 
@@ -23,7 +23,7 @@ void arrive(Barrier& barrier, int expected, Site site, const char* what) {
     barrier.expected = expected;
     barrier.for_all = for_all;
     barrier.site = site;
-    std::fill(barrier.seen, barrier.seen + kMaxWarps, 0u);
+    std::fill(barrier.seen, barrier.seen + kClocks, 0u);
   } else if (barrier.for_all != for_all || barrier.expected != expected) {
     fail(text("threads expect %d and %d others at one barrier", barrier.expected, expected));
   } else if (for_all && barrier.site.line != site.line) {
@@ -112,7 +112,7 @@ void complete_meetings(Block& block, int warp) {
       meeting.combine(meeting.brought, meeting.arrived, meeting.context);
       current = self;
     }
-    uint32_t seen[kMaxWarps] = {};
+    uint32_t seen[kClocks] = {};
     for (int lane = 0; lane < 32 && meeting.orders_memory; ++lane) {
       if (meeting.arrived >> lane & 1) merge(seen, *block.threads[warp * 32 + lane]);
     }

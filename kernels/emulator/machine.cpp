@@ -6,8 +6,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "kernels/emulator/async_state.h"
 #include "kernels/emulator/memory.h"
-#include "kernels/emulator/state.h"
 
 namespace pykern::emulator {
 
@@ -21,6 +21,8 @@ constexpr int kResidentBlocks = 4;
 // Rounds in which threads do nothing but spin before that counts as a hang.
 constexpr int64_t kIdleRounds = 20000;
 constexpr size_t kMaxShared = 227 * 1024, kMaxStaticShared = 48 * 1024;
+// Where dynamic shared memory begins in the window of shared memory; static objects follow it.
+constexpr uint32_t kWindowBegin = 1024;
 
 std::vector<Order> chosen_orders = {{Order::forward, 0}, {Order::reverse, 0}, {Order::random, 1}};
 std::vector<std::unique_ptr<Thread>> idle_threads;
@@ -50,7 +52,7 @@ void start_block(int64_t number) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, machine.dynamic_bytes ? machine.dynamic_bytes : 1)) std::abort();
   poison(memory, machine.dynamic_bytes);
-  block->shared.push_back({nullptr, static_cast<char*>(memory), machine.dynamic_bytes, nullptr});
+  block->shared.push_back({nullptr, static_cast<char*>(memory), machine.dynamic_bytes, nullptr, kWindowBegin});
 #ifdef PYKERN_EMULATOR_CHECKED
   block->shared[0].cells = std::make_unique<Cell[]>(machine.dynamic_bytes);
 #endif
@@ -63,6 +65,8 @@ void start_block(int64_t number) {
     thread->number = i;
     thread->index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
     thread->clock = Clock{};
+    thread->async.reset();
+    thread->mbarrier = nullptr;
     thread->fiber.prepare(&run_thread, thread);
     block->threads.push_back(thread);
     wake(thread);
@@ -85,6 +89,7 @@ std::string waiting_report() {
       const std::string place =
           thread->state == Thread::ready
               ? std::string("spin")
+              : thread->mbarrier ? describe_poll(*thread)
               : thread->barrier > 0 ? text("wait at barrier %d (%s:%d)", thread->barrier, thread->site.file, thread->site.line)
               : thread->barrier == 0
                   ? text("wait at %s (%s:%d)", thread->what, thread->site.file, thread->site.line)
@@ -113,6 +118,21 @@ void order_ready(std::vector<Thread*>& threads) {
   if (machine.order.kind == Order::random) std::shuffle(threads.begin(), threads.end(), machine.random);
 }
 
+// No thread is ready, or they only spin: lets copies land, and when there are none, polls of mbarriers fail, once.
+bool go_on_without_threads() {
+  bool landed = false;
+  for (auto& block : machine.resident) landed = land_one(*block) || landed;
+  if (landed) return true;
+  if (machine.events == machine.events_at_retry) return false;
+  machine.events_at_retry = machine.events;
+  bool retried = false;
+  for (auto& block : machine.resident) {
+    retried = retried || has_polls(*block);
+    retry_polls(*block);
+  }
+  return retried;
+}
+
 void retire(std::unique_ptr<Block>& block) {
   for (Thread* thread : block->threads) idle_threads.emplace_back(thread);
   block.reset();
@@ -126,6 +146,7 @@ void run_grid() {
   if (machine.order.kind == Order::random) std::shuffle(waiting.begin(), waiting.end(), machine.random);
 
   int64_t idle = 0;
+  machine.events_at_retry = -1;
   while (machine.error.empty()) {
     while (!waiting.empty() && machine.resident.size() < kResidentBlocks) {
       start_block(waiting.back());
@@ -135,6 +156,7 @@ void run_grid() {
     std::vector<Thread*> round;
     round.swap(machine.ready);
     if (round.empty()) {
+      if (go_on_without_threads()) continue;
       machine.error = "hang: no thread can go on" + waiting_report();
       break;
     }
@@ -148,11 +170,15 @@ void run_grid() {
       if (!machine.error.empty()) break;
     }
     idle = machine.events == before ? idle + 1 : 0;
+    if (idle % 8 == 7) go_on_without_threads();
+    for (auto& block : machine.resident) maybe_land(*block);
     if (idle > kIdleRounds && machine.error.empty()) {
       machine.error = "hang: threads spin and nothing changes" + waiting_report();
     }
     for (auto& block : machine.resident) {
-      if (block->live == 0) retire(block);
+      if (block->live > 0) continue;
+      if (machine.error.empty()) machine.error = finish_async(*block);
+      retire(block);
     }
     machine.resident.erase(std::remove(machine.resident.begin(), machine.resident.end(), nullptr), machine.resident.end());
   }
@@ -214,6 +240,7 @@ std::string check_limits(const Dim3& grid, const Dim3& block, size_t dynamic_sha
 
 }  // namespace
 
+Block::Block() = default;
 Block::~Block() {
   for (SharedObject& object : shared) std::free(object.memory);
 }
@@ -294,7 +321,9 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
   void* memory = nullptr;
   if (posix_memalign(&memory, std::max<size_t>(alignment, sizeof(void*)), bytes)) std::abort();
   poison(memory, bytes);
-  block.shared.push_back({site, static_cast<char*>(memory), bytes, nullptr});
+  const SharedObject& last = block.shared.back();
+  const auto step = static_cast<uint32_t>(alignment), free = last.window + static_cast<uint32_t>(last.bytes) + step - 1;
+  block.shared.push_back({site, static_cast<char*>(memory), bytes, nullptr, free / step * step});
 #ifdef PYKERN_EMULATOR_CHECKED
   block.shared.back().cells = std::make_unique<Cell[]>(bytes);
 #endif
