@@ -3,12 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
 #include "kernels/emulator/machine.h"
 #include "kernels/emulator/memory.h"
 #include "tests/emulator/planted.h"
+#include "tests/emulator/vectors.h"
 
 namespace py = pybind11;
 using namespace pykern::emulator;
+namespace vectors = pykern::vectors;
 
 namespace {
 
@@ -45,6 +51,40 @@ py::array_t<float> run_planted(const std::string& name, bool buggy, py::array_t<
   return output;
 }
 
+// Memory as a GPU gives it: aligned, and of no given content.
+std::unique_ptr<char, void (*)(void*)> device_memory(int64_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 256, static_cast<size_t>(bytes) + 1)) throw std::bad_alloc();
+  poison(memory, static_cast<size_t>(bytes));
+  return {static_cast<char*>(memory), &std::free};
+}
+
+py::array_t<uint8_t> run_vector(const std::string& name, const std::vector<int64_t>& options,
+                                py::array_t<uint8_t, py::array::c_style> input, int64_t output_bytes) {
+  using vectors::Vector;
+  const Vector* found = nullptr;
+  for (const Vector* table : {vectors::vectors_sm80(), vectors::vectors_sm90()}) {
+    for (const Vector* entry = table; entry->name; ++entry) {
+      if (name == entry->name) found = entry;
+    }
+  }
+  if (!found) throw py::value_error("no vector kernel is named '" + name + "'");
+  vectors::VectorOptions values{};
+  if (options.size() > std::size(values.values)) throw py::value_error("too many options");
+  std::copy(options.begin(), options.end(), values.values);
+  const auto from = device_memory(input.nbytes()), to = device_memory(output_bytes);
+  std::memcpy(from.get(), input.data(), static_cast<size_t>(input.nbytes()));
+  forget_all();
+  announce(from.get(), input.nbytes(), Access::read);
+  announce(to.get(), output_bytes, Access::write);
+  const char* error = found->run(values, from.get(), input.nbytes(), to.get(), nullptr);
+  forget_all();
+  if (error) throw std::runtime_error(error);
+  py::array_t<uint8_t> output(output_bytes);
+  std::memcpy(output.mutable_data(), to.get(), static_cast<size_t>(output_bytes));
+  return output;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
@@ -68,5 +108,6 @@ PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
     for (const Planted* entry = planted_kernels(); entry->name; ++entry) names.push_back(entry->name);
     return names;
   });
+  m.def("run_vector", &run_vector, py::arg("name"), py::arg("options"), py::arg("input"), py::arg("output_bytes"));
   m.def("run_planted", &run_planted, py::arg("name"), py::arg("buggy"), py::arg("input"), py::arg("results"));
 }
