@@ -112,15 +112,17 @@ void complete_meetings(Block& block, int warp) {
       meeting.combine(meeting.brought, meeting.arrived, meeting.context);
       current = self;
     }
-    uint32_t seen[kClocks] = {};
-    for (int lane = 0; lane < 32 && meeting.orders_memory; ++lane) {
-      if (meeting.arrived >> lane & 1) merge(seen, *block.threads[warp * 32 + lane]);
+    if (meeting.orders_memory) {
+      uint32_t seen[kClocks] = {};
+      for (int lane = 0; lane < 32; ++lane) {
+        if (meeting.arrived >> lane & 1) merge(seen, *block.threads[warp * 32 + lane]);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        if (meeting.arrived >> lane & 1) advance(*block.threads[warp * 32 + lane], seen);
+      }
     }
     for (int lane = 0; lane < 32; ++lane) {
-      if (!(meeting.arrived >> lane & 1)) continue;
-      Thread* thread = block.threads[warp * 32 + lane];
-      if (meeting.orders_memory) advance(*thread, seen);
-      wake(thread);
+      if (meeting.arrived >> lane & 1) wake(block.threads[warp * 32 + lane]);
     }
     meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(i));
     ++machine.events;

@@ -63,6 +63,7 @@ void start_block(int64_t number) {
     const unsigned n = static_cast<unsigned>(i);
     thread->block = block.get();
     thread->number = i;
+    thread->rank = number * kMaxThreads + i;
     thread->index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
     thread->clock = Clock{};
     thread->async.reset();
@@ -112,8 +113,9 @@ std::string waiting_report() {
 }
 
 void order_ready(std::vector<Thread*>& threads) {
-  const auto rank = [](const Thread* thread) { return thread->block->number * kMaxThreads + thread->number; };
-  std::sort(threads.begin(), threads.end(), [&](const Thread* a, const Thread* b) { return rank(a) < rank(b); });
+  const auto before = [](const Thread* a, const Thread* b) { return a->rank < b->rank; };
+  // One warp that has met comes in order.
+  if (!std::is_sorted(threads.begin(), threads.end(), before)) std::sort(threads.begin(), threads.end(), before);
   if (machine.order.kind == Order::reverse) std::reverse(threads.begin(), threads.end());
   if (machine.order.kind == Order::random) std::shuffle(threads.begin(), threads.end(), machine.random);
 }
@@ -146,6 +148,7 @@ void run_grid() {
   if (machine.order.kind == Order::random) std::shuffle(waiting.begin(), waiting.end(), machine.random);
 
   int64_t idle = 0;
+  std::vector<Thread*> round;
   machine.events_at_retry = -1;
   while (machine.error.empty()) {
     while (!waiting.empty() && machine.resident.size() < kResidentBlocks) {
@@ -153,7 +156,7 @@ void run_grid() {
       waiting.pop_back();
     }
     if (machine.resident.empty()) break;
-    std::vector<Thread*> round;
+    round.clear();
     round.swap(machine.ready);
     if (round.empty()) {
       if (go_on_without_threads()) continue;

@@ -11,7 +11,24 @@ namespace {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// Meets all lanes of the warp; `Lane` begins with a flag that tells whether they all came.
+template <class Lane>
+void meet_warp(Lane& mine, Combine combine, void* context, const char* what, Site site) {
+  meet(kWholeWarp, &mine, combine, context, what, site);
+  if (!mine.whole) fail(text("%s (%s:%d): all 32 lanes of a warp must take part", what, site.file, site.line));
+}
+
+// At the meeting: whether all lanes came.
+template <class Lane>
+bool all_came(void* const* lanes, unsigned mask) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (lanes[lane]) static_cast<Lane*>(lanes[lane])->whole = mask == kWholeWarp;
+  }
+  return mask == kWholeWarp;
+}
+
 struct MatrixLane {
+  bool whole;
   uint32_t* registers;
   char* row;
 };
@@ -22,7 +39,8 @@ struct MatrixContext {
 };
 
 // Element (r, c) of matrix i lies in lane 4 r + c / 2, or, transposed, in lane 4 c + r / 2.
-void move_matrices(void* const* lanes, unsigned, void* context) {
+void move_matrices(void* const* lanes, unsigned mask, void* context) {
+  if (!all_came<MatrixLane>(lanes, mask)) return;
   const auto& how = *static_cast<const MatrixContext*>(context);
   for (int i = 0; i < how.count; ++i) {
     for (int row = 0; row < 8; ++row) {
@@ -44,22 +62,13 @@ void move_matrices(void* const* lanes, unsigned, void* context) {
   }
 }
 
-void require_whole_warp(const char* what, Site site) {
-  const Block& block = *current->block;
-  const size_t first = static_cast<size_t>(current->warp()) * 32;
-  bool whole = first + 32 <= block.threads.size();
-  for (size_t i = first; whole && i < first + 32; ++i) whole = block.threads[i]->state != Thread::done;
-  if (!whole) fail(text("%s (%s:%d): all 32 lanes of a warp must take part", what, site.file, site.line));
-}
-
 void meet_matrices(uint32_t* registers, MatrixContext how, const void* row, const char* what, Site site, const void* from) {
-  require_whole_warp(what, site);
   if (current->lane() < 8 * how.count) {
     require_shared(row, 16, 16, what, from);
     check_access(row, 16, how.store ? AccessKind::write : AccessKind::read, from);
   }
-  MatrixLane mine{registers, static_cast<char*>(const_cast<void*>(row))};
-  meet(kWholeWarp, &mine, move_matrices, &how, what, site);
+  MatrixLane mine{false, registers, static_cast<char*>(const_cast<void*>(row))};
+  meet_warp(mine, move_matrices, &how, what, site);
 }
 
 // Values of all 65536 halves.
@@ -79,50 +88,70 @@ float float_of(uint32_t bits) {
 }
 
 struct MultiplyLane {
+  bool whole;
   float* d;
   const uint32_t *a, *b;
 };
 
-// d[16][8] += a[16][depth] b[depth][8]
-template <int depth>
-void multiply_tile(float (*d)[8], const float (*a)[16], const float (*b)[8]) {
-  for (int row = 0; row < 16; ++row) {
-    float sum[8];
-    for (int column = 0; column < 8; ++column) sum[column] = d[row][column];
-    for (int k = 0; k < depth; ++k) {
-      for (int column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
-    }
-    for (int column = 0; column < 8; ++column) d[row][column] = sum[column];
-  }
-}
+// Half a row of d or b: four floats that the compiler computes with at once.
+typedef float Half __attribute__((vector_size(16), may_alias));
 
-void multiply_lanes(void* const* lanes, unsigned, void* context) {
-  const MatrixType type = *static_cast<const MatrixType*>(context);
-  const bool wide = type == MatrixType::tf32;
-  float a[16][16], b[16][8], d[16][8];
+template <MatrixType type>
+void multiply_typed(void* const* lanes, const float* halves) {
+  constexpr int depth = type == MatrixType::tf32 ? 8 : 16;
+  const auto widen = [&](uint32_t bits) { return type == MatrixType::bf16 ? float_of(bits << 16) : halves[bits & 0xffff]; };
+  float a[16][depth];
+  alignas(32) float b[depth][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MultiplyLane*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
-    if (wide) {
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = mine.d[i];
+    if constexpr (type == MatrixType::tf32) {
       constexpr uint32_t read = ~0x1fffu;
       for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = float_of(mine.a[i] & read);
       for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = float_of(mine.b[i] & read);
     } else {
       for (int i = 0; i < 4; ++i) {
-        unpack(type, mine.a[i], a[g + i % 2 * 8][2 * t + i / 2 * 8], a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1]);
+        float* pair = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
+        pair[0] = widen(mine.a[i]);
+        pair[1] = widen(mine.a[i] >> 16);
       }
-      for (int i = 0; i < 2; ++i) unpack(type, mine.b[i], b[2 * t + 8 * i][g], b[2 * t + 8 * i + 1][g]);
+      for (int i = 0; i < 2; ++i) {
+        b[2 * t + 8 * i][g] = widen(mine.b[i]);
+        b[2 * t + 8 * i + 1][g] = widen(mine.b[i] >> 16);
+      }
     }
-    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = mine.d[i];
   }
-  if (wide) {
-    multiply_tile<8>(d, a, b);
-  } else {
-    multiply_tile<16>(d, a, b);
+  // Two rows at a time: their sums do not wait for each other.
+  for (int row = 0; row < 8; ++row) {
+    const float *first = a[row], *second = a[row + 8];
+    Half* sums[4] = {reinterpret_cast<Half*>(d[row]), reinterpret_cast<Half*>(d[row] + 4),
+                     reinterpret_cast<Half*>(d[row + 8]), reinterpret_cast<Half*>(d[row + 8] + 4)};
+    Half s0 = *sums[0], s1 = *sums[1], s2 = *sums[2], s3 = *sums[3];
+    for (int k = 0; k < depth; ++k) {
+      const auto* factors = reinterpret_cast<const Half*>(b[k]);
+      s0 += first[k] * factors[0];
+      s1 += first[k] * factors[1];
+      s2 += second[k] * factors[0];
+      s3 += second[k] * factors[1];
+    }
+    *sums[0] = s0;
+    *sums[1] = s1;
+    *sums[2] = s2;
+    *sums[3] = s3;
   }
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MultiplyLane*>(lanes[lane]);
     for (int i = 0; i < 4; ++i) mine.d[i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
+  }
+}
+
+void multiply_lanes(void* const* lanes, unsigned mask, void* context) {
+  if (!all_came<MultiplyLane>(lanes, mask)) return;
+  switch (*static_cast<const MatrixType*>(context)) {
+    case MatrixType::bf16: return multiply_typed<MatrixType::bf16>(lanes, nullptr);
+    case MatrixType::f16: return multiply_typed<MatrixType::f16>(lanes, half_table());
+    case MatrixType::tf32: return multiply_typed<MatrixType::tf32>(lanes, nullptr);
   }
 }
 
@@ -146,9 +175,8 @@ void store_matrices(void* row, int count, bool transposed, const uint32_t* regis
 }
 
 void multiply(MatrixType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
-  require_whole_warp("mma", site);
-  MultiplyLane mine{d, a, b};
-  meet(kWholeWarp, &mine, multiply_lanes, &type, "mma", site);
+  MultiplyLane mine{false, d, a, b};
+  meet_warp(mine, multiply_lanes, &type, "mma", site);
 }
 
 }  // namespace pykern::emulator

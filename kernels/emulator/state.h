@@ -39,7 +39,8 @@ struct Thread {
   enum State { ready, waiting, done };
   Fiber fiber;
   Block* block = nullptr;
-  int number = 0;  // in its block
+  int number = 0;    // in its block
+  int64_t rank = 0;  // in the grid
   Index3 index{};
   State state = done;
   // While waiting: at what, where, and with which mask or barrier.
