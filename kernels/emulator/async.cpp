@@ -336,7 +336,7 @@ bool mbarrier_try_wait(uint64_t* address, uint32_t parity, Site site) {
     self->mbarrier = address;
     mbarrier.polls.push_back(self);
     // The hardware may give up at any time.
-    if (random_chance(8)) {
+    if (random_chance(4)) {
       mbarrier.polls.pop_back();
       wake(self);
     }

@@ -43,16 +43,20 @@ Thread* take_thread() {
   return thread;
 }
 
+char* shared_memory(size_t alignment, size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), std::max<size_t>(bytes + kGuardBytes, 1))) std::abort();
+  poison(memory, bytes);
+  return static_cast<char*>(memory);
+}
+
 void start_block(int64_t number) {
   auto block = std::make_unique<Block>();
   const Dim3 &grid = machine.grid, &size = machine.block;
   block->number = number;
   block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                   static_cast<unsigned>(number / grid.x / grid.y)};
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 1024, machine.dynamic_bytes ? machine.dynamic_bytes : 1)) std::abort();
-  poison(memory, machine.dynamic_bytes);
-  block->shared.push_back({nullptr, static_cast<char*>(memory), machine.dynamic_bytes, nullptr, kWindowBegin});
+  block->shared.push_back({nullptr, shared_memory(1024, machine.dynamic_bytes), machine.dynamic_bytes, nullptr, kWindowBegin});
 #ifdef PYKERN_EMULATOR_CHECKED
   block->shared[0].cells = std::make_unique<Cell[]>(machine.dynamic_bytes);
 #endif
@@ -321,12 +325,10 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
   if (total + machine.dynamic_bytes > kMaxShared) {
     fail(text("%zu bytes of shared memory exceed the limit %zu", total + machine.dynamic_bytes, kMaxShared));
   }
-  void* memory = nullptr;
-  if (posix_memalign(&memory, std::max<size_t>(alignment, sizeof(void*)), bytes)) std::abort();
-  poison(memory, bytes);
+  char* memory = shared_memory(alignment, bytes);
   const SharedObject& last = block.shared.back();
   const auto step = static_cast<uint32_t>(alignment), free = last.window + static_cast<uint32_t>(last.bytes) + step - 1;
-  block.shared.push_back({site, static_cast<char*>(memory), bytes, nullptr, free / step * step});
+  block.shared.push_back({site, memory, bytes, nullptr, free / step * step});
 #ifdef PYKERN_EMULATOR_CHECKED
   block.shared.back().cells = std::make_unique<Cell[]>(bytes);
 #endif

@@ -14,9 +14,6 @@ namespace {
 
 std::vector<Buffer> buffers;
 
-// So close behind a shared object, an access was probably meant for it.
-constexpr std::ptrdiff_t kNearBytes = 256;
-
 struct Image {
   uintptr_t base = 0, begin = ~uintptr_t{0}, end = 0;
   std::string path;
@@ -206,7 +203,7 @@ void check_access(const void* address, size_t bytes, AccessKind kind, const void
   }
   for (const SharedObject& object : current->block->shared) {
     const auto past = static_cast<const char*>(address) - (object.memory + object.bytes);
-    if (past >= 0 && past < kNearBytes) {
+    if (past >= 0 && past < kGuardBytes) {
       fail(text("%s of %zu bytes, %zu bytes past the end of a shared object of %zu bytes", verb(kind), bytes,
                 static_cast<size_t>(past), object.bytes),
            return_address);

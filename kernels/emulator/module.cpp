@@ -9,6 +9,7 @@
 
 #include "kernels/emulator/machine.h"
 #include "kernels/emulator/memory.h"
+#include "kernels/ptx/descriptor.h"
 #include "tests/emulator/planted.h"
 #include "tests/emulator/vectors.h"
 
@@ -40,10 +41,12 @@ py::array_t<float> run_planted(const std::string& name, bool buggy, py::array_t<
   announce(output.mutable_data(), output.nbytes(), Access::write);
   const char* error = nullptr;
   bool found = false;
-  for (const Planted* entry = planted_kernels(); entry->name; ++entry) {
-    if (name != entry->name) continue;
-    found = true;
-    error = entry->run(buggy, input.data(), input.size(), output.mutable_data());
+  for (const Planted* table : {planted_kernels(), planted_async_kernels()}) {
+    for (const Planted* entry = table; entry->name; ++entry) {
+      if (name != entry->name) continue;
+      found = true;
+      error = entry->run(buggy, input.data(), input.size(), output.mutable_data());
+    }
   }
   forget_all();
   if (!found) throw py::value_error("no planted kernel is named '" + name + "'");
@@ -103,11 +106,20 @@ PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
     const Counters& now = counters();
     return py::dict(py::arg("launches") = now.launches, py::arg("threads") = now.threads, py::arg("switches") = now.switches);
   });
-  m.def("planted", [] {
-    std::vector<std::string> names;
-    for (const Planted* entry = planted_kernels(); entry->name; ++entry) names.push_back(entry->name);
-    return names;
-  });
+  const auto names = [](const Planted* entry) {
+    std::vector<std::string> found;
+    for (; entry->name; ++entry) found.push_back(entry->name);
+    return found;
+  };
+  m.def("planted", [names] { return names(planted_kernels()); });
+  m.def("planted_async", [names] { return names(planted_async_kernels()); });
   m.def("run_vector", &run_vector, py::arg("name"), py::arg("options"), py::arg("input"), py::arg("output_bytes"));
+  m.def("encode_descriptor", [](uint32_t address, uint32_t leading, uint32_t stride, uint32_t base_offset, int swizzle) {
+    return pykern::ptx::encode({address, leading, stride, base_offset, static_cast<pykern::ptx::Swizzle>(swizzle)});
+  });
+  m.def("decode_descriptor", [](uint64_t bits) {
+    const auto matrix = pykern::ptx::decode(bits);
+    return py::make_tuple(matrix.address, matrix.leading, matrix.stride, matrix.base_offset, static_cast<int>(matrix.swizzle));
+  });
   m.def("run_planted", &run_planted, py::arg("name"), py::arg("buggy"), py::arg("input"), py::arg("results"));
 }

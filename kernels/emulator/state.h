@@ -87,6 +87,13 @@ struct Cell {
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
 };
 
+// Memory behind a shared object that belongs to nobody: an access there was meant for the object.
+#ifdef PYKERN_EMULATOR_CHECKED
+constexpr std::ptrdiff_t kGuardBytes = 256;
+#else
+constexpr std::ptrdiff_t kGuardBytes = 0;
+#endif
+
 struct SharedObject {
   const void* site;
   char* memory;
