@@ -7,13 +7,14 @@ namespace pykern::emulator {
 namespace {
 
 void merge(uint32_t* seen, const Thread& thread) {
-  for (int i = 0; i < kClocks; ++i) seen[i] = std::max(seen[i], thread.clock.seen[i]);
+  const int clocks = clocks_in_use(*thread.block);
+  for (int i = 0; i < clocks; ++i) seen[i] = std::max(seen[i], thread.clock.seen[i]);
   seen[thread.warp()] = std::max(seen[thread.warp()], thread.clock.now);
 }
 
 // The thread has synchronised with all that `seen` tells of; what it does next is newer.
 void advance(Thread& thread, const uint32_t* seen) {
-  std::copy(seen, seen + kClocks, thread.clock.seen);
+  std::copy(seen, seen + clocks_in_use(*thread.block), thread.clock.seen);
   thread.clock.now = seen[thread.warp()] + 1;
 }
 
@@ -53,11 +54,16 @@ void complete(Block& block, Barrier& barrier) {
   barrier.arrived = 0;
 }
 
+Barrier& barrier_of(int number) {
+  if (number < 0 || number >= kBarriers) fail(text("barrier %d: a block has %d", number, kBarriers));
+  return current->block->barriers[number];
+}
+
 }  // namespace
 
 void wait_barrier(int number, int expected, Site site, const char* what) {
   Thread* self = current;
-  Barrier& barrier = self->block->barriers[number];
+  Barrier& barrier = barrier_of(number);
   if (expected % 32) fail(text("a barrier for %d threads: expected a multiple of the warp size", expected));
   arrive(barrier, expected, site, what);
   barrier.waiting.push_back(self);
@@ -71,7 +77,7 @@ void wait_barrier(int number, int expected, Site site, const char* what) {
 
 void arrive_barrier(int number, int expected, Site site) {
   Thread* self = current;
-  Barrier& barrier = self->block->barriers[number];
+  Barrier& barrier = barrier_of(number);
   arrive(barrier, expected, site, "barrier.arrive");
   ++self->clock.now;
   complete(*self->block, barrier);

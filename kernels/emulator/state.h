@@ -136,6 +136,9 @@ struct Machine {
 extern Machine machine;
 extern Thread* current;  // null while the host runs
 
+// How many clocks can have advanced: without mbarriers and products only those of warps.
+inline int clocks_in_use(const Block& block) { return block.async ? kClocks : kMaxWarps; }
+
 void wake(Thread* thread);
 // Whether an access by `actor` at `time` happened before what `thread` does now.
 bool happened_before(const Thread& thread, Actor actor, uint32_t time);

@@ -97,6 +97,16 @@ PYKERN_PTX void mbarrier_arrive_expect_tx(uint64_t* mbarrier, uint32_t bytes) {
 #endif
 }
 
+// Has the phase wait for `bytes` bytes more, without arriving.
+PYKERN_PTX void mbarrier_expect_tx(uint64_t* mbarrier, uint32_t bytes) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(bytes)
+               : "memory");
+#else
+  emulator::mbarrier_expect(mbarrier, bytes);
+#endif
+}
+
 // Whether the phase with this parity (0, 1, 0, ... from the first) has ended; may wait for a while first.
 PYKERN_PTX bool mbarrier_try_wait(uint64_t* mbarrier, uint32_t parity PYKERN_AND_CALLER) {
 #if defined(__CUDACC__)

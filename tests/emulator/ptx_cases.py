@@ -130,12 +130,13 @@ def accumulators_of(matrix: np.ndarray) -> np.ndarray:
 
 def product_bound(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Of a sum in float whose terms may be cut below the largest."""
-    return 2.0**-20 * (np.abs(a) @ np.abs(b) + np.abs(d))
+    a, b, d = (np.nan_to_num(np.abs(x), posinf=0) for x in (a, b, d))
+    return 2.0**-20 * (a @ b + d)
 
 
 def mma_cases():
     for kind, label in ((BF16, "bf16"), (F16, "f16")):
-        for content in ("integers", "normal", "wide"):
+        for content in ("integers", "normal", "wide", "infinite"):
             name = f"mma_{label}_{content}"
             random = generator(name)
             shapes = ((16, 16), (16, 8), (16, 8))
@@ -143,12 +144,15 @@ def mma_cases():
                 a, b, d = (random.integers(-8, 9, shape).astype(np.float64) for shape in shapes)
             else:
                 a, b, d = (random.standard_normal(shape) for shape in shapes)
+            if content == "infinite":
+                a[3, 5], a[7, 2], b[2, 1], d[9, 6] = np.inf, -np.inf, np.nan, np.inf
             if content == "wide":
                 a *= 2.0 ** random.integers(-20, 8, a.shape)
             bits_a, bits_b, d = to_bits(a, kind), to_bits(b, kind), d.astype(np.float32)
             a, b = from_bits(bits_a, kind), from_bits(bits_b, kind)
             data = raw(registers_of(bits_a, fragment_a, 8), registers_of(bits_b, fragment_b, 4), accumulators_of(d))
-            exact, bound = d + a @ b, product_bound(a, b, d)
+            with np.errstate(invalid="ignore"):
+                exact, bound = d + a @ b, product_bound(a, b, d)
             yield Case(
                 name, "mma", [kind], data, accumulators_of(exact).astype(np.float32),
                 0.0 if content == "integers" else accumulators_of(bound),

@@ -50,7 +50,8 @@ __global__ void bulk_kernel(const char* input, int chunks, char* output) {
     for (int i = 0; i < 2; ++i) mbarrier_init(&barriers.full[i], 1);
     fence_mbarrier_init();
     for (int i = 0; i < 2 && i < chunks; ++i) {
-      mbarrier_arrive_expect_tx(&barriers.full[i], 1024);
+      mbarrier_expect_tx(&barriers.full[i], 512);
+      mbarrier_arrive_expect_tx(&barriers.full[i], 512);
       bulk_load(shared + 1024 * i, input + 1024 * i, 1024, &barriers.full[i]);
     }
   }
