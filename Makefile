@@ -1,4 +1,4 @@
-# make train | test | test-peers | build | bench | wheel | clean
+# make train | test | test-peers | build | bench | wheel | gpu | clean
 #
 # The virtual environment sees the system's packages, so an installed torch >= 2.11 is used; otherwise
 # this release is installed. Any other: make TORCH="torch==2.12.0", or TORCH="torch --index-url ...".
@@ -8,20 +8,27 @@ VENV := .venv
 PEERS := .venv-peers
 PY := $(VENV)/bin/python
 TOOLS := "setuptools>=77" "wheel" "cmake>=3.25" ninja build
-TOOLS += numpy pytest pytest-benchmark hypothesis tqdm matplotlib torch-abi-audit abi3audit
+TOOLS += numpy pytest pytest-benchmark hypothesis tqdm matplotlib torch-abi-audit abi3audit pybind11
+# Read the machine code of kernels. They exist for Linux alone, and the tests do without them.
+GPU_TOOLS := nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 
 # A torch that is named on the command line is installed whatever is there.
 TORCH_GIVEN := $(findstring command,$(origin TORCH))
 
-.PHONY: build train test test-peers bench wheel clean always
+.PHONY: build train test test-peers bench wheel gpu clean always
+
+BUILD = @PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
 
 build: $(VENV)/.ready
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
+	$(BUILD)
 
 train: build
 	$(PY) -m pykern train $(ARGS)
 
-test: build
+# The kernels' emulator serves the tests alone.
+test: export PYKERN_EMULATOR ?= checked;address
+test: $(VENV)/.ready
+	$(BUILD)
 	$(PY) -m pytest $(ARGS)
 
 # The peers live in an environment of their own, which sees the packages of the first one.
@@ -31,8 +38,19 @@ test-peers: build $(PEERS)/.ready
 bench: build
 	$(PY) -m pykern bench $(ARGS)
 
-wheel: build
-	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# One without CUDA kernels, and where there is an nvcc, one with them for every architecture.
+WHEEL = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYKERN_LOCAL_VERSION=1 PYKERN_BUILD_FOLDER=build/wheel $(PY) -m pip wheel
+WHEEL += --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheel: $(VENV)/.ready
+	PYKERN_CUDA=0 $(WHEEL)
+	@command -v $${CUDACXX:-nvcc} >/dev/null || echo "pykern: no CUDA compiler (nvcc) was found; the CPU wheel alone is made"
+	@! command -v $${CUDACXX:-nvcc} >/dev/null || PYKERN_CUDA=1 PYKERN_CUDA_ARCHS=$${PYKERN_CUDA_ARCHS:-release} $(WHEEL)
+
+# One run on a machine with a GPU, with the Python, torch and tools that are there: nothing is installed from a network.
+gpu:
+	@test -n "$(OUT)" || { echo "pykern: make gpu needs a folder for its results: make gpu OUT=folder" >&2; exit 2; }
+	$(PYTHON) -m bench.gpu --out "$(OUT)" $(if $(WHEEL),--wheel "$(WHEEL)")
 
 clean:
 	rm -rf build dist *.egg-info pykern/*.so
@@ -80,6 +98,7 @@ $(VENV)/.ready: Makefile pyproject.toml $(if $(TORCH_GIVEN),always)
 	@$(PY) -c "$$SHARE" "$(CURDIR)" $$($(PYTHON) -c "$$PACKAGES")
 	@$(if $(TORCH_GIVEN),false,$(PY) -c "$$CHECK_TORCH" 2>/dev/null) || { echo "pykern: installing $(TORCH) into $(VENV)"; $(PY) -m pip install --quiet $(TORCH); }
 	$(PY) -m pip install --quiet $(TOOLS)
+	@$(PY) -m pip install --quiet --only-binary :all: $(GPU_TOOLS) 2>/dev/null || echo "pykern: no $(GPU_TOOLS) for this machine; tests of machine code are skipped"
 	@touch $@
 
 # Without dependencies: the list is complete, and pip must not bring another torch.

@@ -7,8 +7,9 @@ low-rank optimizers, activation offload. See README.md for the formulas.
 from . import attention, lowrank, offload, policy
 from ._native import info
 from .attention import *  # noqa: F403
+from .device import choose_device
 from .lowrank import *  # noqa: F403
 from .offload import *  # noqa: F403
 from .policy import *  # noqa: F403
 
-__all__ = ["info", *attention.__all__, *lowrank.__all__, *offload.__all__, *policy.__all__]
+__all__ = ["choose_device", "info", *attention.__all__, *lowrank.__all__, *offload.__all__, *policy.__all__]

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .device import choose_device
+
 
 def main(arguments: list[str]) -> int:
     repository = Path(__file__).resolve().parent.parent
@@ -17,16 +19,28 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("family", nargs="*", help=f"any of {', '.join(harness.FAMILIES)}; all by default")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains TEXT")
     parser.add_argument("--seconds", type=float, default=2.0, help="measuring time per provider and case")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where pykern can use it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    parser.add_argument("--floor", choices=sorted(harness.KNOWN_LIMITS), help="only print the time no case can go below there")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.family) - set(harness.FAMILIES))
     if unknown:
         parser.error(f"unknown family {', '.join(unknown)}; there are {', '.join(harness.FAMILIES)}")
 
-    cases = [case for case in harness.load_cases(tuple(options.family) or harness.FAMILIES) if options.only in case.label]
+    try:
+        device = choose_device("cpu" if options.floor else options.device)
+    except RuntimeError as error:
+        parser.error(str(error))
+    families = tuple(options.family) or harness.FAMILIES
+    kind = "cuda" if options.floor else device.type
+    cases = [case for case in harness.load_cases(families, kind) if options.only in case.label]
     if not cases:
         parser.error(f"no case contains {options.only!r}")
-    record = harness.run(cases, options.seconds)
+    if options.floor:
+        harness.print_floors(cases, harness.KNOWN_LIMITS[options.floor])
+        return 0
+    print(f"device: {device}")
+    record = harness.run(cases, options.seconds, device)
     if options.json:
         harness.write(record, options.json)
         print(f"wrote {options.json}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -81,10 +82,16 @@ _EMULATOR_FILE = Path(pykern.__file__).parent.parent / "build" / "emulator" / f"
 
 @cache
 def emulator() -> ModuleType:
-    """The module that runs CUDA kernels on the CPU; loading it registers their ops as pykern_emulated::*."""
+    """The module that runs CUDA kernels on the CPU; loading it registers their ops as pykern_emulated::*.
+
+    PYKERN_EMULATOR_ORDERS, such as "forward,random:5,random:6", chooses the thread orders of every launch.
+    """
     spec = importlib.util.spec_from_file_location(EMULATOR_BUILD, _EMULATOR_FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    orders = os.environ.get("PYKERN_EMULATOR_ORDERS")
+    if orders:
+        module.set_orders(orders.split(","))
     return module
 
 
@@ -113,8 +120,10 @@ def on(device: str):
         yield torch.device(device)
         return
     replacement = torch.library.Library("pykern", "IMPL")
-    for name in emulated_ops():
-        replacement.impl(name, getattr(torch.ops.pykern_emulated, name).default, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a kernel is replaced
+        for name in emulated_ops():
+            replacement.impl(name, getattr(torch.ops.pykern_emulated, name).default, "CPU", allow_override=True)
     try:
         yield torch.device("cpu")
     finally:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import pykern
+from bench.attention import cases_rows
 from bench.harness import Case
 
 
@@ -96,11 +97,12 @@ def group_case(
     )
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     shapes = [(1024, 8, 128, 8, 2, 128), (512, 8, 512, 8, 2, 64), (256, 16, 64, 8, 8, 64)]
-    return [
+    attention = [
         group_case(*shape, dtype, backward)
         for shape in shapes
         for dtype in (torch.float32, torch.bfloat16)
         for backward in (False, True)
     ]
+    return attention + cases_rows.cases(device)

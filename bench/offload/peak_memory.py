@@ -166,7 +166,7 @@ def main() -> int:
     if options.json:
         from bench import harness
 
-        record = {"environment": harness.environment(), "table": table(results), "results": results}
+        record = {"environment": harness.environment(torch.device("cpu")), "table": table(results), "results": results}
         harness.write(record, options.json)
     return 0
 

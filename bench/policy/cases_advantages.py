@@ -32,7 +32,7 @@ def advantages(samples: int, groups: int) -> Callable[[], dict[str, Callable]]:
         if importlib.util.find_spec("verl"):
             from verl.trainer.ppo import core_algos
 
-            one_token, mask, labels = rewards[:, None], torch.ones(samples, 1), ids.numpy()
+            one_token, mask, labels = rewards[:, None], torch.ones(samples, 1), ids.cpu().numpy()
             for name in ("grpo", "grpo_vectorized"):
                 function = core_algos.get_adv_estimator_fn(name)
                 providers[f"verl {name}"] = lambda function=function: function(one_token.clone(), mask, labels)
@@ -76,14 +76,36 @@ def loss_and_gradient(rows: int, columns: int, loss: str) -> Callable[[], dict[s
     return make
 
 
-def cases() -> list[Case]:
+def loss_alone(rows: int, columns: int, loss: str, per_token: bool) -> Callable[[], dict[str, Callable]]:
+    """The loss with what its backward needs, as one reads it: no KL estimate, no backward."""
+
+    def make():
+        torch.manual_seed(0)
+        logprobs = (-torch.rand(rows, columns)).requires_grad_()
+        old = logprobs.detach() + 0.1 * torch.randn(rows, columns)
+        advantages = torch.randn(rows, columns) if per_token else torch.randn(rows)
+        mask = torch.arange(columns) < torch.randint(columns // 2, columns + 1, (rows, 1))
+        return {"pykern": lambda: pykern.policy_loss(logprobs, old, advantages, mask=mask, loss=loss)}
+
+    return make
+
+
+def cases(device: str) -> list[Case]:
+    # A batch of a CPU's time, and 134 million tokens.
+    rows, columns = (16384, 8192) if device == "cuda" else (256, 1024)
     listed = [
         Case("policy", "group_advantages", f"{samples} in {groups}", advantages(samples, groups), bytes=20.0 * samples)
         for samples, groups in ((1024, 128), (16384, 1024))
     ]
     for loss in ("grpo", "gspo"):
         # Three inputs and a mask byte read, the coefficient written, read and scaled into the gradient.
-        listed.append(
-            Case("policy", f"policy_loss {loss}", "256x1024", loss_and_gradient(256, 1024, loss), bytes=25.0 * 256 * 1024)
-        )
+        moved = 25.0 * rows * columns
+        shape = f"{rows}x{columns}"
+        listed.append(Case("policy", f"policy_loss {loss}", shape, loss_and_gradient(rows, columns, loss), bytes=moved))
+    for loss, per_token in (("grpo", False), ("grpo", True), ("gspo", False)):
+        # Two inputs and a mask byte read, the coefficient written.
+        moved = (17.0 if per_token else 13.0) * rows * columns
+        shape = f"{rows}x{columns} {'token' if per_token else 'sequence'} advantages"
+        make = loss_alone(rows, columns, loss, per_token)
+        listed.append(Case("policy", f"policy_loss_forward {loss}", shape, make, bytes=moved))
     return listed

@@ -100,8 +100,10 @@ class DeviceGuard {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// The stream that torch works on for the tensor's device (csrc/common/stream.cpp).
+// The stream that torch works on for the tensor's device (csrc/common/cuda_stream.cpp).
 Stream current_stream(const Tensor& tensor);
+// The torch library that tells it: "libtorch_cuda", "libtorch_cpu", or "none".
+const char* stream_source();
 
 #endif
 

@@ -17,4 +17,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
   m.def("offload_description(int engine) -> str");
   m.def("offload_counters(int engine) -> float[]");
   m.def("offload_reset_counters(int engine) -> ()");
+  // Many tensors into one block of bytes, each at its offset in its codec, and back.
+  m.def("offload_pack(Tensor[] tensors, int[] offsets, int[] codecs, Tensor(a!) staging) -> ()");
+  m.def("offload_unpack(Tensor staging, int[] offsets, int[] codecs, Tensor(a!)[] tensors) -> ()");
 }

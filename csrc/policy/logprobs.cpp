@@ -36,10 +36,8 @@ struct Prepared {
   Prepared(const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& row_temperature,
            double temperature) {
     check_cpu(logits, "logits");
-    STD_TORCH_CHECK(logits.dim() >= 1, "logits: expected at least 1 dimension");
+    check_logits(logits, targets);
     const int64_t vocabulary = logits.size(logits.dim() - 1), rows = targets.numel();
-    STD_TORCH_CHECK(logits.numel() == rows * vocabulary, "targets: expected one per row of logits, got ", rows);
-    STD_TORCH_CHECK(vocabulary <= 1 || logits.stride(logits.dim() - 1) == 1, "logits: expected contiguous rows");
     check_targets(targets, vocabulary);
     offsets = row_offsets(logits, rows);
     inverse_temperature = inverse_temperatures(row_temperature, temperature, rows);
@@ -66,30 +64,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets
   return {logprobs, entropies, squares, statistics};
 }
 
+void run_backward(const Prepared& prepared, const TokenLogprobsGradients& given, Tensor& grad_logits, bool in_place) {
+  const TokenLogprobsBackward params{prepared.input,
+                                     given.statistics.const_data_ptr(),
+                                     given.entropy.const_data_ptr(),
+                                     given.sum_p2.const_data_ptr(),
+                                     pointer_or_null(given.grad_logprobs),
+                                     pointer_or_null(given.grad_entropy),
+                                     pointer_or_null(given.grad_sum_p2),
+                                     grad_logits.mutable_data_ptr(),
+                                     in_place};
+  if (prepared.input.rows == 0) return;
+  prepared.input.type == DataType::f64 ? token_logprobs_backward_f64(params) : token_logprobs_backward()(params);
+}
+
 Tensor backward(Tensor logits, Tensor targets, std::optional<Tensor> row_temperature, double temperature,
                 Tensor statistics, Tensor entropy, Tensor sum_p2, std::optional<Tensor> grad_logprobs,
                 std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_sum_p2) {
   const Prepared prepared(logits, targets, row_temperature, temperature);
-  const auto [type, rows] = std::tuple(prepared.input.type, prepared.input.rows);
-  grad_logprobs = contiguous_gradient(grad_logprobs, type, rows, "grad_logprobs");
-  grad_entropy = contiguous_gradient(grad_entropy, type, rows, "grad_entropy");
-  grad_sum_p2 = contiguous_gradient(grad_sum_p2, type, rows, "grad_sum_p2");
-  STD_TORCH_CHECK(statistics.numel() == 2 * rows, "statistics: expected those of the forward");
-  STD_TORCH_CHECK(!grad_entropy || entropy.numel() == rows, "entropy: expected that of the forward");
-  STD_TORCH_CHECK(!grad_sum_p2 || sum_p2.numel() == rows, "sum_p2: expected that of the forward");
+  const TokenLogprobsGradients given(prepared.input.type, prepared.input.rows, statistics, entropy, sum_p2,
+                                     grad_logprobs, grad_entropy, grad_sum_p2);
   Tensor grad_logits = new_empty(logits, logits.sizes());
-  const TokenLogprobsBackward params{prepared.input,
-                                     statistics.const_data_ptr(),
-                                     entropy.const_data_ptr(),
-                                     sum_p2.const_data_ptr(),
-                                     pointer_or_null(grad_logprobs),
-                                     pointer_or_null(grad_entropy),
-                                     pointer_or_null(grad_sum_p2),
-                                     grad_logits.mutable_data_ptr()};
-  if (rows > 0) {
-    type == DataType::f64 ? token_logprobs_backward_f64(params) : token_logprobs_backward()(params);
-  }
+  run_backward(prepared, given, grad_logits, false);
   return grad_logits;
+}
+
+void backward_in_place(Tensor logits, Tensor targets, std::optional<Tensor> row_temperature, double temperature,
+                       Tensor statistics, Tensor entropy, Tensor sum_p2, std::optional<Tensor> grad_logprobs,
+                       std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_sum_p2) {
+  check_no_overlap(logits);
+  const Prepared prepared(logits, targets, row_temperature, temperature);
+  const TokenLogprobsGradients given(prepared.input.type, prepared.input.rows, statistics, entropy, sum_p2,
+                                     grad_logprobs, grad_entropy, grad_sum_p2);
+  run_backward(prepared, given, logits, true);
 }
 
 }  // namespace
@@ -97,6 +104,7 @@ Tensor backward(Tensor logits, Tensor targets, std::optional<Tensor> row_tempera
 STABLE_TORCH_LIBRARY_IMPL(pykern, CPU, m) {
   m.impl("token_logprobs", TORCH_BOX(&forward));
   m.impl("token_logprobs_backward", TORCH_BOX(&backward));
+  m.impl("token_logprobs_backward_in_place", TORCH_BOX(&backward_in_place));
 }
 
 }  // namespace pykern

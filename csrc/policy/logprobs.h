@@ -28,11 +28,13 @@ struct TokenLogprobsForward {
 };
 
 // A gradient may be null. `entropy` is read where `grad_entropy` is given, likewise `sum_p2`.
+// In place, `grad_logits` is the logits, with their row offsets; else it is contiguous.
 struct TokenLogprobsBackward {
   TokenLogprobsInput input;
   const void *statistics, *entropy, *sum_p2;
   const void *grad_logprobs, *grad_entropy, *grad_sum_p2;
   void* grad_logits;
+  bool in_place;
 };
 
 PYKERN_SIMD_FUNCTION(void, token_logprobs_forward, (const TokenLogprobsForward& params))

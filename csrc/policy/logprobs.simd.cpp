@@ -50,7 +50,8 @@ float widen_chunk(const T* source, int64_t count, float* buffer) {
 template <bool Entropy, bool SumP2>
 void add_chunk(RowSums& row, const float* buffer, int64_t padded, float largest, float inverse_temperature) {
   if (largest > row.maximum) {
-    if (row.maximum != kLowest) {
+    // Not "if the maximum is kLowest": logits may have that very value.
+    if (row.sum != 0) {
       const double shift = (static_cast<double>(row.maximum) - largest) * inverse_temperature;
       const double factor = __builtin_exp(shift);
       if (Entropy) row.weighted = factor * (row.weighted + shift * row.sum);
@@ -114,7 +115,8 @@ template <class T>
 void backward_row(const TokenLogprobsBackward& params, int64_t index) {
   const TokenLogprobsInput& input = params.input;
   const auto at = [index](const void* pointer) { return pointer ? static_cast<const float*>(pointer)[index] : 0.0f; };
-  T* gradient = static_cast<T*>(params.grad_logits) + index * input.vocabulary;
+  T* gradient = static_cast<T*>(params.grad_logits) +
+                (params.in_place ? input.row_offset[index] : index * input.vocabulary);
   const int64_t target = input.targets[index];
   const float g_logprob = at(params.grad_logprobs);
   const float g_entropy = at(params.grad_entropy), g_squares = at(params.grad_sum_p2);
@@ -137,6 +139,9 @@ void backward_row(const TokenLogprobsBackward& params, int64_t index) {
     const vfloat p = exp(exponent);
     return p * (from_logprob - from_entropy * (log_p + entropy) + from_squares * (p - sum_p2)) * inverse;
   };
+  // Before the first store: in place, the gradient takes the place of the logits.
+  float of_target[kLanes];
+  store(of_target, of_vector(broadcast(widen(logits[target]))));
   int64_t i = 0;
   for (; i + kBlock <= input.vocabulary; i += kBlock) {
 #pragma GCC unroll 4
@@ -146,8 +151,6 @@ void backward_row(const TokenLogprobsBackward& params, int64_t index) {
     const int64_t count = input.vocabulary - i < kLanes ? input.vocabulary - i : kLanes;
     store_partial(gradient + i, of_vector(load_partial(logits + i, count)), count);
   }
-  float of_target[kLanes];
-  store(of_target, of_vector(broadcast(widen(logits[target]))));
   narrow(of_target[0] + g_logprob * inverse_temperature, gradient + target);
 }
 

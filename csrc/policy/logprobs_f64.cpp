@@ -48,7 +48,8 @@ void token_logprobs_backward_f64(const TokenLogprobsBackward& params) {
     const double g_entropy = at(params.grad_entropy), g_squares = at(params.grad_sum_p2);
     const double entropy = params.grad_entropy ? at(params.entropy) : 0;
     const double sum_p2 = params.grad_sum_p2 ? at(params.sum_p2) : 0;
-    double* gradient = static_cast<double*>(params.grad_logits) + row * input.vocabulary;
+    double* gradient = static_cast<double*>(params.grad_logits) +
+                       (params.in_place ? input.row_offset[row] : row * input.vocabulary);
     const int64_t target = input.targets[row];
     if (target < 0 || (g_logprob == 0 && g_entropy == 0 && g_squares == 0)) {
       std::fill(gradient, gradient + input.vocabulary, 0.0);

@@ -1,7 +1,9 @@
 // What the host wrappers of both log-probability ops check and prepare.
 #pragma once
 
+#include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/checks.h"
@@ -20,15 +22,43 @@ inline void check_targets(const Tensor& targets, int64_t vocabulary) {
   }
 }
 
+// Logits [..., vocabulary] of contiguous rows, one per target.
+inline void check_logits(const Tensor& logits, const Tensor& targets) {
+  STD_TORCH_CHECK(logits.dim() >= 1, "logits: expected at least 1 dimension");
+  const int64_t last = logits.dim() - 1, vocabulary = logits.size(last);
+  STD_TORCH_CHECK(logits.numel() == targets.numel() * vocabulary, "targets: expected one per row of logits, got ",
+                  targets.numel());
+  STD_TORCH_CHECK(vocabulary <= 1 || logits.stride(last) == 1, "logits: expected contiguous rows");
+}
+
+// Logits that are to be overwritten must have each element once.
+inline void check_no_overlap(const Tensor& logits) {
+  std::vector<std::pair<int64_t, int64_t>> by_stride;
+  for (int64_t dim = 0; dim < logits.dim(); ++dim) {
+    if (logits.size(dim) > 1) by_stride.emplace_back(logits.stride(dim), logits.size(dim));
+  }
+  std::sort(by_stride.begin(), by_stride.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : by_stride) {
+    STD_TORCH_CHECK(stride >= extent, "logits: expected no two elements at the same address, as they are overwritten");
+    extent += stride * (size - 1);
+  }
+}
+
+inline void check_row_temperature(const std::optional<Tensor>& row_temperature, int64_t rows) {
+  if (!row_temperature) return;
+  check_type(*row_temperature, ScalarType::Double, "row_temperature");
+  check_contiguous(*row_temperature, "row_temperature");
+  STD_TORCH_CHECK(row_temperature->numel() == rows, "row_temperature: expected ", rows, " values, got ",
+                  row_temperature->numel());
+}
+
 // 1 / temperature of every row.
 inline std::vector<double> inverse_temperatures(const std::optional<Tensor>& row_temperature, double temperature,
                                                 int64_t rows) {
+  check_row_temperature(row_temperature, rows);
   std::vector<double> inverse(rows, 1.0 / temperature);
   if (row_temperature) {
-    check_type(*row_temperature, ScalarType::Double, "row_temperature");
-    check_contiguous(*row_temperature, "row_temperature");
-    STD_TORCH_CHECK(row_temperature->numel() == rows, "row_temperature: expected ", rows, " values, got ",
-                    row_temperature->numel());
     for (int64_t row = 0; row < rows; ++row) inverse[row] = 1.0 / input<double>(*row_temperature)[row];
   }
   return inverse;
@@ -45,6 +75,26 @@ inline std::optional<Tensor> contiguous_gradient(const std::optional<Tensor>& gr
   STD_TORCH_CHECK(gradient->numel() == rows, name, ": expected ", rows, " values, got ", gradient->numel());
   return contiguous(*gradient);
 }
+
+// What a backward of token_logprobs reads besides the logits, checked and contiguous.
+struct TokenLogprobsGradients {
+  Tensor statistics, entropy, sum_p2;
+  std::optional<Tensor> grad_logprobs, grad_entropy, grad_sum_p2;
+
+  TokenLogprobsGradients(DataType type, int64_t rows, Tensor statistics, Tensor entropy, Tensor sum_p2,
+                         const std::optional<Tensor>& grad_logprobs, const std::optional<Tensor>& grad_entropy,
+                         const std::optional<Tensor>& grad_sum_p2)
+      : statistics(statistics),
+        entropy(entropy),
+        sum_p2(sum_p2),
+        grad_logprobs(contiguous_gradient(grad_logprobs, type, rows, "grad_logprobs")),
+        grad_entropy(contiguous_gradient(grad_entropy, type, rows, "grad_entropy")),
+        grad_sum_p2(contiguous_gradient(grad_sum_p2, type, rows, "grad_sum_p2")) {
+    STD_TORCH_CHECK(statistics.numel() == 2 * rows, "statistics: expected those of the forward");
+    STD_TORCH_CHECK(!grad_entropy || entropy.numel() == rows, "entropy: expected that of the forward");
+    STD_TORCH_CHECK(!grad_sum_p2 || sum_p2.numel() == rows, "sum_p2: expected that of the forward");
+  }
+};
 
 inline const void* pointer_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;

@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
       "Tensor statistics, Tensor entropy, Tensor sum_p2, Tensor? grad_logprobs, Tensor? grad_entropy, "
       "Tensor? grad_sum_p2) -> Tensor");
   m.def(
+      "token_logprobs_backward_in_place(Tensor(a!) logits, Tensor targets, Tensor? row_temperature, "
+      "float temperature, Tensor statistics, Tensor entropy, Tensor sum_p2, Tensor? grad_logprobs, "
+      "Tensor? grad_entropy, Tensor? grad_sum_p2) -> ()");
+  m.def(
       "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
       "float temperature, float softcap, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor statistics)");
   m.def(

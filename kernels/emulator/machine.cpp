@@ -45,7 +45,7 @@ Thread* take_thread() {
 
 char* shared_memory(size_t alignment, size_t bytes) {
   void* memory = nullptr;
-  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), std::max<size_t>(bytes + kGuardBytes, 1))) std::abort();
+  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), std::max<size_t>(bytes + kNearBytes, 1))) std::abort();
   poison(memory, bytes);
   return static_cast<char*>(memory);
 }

@@ -201,16 +201,17 @@ void check_access(const void* address, size_t bytes, AccessKind kind, const void
     check_shared(*object, static_cast<size_t>(static_cast<const char*>(address) - object->memory), bytes, kind, return_address);
     return;
   }
+  const bool write = kind != AccessKind::read;
+  if (global_access_allowed(address, bytes, write)) return;
   for (const SharedObject& object : current->block->shared) {
     const auto past = static_cast<const char*>(address) - (object.memory + object.bytes);
-    if (past >= 0 && past < kGuardBytes) {
+    if (past >= 0 && past < static_cast<std::ptrdiff_t>(kNearBytes)) {
       fail(text("%s of %zu bytes, %zu bytes past the end of a shared object of %zu bytes", verb(kind), bytes,
                 static_cast<size_t>(past), object.bytes),
            return_address);
     }
   }
-  const bool write = kind != AccessKind::read;
-  if (!global_access_allowed(address, bytes, write)) fail(describe_global(address, bytes, write), return_address);
+  fail(describe_global(address, bytes, write), return_address);
 #endif
 }
 

@@ -11,6 +11,7 @@
 #include "kernels/emulator/memory.h"
 #include "kernels/ptx/descriptor.h"
 #include "tests/emulator/planted.h"
+#include "tests/emulator/probes.h"
 #include "tests/emulator/vectors.h"
 
 namespace py = pybind11;
@@ -88,6 +89,23 @@ py::array_t<uint8_t> run_vector(const std::string& name, const std::vector<int64
   return output;
 }
 
+py::array_t<float> run_probe(const std::string& name, py::array_t<float, py::array::c_style> input, int threads,
+                             int argument) {
+  py::array_t<float> output(input.size());
+  poison(output.mutable_data(), static_cast<size_t>(output.nbytes()));
+  for (const Probe* entry = probes(); entry->name; ++entry) {
+    if (name != entry->name) continue;
+    forget_all();
+    announce(const_cast<float*>(input.data()), input.nbytes(), Access::read);
+    announce(output.mutable_data(), output.nbytes(), Access::write);
+    const char* error = entry->run(input.size(), threads, argument, input.data(), output.mutable_data());
+    forget_all();
+    if (error) throw std::runtime_error(error);
+    return output;
+  }
+  throw py::value_error("no probe is named '" + name + "'");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
@@ -121,5 +139,11 @@ PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
     const auto matrix = pykern::ptx::decode(bits);
     return py::make_tuple(matrix.address, matrix.leading, matrix.stride, matrix.base_offset, static_cast<int>(matrix.swizzle));
   });
+  m.def("probes", [] {
+    std::vector<std::string> names;
+    for (const Probe* entry = probes(); entry->name; ++entry) names.push_back(entry->name);
+    return names;
+  });
+  m.def("run_probe", &run_probe, py::arg("name"), py::arg("input"), py::arg("threads"), py::arg("argument") = 0);
   m.def("run_planted", &run_planted, py::arg("name"), py::arg("buggy"), py::arg("input"), py::arg("results"));
 }

@@ -87,11 +87,12 @@ struct Cell {
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
 };
 
-// Memory behind a shared object that belongs to nobody: an access there was meant for the object.
+// So close behind a shared object, an access was probably meant for it. Nothing else is allocated there; where
+// AddressSanitizer watches, it keeps a zone of its own.
 #ifdef PYKERN_EMULATOR_CHECKED
-constexpr std::ptrdiff_t kGuardBytes = 256;
+constexpr size_t kNearBytes = 256;
 #else
-constexpr std::ptrdiff_t kGuardBytes = 0;
+constexpr size_t kNearBytes = 0;
 #endif
 
 struct SharedObject {

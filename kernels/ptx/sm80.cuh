@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/vector.cuh"
+#include "kernels/ptx/math.cuh"
 #include "kernels/ptx/twin.h"
 
 namespace pykern::ptx {
@@ -148,56 +149,6 @@ PYKERN_PTX void barrier_arrive(int barrier, int threads PYKERN_AND_CALLER) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 #else
   emulator::arrive_barrier(barrier, threads, site);
-#endif
-}
-
-// --- arithmetic --------------------------------------------------------------------------------------------
-
-// To nearest, ties away from zero: the bits of a float that mma reads without loss.
-PYKERN_PTX uint32_t round_tf32(float value) {
-#if defined(__CUDACC__)
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits;
-#else
-  const uint32_t bits = __float_as_uint(value);
-  if ((bits & 0x7fffffffu) >= 0x7f800000u) return value != value ? 0x7fffffffu : bits;
-  return (bits + 0x1000u) & ~0x1fffu;
-#endif
-}
-
-// 2^value within 2 ulp; subnormal operands and results are zero.
-PYKERN_PTX float exp2_approx(float value) {
-#if defined(__CUDACC__)
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-#else
-  const float result = std::exp2(value);
-  return result < 0x1p-126f ? 0.0f : result;
-#endif
-}
-
-// Absolute error 2^-22 between 0.5 and 2, relative elsewhere; a subnormal operand is zero.
-PYKERN_PTX float log2_approx(float value) {
-#if defined(__CUDACC__)
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-#else
-  return std::log2(std::fabs(value) < 0x1p-126f ? 0.0f : value);
-#endif
-}
-
-// Relative error 2^-11; the twin keeps as many bits, so that nobody counts on more.
-PYKERN_PTX float tanh_approx(float value) {
-#if defined(__CUDACC__)
-  float result;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-#else
-  const float result = std::tanh(value);
-  return result != result ? result : __uint_as_float((__float_as_uint(result) + 0x800u) & ~0xfffu);
 #endif
 }
 

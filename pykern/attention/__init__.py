@@ -2,6 +2,7 @@
 
 from .pack import PackedBatch, pack
 from .prefix_attention import prefix_attention
+from .rows import gather_rows
 from .tree import PrefixTree
 
-__all__ = ["PackedBatch", "PrefixTree", "pack", "prefix_attention"]
+__all__ = ["PackedBatch", "PrefixTree", "gather_rows", "pack", "prefix_attention"]

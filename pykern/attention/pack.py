@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .rows import gather_rows, invert_rows
 from .tree import PrefixTree, _host_vector
 
 
@@ -19,6 +20,8 @@ class PackedBatch:
         predicts the first token of every response. targets: int64 [N], the response tokens, response after response.
     cu_seqlens: int32 [R + 1]; response r owns `targets[cu_seqlens[r] : cu_seqlens[r + 1]]`.
     group_ids: int64 [R], the index of each response's prompt.
+    predictor_order, predictor_offsets: int64 [N] and [T + 1], the inverse of `predictor_rows`: packed row t predicts
+        the targets `predictor_order[predictor_offsets[t] : predictor_offsets[t + 1]]`.
     """
 
     token_ids: Tensor
@@ -27,6 +30,12 @@ class PackedBatch:
     targets: Tensor
     cu_seqlens: Tensor
     group_ids: Tensor
+    predictor_order: Tensor
+    predictor_offsets: Tensor
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """[N, C]: the row of `hidden` [T, C] that predicts each response token; see `gather_rows`."""
+        return gather_rows(hidden, self.predictor_rows, order=self.predictor_order, offsets=self.predictor_offsets)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
@@ -37,6 +46,8 @@ class PackedBatch:
             self.targets.to(device),
             self.cu_seqlens.to(device),
             self.group_ids.to(device),
+            self.predictor_order.to(device),
+            self.predictor_offsets.to(device),
         )
 
 
@@ -98,13 +109,15 @@ def pack(
         last_prompt_row = prompt_stops + cu_seqlens[responses_before_group] - 1
         predictor_rows = np.where(step == 0, np.repeat(last_prompt_row, lengths), np.repeat(begins, lengths) + step - 1)
 
+    rows = torch.from_numpy(predictor_rows.astype(np.int64))
     return PackedBatch(
         token_ids,
         tree,
-        torch.from_numpy(predictor_rows.astype(np.int64)),
+        rows,
         torch.from_numpy(targets),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         torch.from_numpy(group_ids.astype(np.int64)),
+        *invert_rows(rows, tree.num_tokens),
     )
 
 

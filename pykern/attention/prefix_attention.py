@@ -109,10 +109,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, Ten
         raise ValueError(f"v: expected k's {k.shape[1]} heads, got {v.shape[1]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q: expected a multiple of k's {k.shape[1]} heads, got {q.shape[1]}")
-    if q.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"q: no {q.device.type} kernels ({_native.cuda_unavailable_reason}); move q, k, v and the tree to the CPU"
-        )
+    _native.require_kernels(q, "q", "prefix_attention_forward", "prefix_attention_backward")
 
     if isinstance(tree, PrefixTree):
         subtree_end = tree.subtree_end

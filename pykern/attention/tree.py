@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .tiles import tile_bounds
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -54,6 +56,7 @@ class PrefixTree:
         object.__setattr__(self, "subtree_end", ends)
         object.__setattr__(self, "position", position)
         object.__setattr__(self, "_last_rows", None)
+        object.__setattr__(self, "_tiles", {})
 
     # --- constructors -----------------------------------------------------------------------------
 
@@ -66,6 +69,7 @@ class PrefixTree:
         object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
         object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
         object.__setattr__(tree, "_last_rows", last_rows)
+        object.__setattr__(tree, "_tiles", {})
         return tree
 
     @classmethod
@@ -253,6 +257,20 @@ class PrefixTree:
         ends = self.subtree_end.cpu().to(torch.int64)
         return int((ends - torch.arange(len(ends))).clamp(min=0).sum())
 
+    def tiles(self, tile_size: int) -> Tensor:
+        """int32 [ceil(T / tile_size), 2], the bounds of `subtree_end` in each tile of keys, which tell an attention
+        kernel what to skip (see `pykern.attention.tiles`). Made once per tile size; don't write to it.
+
+        On a GPU it is made on the stream of the first call; other streams have to wait for that one, as for the
+        tree's own tensors.
+        """
+        bounds = self._tiles.get(tile_size)
+        if bounds is None:
+            # What is made in inference mode could never be saved for a backward.
+            with torch.inference_mode(False):
+                bounds = self._tiles[tile_size] = tile_bounds(self.subtree_end, tile_size)
+        return bounds
+
     def flops(self, num_heads: int, head_dim: int, value_dim: int | None = None, *, backward: bool = False) -> int:
         """Floating-point operations of `prefix_attention` on this tree, visible pairs only.
 
@@ -273,6 +291,7 @@ class PrefixTree:
         object.__setattr__(tree, "subtree_end", self.subtree_end.to(device))
         object.__setattr__(tree, "position", self.position.to(device))
         object.__setattr__(tree, "_last_rows", self._last_rows)
+        object.__setattr__(tree, "_tiles", {})
         return tree
 
 

@@ -1,11 +1,13 @@
 """AdamW in a low-rank subspace of the gradient."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from .. import _native
 from . import ops
 from .projector import SIDES, compresses_right, gram_projector
 
@@ -53,15 +55,21 @@ class LowRankAdamW(torch.optim.Optimizer):
     other optimizers take it, so a NaN in the gradient reaches the weights.
 
     A group without `rank`, and a parameter that is not a matrix, gets plain AdamW (the same lines with R = G,
-    D = N). Ranks above min(rows, columns) are cut to it. One kernel call per parameter projects, updates the
-    moments, projects up and updates the weights, with no temporary of the weight's size; results don't depend
-    on the number of threads and repeat bit for bit.
+    D = N). Ranks above min(rows, columns) are cut to it. On the CPU one kernel call per parameter projects, updates
+    the moments, projects up and updates the weights, with no temporary of the weight's size. On CUDA the two
+    projections are PyTorch's matrix products, in the weight's dtype and under its TF32 setting, with kernels between
+    and after them, and up(N) is one temporary of the weight's size. Results don't depend on the number of threads
+    and repeat bit for bit.
+
+    On CUDA a step waits for the device only where it chooses P, and when it first reads a loaded state. It can be
+    captured in a graph after one ordinary step; in a graph P stays, so step outside it every `refresh_every` steps,
+    and such steps read the count from the device. Pass `lr` as a tensor to change it between replays.
 
     Args:
         params: parameters or groups, float32, float64, bfloat16 or float16. Groups may set every keyword below
             but `projector`, and may call refresh_every, side and scale by the names of the GaLore and Fira
             packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
-        lr: a float, or a 0-dim float32 or float64 tensor on the CPU.
+        lr: a float, or a 0-dim float32 or float64 tensor on the device of the parameters.
         rank: columns of P; None for plain AdamW.
         refresh_every: steps between two choices of P.
         scale: GaLore's alpha, on the low-rank part of the update.
@@ -79,14 +87,14 @@ class LowRankAdamW(torch.optim.Optimizer):
         maximize: ascend.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
-    projector (the parameter's dtype), next_refresh, residual_norm (Fira; negative until known). It survives
-    torch.load(weights_only=True), and load_state_dict keeps its dtypes.
+    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira; negative until known). It
+    survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
 
     GaLore: arXiv 2403.03507. Fira: arXiv 2410.01623.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
-        RuntimeError: a sparse gradient.
+        RuntimeError: a sparse gradient, or a graph captured before the first step.
         NotImplementedError: a parameter on a device whose kernels this build lacks.
     """
 
@@ -111,6 +119,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         if not (isinstance(projector, Tensor) or callable(projector) or projector == "gram"):
             raise ValueError(f'projector: expected "gram", a function or a tensor, got {projector!r}')
         self.projector = projector
+        self._counted: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
             "rank": rank,
@@ -144,6 +153,11 @@ class LowRankAdamW(torch.optim.Optimizer):
     def __getstate__(self):
         return {**super().__getstate__(), "projector": self.projector}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # torch.optim.Optimizer.load_state_dict comes by here too: the counts may be others now.
+        self._counted = {}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
         """Steps every parameter that has a gradient; returns what `closure` returned, if one is given."""
@@ -152,9 +166,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr = group["lr"]
-            if not isinstance(lr, Tensor):
-                lr = torch.tensor(lr, dtype=torch.float64)
+            rates: dict[torch.device, Tensor] = {}
             beta1, beta2 = group["betas"]
             rule = {
                 "beta1": beta1,
@@ -169,8 +181,14 @@ class LowRankAdamW(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 _check_gradient(param)
+                if param not in self.state and _capturing(param):
+                    raise RuntimeError("LowRankAdamW: take one step before capturing a graph; it makes the state")
+                if param.device not in rates:
+                    rates[param.device] = _rate(group["lr"], param.device)
+                lr = rates[param.device]
                 if group["rank"] is not None and param.dim() == 2 and param.numel() > 0:
-                    self._step_low_rank(param, group, lr, rule)
+                    with _without_autocast(param.device.type):
+                        self._step_low_rank(param, group, lr, rule)
                 else:
                     self._step_plain(param, lr, rule)
         return loss
@@ -178,7 +196,7 @@ class LowRankAdamW(torch.optim.Optimizer):
     def _step_plain(self, param: Tensor, lr: Tensor, rule: dict) -> None:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=_moment_dtype(param))
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=_moment_dtype(param))
         # The kernel walks through memory, so all must lie alike; the moments have the strides of a
@@ -205,15 +223,15 @@ class LowRankAdamW(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             shape, dtype = ((rows, rank) if right else (rank, columns)), _moment_dtype(param)
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros(shape, dtype=dtype, device=param.device)
             state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=param.device)
             state["projector"] = torch.zeros(columns if right else rows, rank, dtype=param.dtype, device=param.device)
             state["next_refresh"] = torch.zeros((), dtype=torch.int64)
             if group["residual"] == "fira":
                 state["residual_norm"] = torch.full((), -1.0, dtype=dtype, device=param.device)
-        done = int(state["step"])
-        if done >= int(state["next_refresh"]):
+        done = self._steps_done(param, state["step"])
+        if done is not None and done >= int(state["next_refresh"]):
             basis = self._choose_basis(grad, rank, right)
             if basis is not None:
                 state["projector"].copy_(basis)
@@ -237,6 +255,23 @@ class LowRankAdamW(torch.optim.Optimizer):
         if weight is not param:
             param.copy_(weight)
 
+    def _steps_done(self, param: Tensor, step: Tensor) -> int | None:
+        """Steps taken before this one, counted on the host where it can; None while a graph is captured."""
+        if step.device.type == "cpu":
+            return int(step)
+        if _capturing(param):
+            # From now on replays may count steps that the host does not see.
+            self._counted[param] = _UNCOUNTED
+            return None
+        done = self._counted.get(param)
+        if done is None or done == _UNCOUNTED:
+            read = int(step)
+            if done is None:
+                self._counted[param] = read + 1
+            return read
+        self._counted[param] = done + 1
+        return done
+
     def _choose_basis(self, grad: Tensor, rank: int, right: bool) -> Tensor | None:
         if isinstance(self.projector, str):
             return gram_projector(grad, rank, right)
@@ -257,22 +292,54 @@ class LowRankAdamW(torch.optim.Optimizer):
         for index, param in zip(saved, current, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    device = "cpu" if key in ("step", "next_refresh") else param.device
+                    device = "cpu" if key == "next_refresh" else param.device
                     self.state[param][key] = value.detach().to(device, copy=True)
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor) and group["params"]:
+                group["lr"] = group["lr"].to(group["params"][0].device)
 
 
 def _moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+# In place of a count of steps: ask the device each time.
+_UNCOUNTED = -1
+
+
+def _capturing(param: Tensor) -> bool:
+    return param.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """The products of a step are of the weight's dtype, also where the step is taken inside an autocast block."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
+    """The learning rate as a tensor on the device, without a copy from the host: that would wait for it."""
+    if not isinstance(lr, Tensor):
+        return torch.full((), lr, dtype=torch.float64, device=device)
+    _check_rate_device(lr, device)
+    return lr
+
+
+def _check_rate_device(lr: Tensor, device: torch.device) -> None:
+    if lr.device != device:
+        raise ValueError(f"lr: expected a float, or a tensor on {device} as the parameters are; got one on {lr.device}")
+
+
 def _check_gradient(param: Tensor) -> None:
     if param.grad.is_sparse:
         raise RuntimeError("LowRankAdamW: sparse gradients are not supported; use torch.optim.SparseAdam for them")
-    if param.device.type != "cpu":
+    if param.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
             f"LowRankAdamW: this build of pykern has no {param.device.type} kernels for it; "
-            "keep the parameters on the CPU"
+            "keep the parameters on the CPU or a CUDA device"
         )
+    _native.require_kernels(param, "a parameter", "low_rank_adam_step", "adam_step")
 
 
 def _complete_group(group: dict) -> None:
@@ -299,11 +366,10 @@ def _complete_group(group: dict) -> None:
             raise ValueError(f"{name}: expected at least 1, got {group[name]}")
     lr = group["lr"]
     if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64) or lr.device.type != "cpu":
-            raise ValueError(
-                "lr: expected one float32 or float64 element on the CPU, "
-                f"got {lr.dtype} {tuple(lr.shape)} on {lr.device}"
-            )
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"lr: expected one float32 or float64 element, got {lr.dtype} {tuple(lr.shape)}")
+        for param in group["params"]:
+            _check_rate_device(lr, param.device)
     elif not lr >= 0:
         raise ValueError(f"lr: expected a rate of at least 0, got {lr}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):

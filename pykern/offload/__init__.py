@@ -1,3 +1,4 @@
 from .activation import ActivationOffload
+from .staging import StagingLayout
 
-__all__ = ["ActivationOffload"]
+__all__ = ["ActivationOffload", "StagingLayout"]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import _native
 from .engine import Engine, return_freed_memory
 from .views import View
 
@@ -177,7 +176,7 @@ class ActivationOffload:
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        NotImplementedError: `storage="pinned"`, or a CUDA tensor is saved: this build has no CUDA kernels.
+        NotImplementedError: `storage="pinned"`, or a CUDA tensor is saved: only CPU tensors can be offloaded so far.
         OSError: the file can't be made or preallocated.
         RuntimeError: from the backward, if a read fails. A failed write keeps the tensor, and warns once.
     """
@@ -200,7 +199,7 @@ class ActivationOffload:
     ) -> None:
         if storage == "pinned":
             raise NotImplementedError(
-                f"storage: 'pinned' needs CUDA, but {_native.cuda_unavailable_reason}; use 'memory' or 'file'"
+                "storage: 'pinned' needs CUDA, and activations on a GPU can't be offloaded yet; use 'memory' or 'file'"
             )
         if storage not in ("memory", "file"):
             raise ValueError(f"storage: expected 'memory', 'file' or 'pinned', got {storage!r}")
@@ -357,7 +356,7 @@ class ActivationOffload:
         if tensor.device.type != "cpu":
             if tensor.device.type == "cuda":
                 raise NotImplementedError(
-                    f"ActivationOffload: got a saved tensor on {tensor.device}, but {_native.cuda_unavailable_reason}"
+                    f"ActivationOffload: got a saved tensor on {tensor.device}; activations on a GPU can't be offloaded yet"
                 )
             return "unsupported"
         source = tensor if tensor._base is None else tensor._base

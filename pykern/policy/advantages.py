@@ -145,7 +145,7 @@ def group_advantages(
     for name, tensor in (("group_ids", group_ids), ("lengths", response_lengths), ("baseline_rewards", baseline_rewards)):
         if tensor is not None and tensor.device != rewards.device:
             raise ValueError(f"{name}: expected the device of rewards, {rewards.device}, got {tensor.device}")
-    _check_built(rewards)
+    _native.require_kernels(rewards, "rewards", "group_advantages")
 
     advantages, counts = torch.ops.pykern.group_advantages.default(
         rewards.detach().to(dtype).contiguous(),
@@ -188,11 +188,6 @@ def _check_rewards(rewards: Tensor, name: str, size: int | None) -> None:
     if rewards.dim() != 1 or (size is not None and rewards.shape[0] != size):
         wanted = "N" if size is None else size
         raise ValueError(f"{name}: expected one value per sample, [{wanted}], got {list(rewards.shape)}")
-
-
-def _check_built(tensor: Tensor) -> None:
-    if tensor.is_cuda and _native.cuda_unavailable_reason is not None:
-        raise NotImplementedError(f"CUDA tensors: {_native.cuda_unavailable_reason}; move the tensors with .cpu()")
 
 
 def _lengths(lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, size: int) -> Tensor | None:

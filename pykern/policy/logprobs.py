@@ -17,6 +17,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     sum_p2: bool = False,
+    backward_in_place: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """log p of each target token under softmax(logits / temperature), in one read of the logits.
 
@@ -34,14 +35,23 @@ def token_logprobs(
             (no gradient flows into it).
         entropy: also return the entropy.
         sum_p2: also return the sum of squared probabilities.
+        backward_in_place: the gradient is written over the logits, which are lost; saves a [..., V] buffer.
+            For logits that nothing else needs once the backward has begun, as those of an output head:
+            autograd refuses to go on where another op has saved them, but sees no use outside of it, such
+            as that of a leaf. The rows must be contiguous and share no memory with each other. One backward
+            only. Under torch.compile the gradient has a buffer of its own.
 
     Returns:
         logprobs [...], float32 (float64 for float64 logits); with `entropy` or `sum_p2` a tuple
         (logprobs, entropy, sum_p2) of the ones asked for.
 
-    Math is in float32, sums are carried on in float64, whatever the dtype of the logits. The gradient
-    has the dtype of the logits. Both are the same bit for bit for any number of threads. Memory
+    Math is in float32, for float64 logits in float64; sums are carried on in float64, on CUDA those of a warp's
+    share of a row in float32. The gradient has the dtype of the logits. Both are the same bit for bit for any
+    number of threads and of other rows; on CUDA, while a row's place modulo 16 bytes stays the same. Memory
     beyond results and gradient: two numbers per row.
+
+    A target past the vocabulary is refused on the CPU. On CUDA, where looking would wait for the device, it is
+    not read, and its log-probability and the gradient of its row are NaN.
 
     Raises:
         TypeError, ValueError: an argument of unexpected type, shape or value.
@@ -52,11 +62,14 @@ def token_logprobs(
         raise ValueError("token_logprobs: logits: expected shape [..., V], got a scalar tensor")
     targets = _prepared_targets("token_logprobs", targets, logits, "logits", logits.shape[:-1], logits.shape[-1])
     row_temperature, temperature = _prepared_temperature("token_logprobs", temperature, targets)
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+    if backward_in_place:
+        _check_overwritable("token_logprobs", logits)
+    elif logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     arguments = (logits, targets, row_temperature, temperature, entropy, sum_p2)
     if torch.is_grad_enabled() and logits.requires_grad:
-        results = _TokenLogprobs.apply(*arguments)
+        in_place = backward_in_place and not torch.compiler.is_compiling()
+        results = (_TokenLogprobsInPlace if in_place else _TokenLogprobs).apply(*arguments)
     else:
         results = torch.ops.pykern.token_logprobs.default(*arguments)
     chosen = tuple(result for result, wanted in zip(results, (True, entropy, sum_p2)) if wanted)
@@ -154,10 +167,27 @@ def _check_floating(function: str, name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{function}: {name}: expected a tensor of float32, bfloat16, float16 or float64, got {_described(tensor)}"
         )
-    if tensor.is_cuda and _native.cuda_unavailable_reason is not None:
-        raise NotImplementedError(
-            f"{function}: {name} is on {tensor.device}, but {_native.cuda_unavailable_reason}; "
-            "move the tensors to the CPU"
+    _native.require_kernels(tensor, name, function, f"{function}_backward")
+
+
+def _check_overwritable(function: str, logits: Tensor) -> None:
+    described = f"got shape {list(logits.shape)} with strides {list(logits.stride())}; pass logits.contiguous()"
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"{function}: logits: expected contiguous rows with backward_in_place=True, {described}")
+    extent = 1
+    for stride, size in sorted((st, si) for st, si in zip(logits.stride(), logits.shape) if si > 1):
+        if stride < extent:
+            raise ValueError(
+                f"{function}: logits: expected rows that share no memory with backward_in_place=True, {described}"
+            )
+        extent += stride * (size - 1)
+    # Gaps are fine, many of them are not: the CUDA kernels find a row by four merged dimensions.
+    leading = [(st, si) for st, si in zip(logits.stride()[:-1], logits.shape[:-1]) if si > 1]
+    merged = sum(st != next_st * next_si for (st, _), (next_st, next_si) in zip(leading, leading[1:])) + 1
+    if logits.is_cuda and merged > 4:
+        raise ValueError(
+            f"{function}: logits: expected leading dimensions that merge into 4 or fewer with backward_in_place=True, "
+            f"{described}"
         )
 
 
@@ -218,9 +248,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, grad_sum_p2):
+        arguments = _TokenLogprobs.backward_arguments(ctx, grad_logprobs, grad_entropy, grad_sum_p2)
+        grad_logits = torch.ops.pykern.token_logprobs_backward.default(*arguments)
+        return grad_logits, None, None, None, None, None
+
+    @staticmethod
+    def backward_arguments(ctx, grad_logprobs, grad_entropy, grad_sum_p2):
         logits, targets, row_temperature, statistics, entropies, squares = ctx.saved_tensors
-        # What was not asked for has no elements, and no gradient that counts.
-        grad_logits = torch.ops.pykern.token_logprobs_backward.default(
+        return (
             logits,
             targets,
             row_temperature,
@@ -229,10 +264,27 @@ class _TokenLogprobs(torch.autograd.Function):
             entropies,
             squares,
             grad_logprobs,
+            # What was not asked for has no elements, and no gradient that counts.
             grad_entropy if entropies.shape == targets.shape else None,
             grad_sum_p2 if squares.shape == targets.shape else None,
         )
-        return grad_logits, None, None, None, None, None
+
+
+class _TokenLogprobsInPlace(_TokenLogprobs):
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, grad_sum_p2):
+        if getattr(ctx, "logits_are_overwritten", False):
+            raise RuntimeError(
+                "token_logprobs: the first backward has overwritten the logits (backward_in_place=True); "
+                "for a second one use backward_in_place=False"
+            )
+        logits, *others = _TokenLogprobs.backward_arguments(ctx, grad_logprobs, grad_entropy, grad_sum_p2)
+        gradient = logits.detach()
+        ctx.logits_are_overwritten = True
+        torch.ops.pykern.token_logprobs_backward_in_place.default(gradient, *others)
+        # Whoever else has saved the logits for its backward is told that they have changed.
+        torch.autograd.graph.increment_version(logits)
+        return gradient, None, None, None, None, None
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -299,6 +351,11 @@ def _(logits, targets, row_temperature, temperature, entropy, sum_p2):
 @torch.library.register_fake("pykern::token_logprobs_backward")
 def _(logits, targets, row_temperature, temperature, statistics, entropy, sum_p2, g_logprobs, g_entropy, g_sum_p2):
     return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("pykern::token_logprobs_backward_in_place")
+def _(logits, targets, row_temperature, temperature, statistics, entropy, sum_p2, g_logprobs, g_entropy, g_sum_p2):
+    return None
 
 
 @torch.library.register_fake("pykern::linear_token_logprobs")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .advantages import _FLOATS, _check_built, _INTEGERS, _kind, _lookup
+from .. import _native
+from .advantages import _FLOATS, _INTEGERS, _kind, _lookup
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """With d = logprob - ref_logprob: d; d^2 / 2; exp(-d) + d - 1."""
@@ -219,7 +220,7 @@ def policy_loss(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != logprobs.device:
             raise ValueError(f"{name}: expected the device of logprobs, {logprobs.device}, got {tensor.device}")
-    _check_built(logprobs)
+    _native.require_kernels(logprobs, "logprobs", "policy_loss_forward", "policy_loss_backward")
 
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
 

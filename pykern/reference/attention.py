@@ -27,3 +27,16 @@ def prefix_attention(
     weights = logits.masked_fill(empty[:, None], 0.0).softmax(dim=-1).masked_fill(empty[:, None], 0.0)
     lse = logits.masked_fill(empty[:, None], 0.0).logsumexp(dim=-1).masked_fill(empty, float("-inf"))
     return torch.einsum("hij,jhd->ihd", weights, v), lse.T
+
+
+def tile_bounds(subtree_end: Tensor, tile_size: int) -> Tensor:
+    """int32 [tiles, 2]: smallest and largest subtree_end of each tile of keys; 0 stands for a key that none sees."""
+    rows = torch.arange(subtree_end.shape[0], device=subtree_end.device)
+    seen = torch.where(subtree_end > rows, subtree_end, 0)
+    bounds = [torch.stack(tile.aminmax()) for tile in seen.split(tile_size) if len(tile)]
+    return torch.stack(bounds) if bounds else subtree_end.new_empty(0, 2)
+
+
+def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """[S, C], [N] -> [N, C], and by autograd the sum over the uses of each row."""
+    return source[rows]

@@ -126,6 +126,79 @@ def low_rank_adam_step(
     return param, exp_avg, exp_avg_sq, residual_norm
 
 
+QUANT_BLOCK = 256
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 values of the dynamic 8-bit map in rising order, float32.
+
+    Seven levels: level l spans the decade [10^(l-7), 10^(l-6)] in 2^l (signed) or 2^(l+1) (unsigned) cells of equal
+    width, whose middles are the values; then 0 and 1, and, signed, the mirrored cells. The rule of bitsandbytes.
+    """
+    values = [0.0, 1.0]
+    for level in range(7):
+        cells = 2 ** (level if signed else level + 1)
+        middles = [10.0 ** (level - 6) * (0.1 + 0.9 * (cell + 0.5) / cells) for cell in range(cells)]
+        values += middles + ([-value for value in middles] if signed else [])
+    return torch.tensor(sorted(values), dtype=torch.float64).float()
+
+
+def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [rank, length] and scales float32 [rank, ceil(length / 256)] of values [rank, length].
+
+    A block is 256 neighbours in a row (the last of a row may be shorter), its scale the largest magnitude, and a
+    code the nearest value of the map times the scale; half way goes to the larger magnitude.
+    """
+    rank, length = values.shape
+    blocks = -(-length // QUANT_BLOCK)
+    padded = torch.nn.functional.pad(values, (0, blocks * QUANT_BLOCK - length)).view(rank, blocks, QUANT_BLOCK)
+    scale = padded.abs().amax(dim=2) if values.numel() > 0 else values.new_zeros(rank, blocks)
+    scale = torch.where(scale < 1.2e-38, 0.0, scale)
+    relative = (padded / scale.unsqueeze(2)).nan_to_num(0.0)
+    magnitudes = dynamic_map(signed).to(values)
+    zero = 127 if signed else 0
+    magnitudes = magnitudes[zero:]
+    number = torch.bucketize(relative.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2, right=True)
+    # There is no minus one: its nearest value is the last cell's.
+    code = torch.where(relative < 0, zero - number.clamp_max(127), zero + number)
+    return code.view(rank, -1)[:, :length].to(torch.uint8).contiguous(), scale.float()
+
+
+def dequantize(codes: Tensor, scale: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values [rank, length] that quantize stored."""
+    spread = scale.to(dtype).repeat_interleave(QUANT_BLOCK, dim=1)[:, : codes.shape[1]]
+    return dynamic_map(signed).to(dtype)[codes.long()] * spread
+
+
+def low_rank_adam_phase(
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    corrected_eps: bool = True,
+    maximize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam on the projected gradient: direction, with all bias corrections, and new moments. `step` counts from 1.
+
+    8-bit moments are dequantized before and quantized after.
+    """
+    direction, exp_avg, exp_avg_sq, factor = adam_direction(
+        -low if maximize else low,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        corrected_eps=corrected_eps,
+    )
+    return direction * factor, exp_avg, exp_avg_sq
+
+
 def leading_vectors(gradient: Tensor, rank: int, right: bool) -> Tensor:
     """The first `rank` right (columns x rank) or left (rows x rank) singular vectors of a gradient."""
     left_vectors, _, right_vectors = torch.linalg.svd(gradient, full_matrices=False)

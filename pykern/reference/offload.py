@@ -1,4 +1,4 @@
-"""What activation offload means, in plain PyTorch: saved tensors are cloned away and come back as clones."""
+"""What activation offload and its codecs mean, in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -18,3 +18,30 @@ def activation_offload() -> torch.autograd.graph.saved_tensors_hooks:
         return copy
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def encode(tensor: Tensor, codec: str) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 [n], and scales, float32 [ceil(n / 128)], of a tensor's n elements."""
+    values = tensor.detach().reshape(-1).float()
+    count = values.numel()
+    blocks = torch.nn.functional.pad(values, (0, -count % 128)).view(-1, 128)
+    finite = blocks.isfinite()
+    limit = 448.0 if codec == "float8_e4m3" else 127.0
+    # A little below the largest float, so that limit * scale is finite.
+    absmax = blocks.abs().masked_fill(~finite, 0.0).amax(dim=1).clamp(max=2.0**128 - 2.0**108)
+    scales = (absmax / limit).clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = (blocks * (1.0 / scales)[:, None]).clamp(-limit, limit).masked_fill(~finite, 0.0)
+    if codec == "float8_e4m3":
+        codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(~finite, 0x7F)
+    else:
+        codes = scaled.round().to(torch.int8).view(torch.uint8).masked_fill(~finite, 0x80)
+    return codes.reshape(-1)[:count], scales
+
+
+def decode(codes: Tensor, scales: Tensor, codec: str, dtype: torch.dtype) -> Tensor:
+    """The elements again, [n], rounded to `dtype`."""
+    if codec == "float8_e4m3":
+        values = codes.view(torch.float8_e4m3fn).float()
+    else:
+        values = codes.view(torch.int8).float().masked_fill(codes == 0x80, float("nan"))
+    return (values * scales.repeat_interleave(128)[: len(codes)]).to(dtype)

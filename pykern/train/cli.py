@@ -13,6 +13,7 @@ import torch
 from .. import ESTIMATORS, LOSSES
 from . import data
 from .config import ARITHMETIC, Config, InputError, settle
+from .device import resolve
 from .files import METRICS, load_checkpoint, new_folder
 
 DESCRIPTION = """GRPO training of a small byte-level language model on pykern's ops.
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
                        "(every 100th for arithmetic, else never)")  # fmt: skip
     option(group, "--offload", "where activations wait for the backward", choices=["none", "memory", "file"])
     option(group, "--spill-dir", "folder of the spill file of --offload file (the system's temporary folder)", metavar="DIR")
-    option(group, "--device", "cpu or cuda", choices=["cpu", "cuda"])
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], help="auto: a GPU where pykern can use it, else the CPU (auto)")
     option(group, "--threads", "of the processor; 0: as many as PyTorch chooses (1 for arithmetic)", metavar="N")
     option(group, "--dtype", "of weights and activations", choices=["float32", "bfloat16"])
     option(group, "--seed", "of weights, split, order and sampling", metavar="N")
@@ -114,6 +115,7 @@ def prepare(arguments: list[str]):
         out = resume
     else:
         state = config = None
+        device = given.pop("device", "auto")
 
     name = config.data if config else given.get("data", ARITHMETIC)
     if name == ARITHMETIC:
@@ -125,8 +127,7 @@ def prepare(arguments: list[str]):
         dataset = data.file(name, rows, config.shots, config.held_out, config.seed)
     if config.estimator == "remax" and dataset.form == "groups":
         raise InputError("--estimator remax: needs the policy's greedy response to each prompt, which given groups lack")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    config = replace(config, device=resolve(config, config.device if resume else device))
     if out is None:
         out = new_folder(ARITHMETIC if name == ARITHMETIC else Path(name).stem)
     elif resume is None and (out / METRICS).exists():

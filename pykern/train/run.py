@@ -12,6 +12,7 @@ from . import summary
 from .compare import PlainPyTorch
 from .config import Config
 from .data import Dataset
+from .device import describe
 from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, save_checkpoint, write_atomically, write_json
 from .report import draw
 from .trainer import Trainer, use_threads
@@ -75,6 +76,7 @@ class Run:
 
     def execute(self) -> int:
         """Runs to the end, or to Ctrl-C; then writes checkpoint and report. The exit status."""
+        print(describe(self.config), file=sys.stderr)
         with Stop().on_interrupt() as stop:
             try:
                 self._warm_up(stop)

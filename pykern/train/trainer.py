@@ -104,7 +104,7 @@ class Trainer:
     def logprobs(self, packed: PackedBatch, temperature: float) -> Tensor:
         """Log-probabilities of the packed response tokens, [targets], in float32."""
         hidden = self.model(packed.token_ids, packed.tree.position, tree_attention(packed.tree))
-        rows = hidden.index_select(0, packed.predictor_rows)
+        rows = packed.gather(hidden)
         return linear_token_logprobs(rows, self.model.head.weight, packed.targets, temperature=temperature)
 
     def sample(self, examples: list[Example], responses: int, temperature: float) -> Rollouts:

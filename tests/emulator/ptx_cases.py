@@ -221,14 +221,14 @@ def math_cases():
         exact = np.exp2(x.astype(np.float64))
         exact[exact < 2.0**-126] = 0
         exact[exact >= 2.0**128] = np.inf
-        yield Case("exp2_approx", "math", [0], raw(x), exact.astype(np.float32), 2.0**-22 * np.abs(exact) + 2.0**-126)
+        yield Case("fast_exp2", "math", [0], raw(x), exact.astype(np.float32), 2.0**-22 * np.abs(exact) + 2.0**-126)
         x = np.concatenate([2.0 ** random.uniform(-120, 120, 200), random.uniform(0.5, 2, 51)]).astype(np.float32)
         x = np.concatenate([x, special])
         exact = np.log2(x.astype(np.float64))
-        yield Case("log2_approx", "math", [1], raw(x), exact.astype(np.float32), 2.0**-22 * np.maximum(1, np.abs(exact)))
+        yield Case("fast_log2", "math", [1], raw(x), exact.astype(np.float32), 2.0**-22 * np.maximum(1, np.abs(exact)))
         x = np.concatenate([random.standard_normal(251) * 3, special]).astype(np.float32)
         exact = np.tanh(x.astype(np.float64))
-        yield Case("tanh_approx", "math", [2], raw(x), exact.astype(np.float32), 2.0**-10.9 * np.abs(exact))
+        yield Case("fast_tanh", "math", [2], raw(x), exact.astype(np.float32), 2.0**-10.9 * np.abs(exact))
 
     # Halves away from zero, by the definition: the nearest multiples of the unit of 10 fraction bits.
     x = np.concatenate([

@@ -183,9 +183,9 @@ __global__ void math_kernel(const float* input, int64_t size, float* output) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= size) return;
   const float x = input[i];
-  output[i] = function == 0   ? exp2_approx(x)
-              : function == 1 ? log2_approx(x)
-              : function == 2 ? tanh_approx(x)
+  output[i] = function == 0   ? fast_exp2(x)
+              : function == 1 ? fast_log2(x)
+              : function == 2 ? fast_tanh(x)
                               : __uint_as_float(round_tf32(x));
 }
 

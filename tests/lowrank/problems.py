@@ -47,6 +47,7 @@ class Problem:
         norm=-1.0,
         orthonormal=True,
         seed=0,
+        device="cpu",
     ) -> "Problem":
         generator = torch.Generator().manual_seed(seed)
 
@@ -55,7 +56,7 @@ class Problem:
 
         # Rounded to `dtype`, so that all computations start from the same numbers.
         def rounded(tensor):
-            return tensor.to(dtype)
+            return tensor.to(dtype).to(device)
 
         moments = torch.float64 if dtype == torch.float64 else torch.float32
         shape = (rows, rank) if right else (rank, columns)
@@ -66,7 +67,7 @@ class Problem:
             rounded(torch.linalg.qr(basis)[0] if orthonormal else basis).contiguous(),
             rounded(normal(*shape)).to(moments),
             rounded(normal(*shape).square() + 0.5).to(moments),
-            torch.tensor(norm, dtype=moments) if fira else None,
+            torch.tensor(norm, dtype=moments, device=device) if fira else None,
             right,
         )
 
@@ -78,7 +79,7 @@ class Problem:
         return param, first, second, norm
 
     def run(self, param, first, second, norm, **rule) -> None:
-        count = torch.tensor(float(self.step))
+        count = torch.tensor(float(self.step), device=param.device)
         ops.low_rank_adam_step(
             param,
             self.grad,
@@ -87,7 +88,7 @@ class Problem:
             second,
             count,
             norm,
-            torch.tensor(LR, dtype=torch.float64),
+            torch.tensor(LR, dtype=torch.float64, device=param.device),
             right=self.right,
             **{**RULE, **rule},
         )
@@ -96,11 +97,11 @@ class Problem:
     def defined(self, dtype=torch.float64, **rule) -> tuple[Tensor, Tensor, Tensor, float | None]:
         """The reference in `dtype` throughout, as PyTorch would compute it."""
         return reference.low_rank_adam_step(
-            self.param.to(dtype),
-            self.grad.to(dtype),
-            self.projector.to(dtype),
-            self.exp_avg.to(dtype),
-            self.exp_avg_sq.to(dtype),
+            self.param.cpu().to(dtype),
+            self.grad.cpu().to(dtype),
+            self.projector.cpu().to(dtype),
+            self.exp_avg.cpu().to(dtype),
+            self.exp_avg_sq.cpu().to(dtype),
             self.step + 1,
             None if self.residual_norm is None else self.residual_norm.item(),
             lr=LR,
@@ -116,8 +117,8 @@ class Problem:
             self.projector.clone(),
             self.exp_avg.clone(),
             self.exp_avg_sq.clone(),
-            torch.tensor(float(self.step)),
+            torch.tensor(float(self.step), device=self.param.device),
             None if self.residual_norm is None else self.residual_norm.clone(),
-            torch.tensor(LR, dtype=torch.float64),
+            torch.tensor(LR, dtype=torch.float64, device=self.param.device),
         )
         return positional, {"right": self.right, **RULE}

@@ -13,9 +13,9 @@ from tests.support import assert_accurate, threads
 OPTIMIZERS = [pykern.GaLoreAdamW, pykern.FiraAdamW]
 
 
-def matrix(rows=24, columns=16, dtype=torch.float32, seed=0):
+def matrix(rows=24, columns=16, dtype=torch.float32, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.Parameter(torch.randn(rows, columns, generator=generator).to(dtype))
+    return torch.nn.Parameter(torch.randn(rows, columns, generator=generator).to(dtype).to(device))
 
 
 def run(optimizer, params, steps, seed=0, first=0):
@@ -23,7 +23,7 @@ def run(optimizer, params, steps, seed=0, first=0):
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(1000 * seed + step)
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype).to(param.device)
         optimizer.step()
 
 
@@ -34,9 +34,9 @@ def state_tensors(optimizer):
 @pytest.mark.parametrize("parity", [False, True], ids=["corrected", "parity"])
 @pytest.mark.parametrize("fira", [False, True], ids=["galore", "fira"])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=str)
-def test_seven_steps_are_those_of_the_definition(shape, fira, parity):
-    param = matrix(*shape, dtype=torch.float64)
-    weight, right = param.detach().clone(), shape[0] >= shape[1]
+def test_seven_steps_are_those_of_the_definition(device, shape, fira, parity):
+    param = matrix(*shape, dtype=torch.float64, device=device)
+    weight, right = param.detach().cpu().clone(), shape[0] >= shape[1]
     make = pykern.FiraAdamW if fira else pykern.GaLoreAdamW
     optimizer = make(
         [param],
@@ -54,10 +54,10 @@ def test_seven_steps_are_those_of_the_definition(shape, fira, parity):
     for step in range(7):
         run(optimizer, [param], 1, first=step)
         if step % 3 == 0:
-            projector = reference.leading_vectors(param.grad, 5, right)
+            projector = optimizer.state[param]["projector"].cpu().clone()
         weight, first, second, norm = reference.low_rank_adam_step(
             weight,
-            param.grad,
+            param.grad.cpu(),
             projector,
             first,
             second,
@@ -74,13 +74,13 @@ def test_seven_steps_are_those_of_the_definition(shape, fira, parity):
             corrected_eps=not parity,
             scaled_residual=parity,
         )
-        torch.testing.assert_close(param.detach(), weight, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(param.detach().cpu(), weight, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
-def test_plain_group_is_torchs_adamw(dtype, maximize):
-    ours, theirs = matrix(7, 9, dtype), matrix(7, 9, dtype)
+def test_plain_group_is_torchs_adamw(device, dtype, maximize):
+    ours, theirs = matrix(7, 9, dtype, device=device), matrix(7, 9, dtype, device=device)
     settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": maximize}
     mine, peer = pykern.LowRankAdamW([ours], **settings), torch.optim.AdamW([theirs], **settings)
     for step in range(5):
@@ -89,9 +89,9 @@ def test_plain_group_is_torchs_adamw(dtype, maximize):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_full_rank_with_the_identity_is_plain_adamw():
-    ours, theirs = matrix(12, 8), matrix(12, 8)
-    low_rank = pykern.LowRankAdamW([ours], 0.01, rank=8, projector=torch.eye(8), weight_decay=0.1)
+def test_full_rank_with_the_identity_is_plain_adamw(device):
+    ours, theirs = matrix(12, 8, device=device), matrix(12, 8, device=device)
+    low_rank = pykern.LowRankAdamW([ours], 0.01, rank=8, projector=torch.eye(8, device=device), weight_decay=0.1)
     plain = pykern.LowRankAdamW([theirs], 0.01, weight_decay=0.1)
     run(low_rank, [ours], 5)
     run(plain, [theirs], 5)
@@ -116,8 +116,9 @@ def test_training_lowers_the_loss(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_state_dtypes(dtype):
-    param, bias = matrix(dtype=dtype), torch.nn.Parameter(torch.zeros(16, dtype=dtype))
+def test_state_dtypes_and_devices(device, dtype):
+    param = matrix(dtype=dtype, device=device)
+    bias = torch.nn.Parameter(torch.zeros(16, dtype=dtype, device=device))
     optimizer = pykern.FiraAdamW([param, bias], 0.01, rank=4)
     run(optimizer, [param, bias], 2)
     state = optimizer.state[param]
@@ -127,10 +128,13 @@ def test_state_dtypes(dtype):
     assert state["projector"].dtype == dtype
     assert state["exp_avg"].shape == (24, 4) and state["projector"].shape == (16, 4)
     assert all(isinstance(value, torch.Tensor) for value in state_tensors(optimizer))
+    assert state["next_refresh"].device.type == "cpu"
+    for one in optimizer.state.values():
+        assert all(value.device == param.device for name, value in one.items() if name != "next_refresh")
 
 
-def test_second_moment_decays_under_bfloat16_weights():
-    param = matrix(dtype=torch.bfloat16)
+def test_second_moment_decays_under_bfloat16_weights(device):
+    param = matrix(dtype=torch.bfloat16, device=device)
     optimizer = pykern.GaLoreAdamW([param], 0.0, rank=4)
     run(optimizer, [param], 1)
     before = optimizer.state[param]["exp_avg_sq"].clone()
@@ -142,8 +146,9 @@ def test_second_moment_decays_under_bfloat16_weights():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_checkpoint_continues_bit_for_bit(make, dtype):
-    params = [matrix(dtype=dtype), matrix(16, 24, dtype, 1), torch.nn.Parameter(torch.ones(5, dtype=dtype))]
+def test_checkpoint_continues_bit_for_bit(device, make, dtype):
+    params = [matrix(dtype=dtype, device=device), matrix(16, 24, dtype, 1, device)]
+    params.append(torch.nn.Parameter(torch.ones(5, dtype=dtype, device=device)))
     settings = {"rank": 4, "refresh_every": 4, "weight_decay": 0.1}
     optimizer = make(params, 0.01, **settings)
     run(optimizer, params, 5)
@@ -152,14 +157,15 @@ def test_checkpoint_continues_bit_for_bit(make, dtype):
     run(optimizer, params, 5, first=5)
 
     buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    others = [torch.nn.Parameter(value) for value in saved["params"]]
+    saved = torch.load(buffer, weights_only=True, map_location="cpu")
+    others = [torch.nn.Parameter(value.to(device, copy=True)) for value in saved["params"]]
     fresh = make(others, 0.5, **settings)
     fresh.load_state_dict(saved["optimizer"])
     for theirs, ours in zip(saved["optimizer"]["state"].values(), fresh.state.values(), strict=True):
         for key, value in theirs.items():
-            assert ours[key].dtype == value.dtype and torch.equal(ours[key], value)
+            assert ours[key].dtype == value.dtype and torch.equal(ours[key].cpu(), value)
             assert ours[key].data_ptr() != value.data_ptr()
+            assert ours[key].device == (value if key == "next_refresh" else others[0]).device
     run(fresh, others, 5, first=5)
     for param, other in zip(params, others, strict=True):
         assert torch.equal(param, other)
@@ -179,9 +185,9 @@ def test_deepcopy_continues_bit_for_bit(make):
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-def test_schedulers_write_the_learning_rate(tensor_lr):
-    param, other = matrix(), matrix()
-    lr = torch.tensor(0.1, dtype=torch.float64) if tensor_lr else 0.1
+def test_schedulers_write_the_learning_rate(device, tensor_lr):
+    param, other = matrix(device=device), matrix(device=device)
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device) if tensor_lr else 0.1
     optimizer = pykern.GaLoreAdamW([param], lr, rank=4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
     by_hand = pykern.GaLoreAdamW([other], 0.1, rank=4)
@@ -230,8 +236,8 @@ def test_groups_made_for_the_peers_are_understood():
     assert not {"update_proj_gap", "proj_type", "alpha"} & group.keys()
 
 
-def test_zero_gradient_locks_no_basis():
-    param = matrix()
+def test_zero_gradient_locks_no_basis(device):
+    param = matrix(device=device)
     optimizer = pykern.FiraAdamW([param], 0.01, rank=4, refresh_every=100)
     start = param.detach().clone()
     param.grad = torch.zeros_like(param)
@@ -239,14 +245,14 @@ def test_zero_gradient_locks_no_basis():
     assert not optimizer.state[param]["projector"].any() and torch.equal(param, start)
     run(optimizer, [param], 1)
     projector = optimizer.state[param]["projector"]
-    torch.testing.assert_close(projector.T @ projector, torch.eye(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(projector.T @ projector, torch.eye(4, device=device), rtol=0, atol=1e-5)
     assert optimizer.state[param]["next_refresh"].item() == 100
     assert not torch.equal(param, start)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_gradient_keeps_the_basis_and_the_next_step_refreshes(bad):
-    param = matrix()
+def test_non_finite_gradient_keeps_the_basis_and_the_next_step_refreshes(device, bad):
+    param = matrix(device=device)
     optimizer = pykern.GaLoreAdamW([param], 0.01, rank=4, refresh_every=2)
     run(optimizer, [param], 2)
     before = optimizer.state[param]["projector"].clone()
@@ -259,14 +265,14 @@ def test_non_finite_gradient_keeps_the_basis_and_the_next_step_refreshes(bad):
     assert optimizer.state[param]["next_refresh"].item() == 4
 
 
-def test_refresh_phase():
+def test_refresh_phase(device):
     seen = []
 
     def projector(grad, rank, right):
         seen.append(int(optimizer.state[param]["step"]))
-        return torch.eye(16)[:, :rank]
+        return torch.eye(16, device=device)[:, :rank]
 
-    param = matrix()
+    param = matrix(device=device)
     optimizer = pykern.GaLoreAdamW([param], 0.01, rank=4, refresh_every=3, projector=projector)
     run(optimizer, [param], 8)
     assert seen == [0, 3, 6]
@@ -274,8 +280,8 @@ def test_refresh_phase():
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("rank", [1, 16, 100])
-def test_extreme_ranks(make, rank):
-    param = matrix()
+def test_extreme_ranks(device, make, rank):
+    param = matrix(device=device)
     optimizer = make([param], 0.01, rank=rank)
     run(optimizer, [param], 2)
     assert optimizer.state[param]["projector"].shape == (16, min(rank, 16))
@@ -284,9 +290,9 @@ def test_extreme_ranks(make, rank):
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right"])
-def test_every_side_descends(make, side):
+def test_every_side_descends(device, make, side):
     for shape in ((24, 16), (16, 24)):
-        param = matrix(*shape)
+        param = matrix(*shape, device=device)
         optimizer = make([param], 0.05, rank=6, side=side, refresh_every=5)
         before = param.square().sum().item()
         for _ in range(10):
@@ -298,13 +304,13 @@ def test_every_side_descends(make, side):
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("low_rank", [True, False], ids=["low rank", "plain"])
-def test_strided_parameters(make, low_rank):
+def test_strided_parameters(device, make, low_rank):
     """Transposed, gapped and sliced weights step as their contiguous copies do."""
-    base = torch.randn(24, 16)
+    base = torch.randn(24, 16).to(device)
     expected = torch.nn.Parameter(base.clone())
-    gapped = torch.full((24, 40), float("nan"))
+    gapped = torch.full((24, 40), float("nan"), device=device)
     gapped[:, :16] = base
-    sliced = torch.zeros(24, 32)
+    sliced = torch.zeros(24, 32, device=device)
     sliced[:, ::2] = base
     views = [base.t().contiguous().t(), gapped[:, :16], sliced[:, ::2]]
     params = [torch.nn.Parameter(view) for view in views]
@@ -317,9 +323,9 @@ def test_strided_parameters(make, low_rank):
     assert gapped[:, 16:].isnan().all() and not sliced[:, 1::2].any()
 
 
-def test_strided_gradient():
-    param, other = matrix(), matrix()
-    param.grad = torch.randn(16, 24).t()
+def test_strided_gradient(device):
+    param, other = matrix(device=device), matrix(device=device)
+    param.grad = torch.randn(16, 24).to(device).t()
     other.grad = param.grad.contiguous()
     for one in (param, other):
         pykern.GaLoreAdamW([one], 0.01, rank=4).step()
@@ -327,8 +333,8 @@ def test_strided_gradient():
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (0, 4), (0,)], ids=str)
-def test_parameters_that_are_no_matrix_get_plain_adamw(shape):
-    ours, theirs = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
+def test_parameters_that_are_no_matrix_get_plain_adamw(device, shape):
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape, device=device)) for _ in range(2))
     mine, peer = pykern.GaLoreAdamW([ours], 0.01, rank=2), torch.optim.AdamW([theirs], 0.01, weight_decay=0.0)
     for step in range(3):
         run(mine, [ours], 1, first=step)
@@ -348,16 +354,27 @@ def test_bit_equal_for_any_number_of_threads(make):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_bfloat16_weights_follow_the_definition():
-    param = matrix(64, 48, torch.bfloat16)
-    start = param.detach().double()
+def test_bfloat16_weights_follow_the_definition(device):
+    param = matrix(64, 48, torch.bfloat16, device=device)
+    start = param.detach().cpu().double()
     optimizer = pykern.GaLoreAdamW([param], 0.05, rank=8, scale=1.0)
     run(optimizer, [param], 1)
-    projector = optimizer.state[param]["projector"].double()
+    projector = optimizer.state[param]["projector"].cpu().double()
     zeros = torch.zeros(64, 8, dtype=torch.float64)
     settings = {"lr": 0.05, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "right": True}
-    exact = reference.low_rank_adam_step(start, param.grad.double(), projector, zeros, zeros, 1, **settings)
+    exact = reference.low_rank_adam_step(start, param.grad.cpu().double(), projector, zeros, zeros, 1, **settings)
     assert_accurate(param, exact[0], units=2.0)
+
+
+@pytest.mark.parametrize("fira", [False, True], ids=["galore", "fira"])
+def test_autocast_changes_nothing(device, fira):
+    make = pykern.FiraAdamW if fira else pykern.GaLoreAdamW
+    ours, other = matrix(device=device), matrix(device=device)
+    optimizer, expected = make([ours], 0.01, rank=4, refresh_every=2), make([other], 0.01, rank=4, refresh_every=2)
+    run(expected, [other], 3)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        run(optimizer, [ours], 3)
+    assert torch.equal(ours, other)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = next((ROOT / "pykern").glob("_C.*so"))
+CUDA_LIBRARY = next((ROOT / "pykern").glob("_C_cuda.*so"), None)
+LIBRARIES = [LIBRARY, *([CUDA_LIBRARY] if CUDA_LIBRARY else [])]
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 
 

@@ -12,26 +12,35 @@ from . import binary
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def test_needs_torch_cpu_and_the_system_alone():
-    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libc++.so.1", "libpthread.so.0"}
-    needed = {name for name in binary.needed(binary.LIBRARY) if not name.startswith("ld-linux")}
+@pytest.fixture(params=binary.LIBRARIES, ids=lambda path: path.name.split(".")[0])
+def library(request):
+    """_C, and _C_cuda where it is built."""
+    return request.param
+
+
+def test_needs_torch_cpu_and_the_system_alone(library):
+    """No libcudart, whose soname changes with CUDA, and no libtorch_cuda, which a CPU-only torch lacks."""
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libc++.so.1"}
+    system |= {"libpthread.so.0", "libdl.so.2", "librt.so.1"}  # parts of libc.so.6 from glibc 2.34 on
+    needed = {name for name in binary.needed(library) if not name.startswith("ld-linux")}
     assert "libtorch_cpu.so" in needed
     assert needed - system == {"libtorch_cpu.so"}
 
 
-def test_has_no_path_of_the_building_machine():
-    dynamic = binary.output("readelf", "--dynamic", "--wide", binary.LIBRARY)
+def test_has_no_path_of_the_building_machine(library):
+    dynamic = binary.output("readelf", "--dynamic", "--wide", library)
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic and "TEXTREL" not in dynamic
 
 
-def test_offers_the_module_function_alone():
-    names = {name for _, name in binary.defined_symbols(binary.LIBRARY)}
-    names |= set(re.findall(r" [TDBVWRu] (\S+)", binary.output("nm", "--dynamic", "--defined-only", binary.LIBRARY)))
-    assert {name for name in names if not name.startswith(("__bss", "_edata", "_end", "_init", "_fini"))} <= {"PyInit__C"}
+def test_offers_the_module_function_alone(library):
+    names = {name for _, name in binary.defined_symbols(library)}
+    names |= set(re.findall(r" [TDBVWRu] (\S+)", binary.output("nm", "--dynamic", "--defined-only", library)))
+    names = {name for name in names if not name.startswith(("__bss", "_edata", "_end", "_init", "_fini"))}
+    assert names <= {"PyInit_" + library.name.split(".")[0]}
 
 
-def test_stack_is_not_executable():
-    headers = binary.output("readelf", "--program-headers", "--wide", binary.LIBRARY)
+def test_stack_is_not_executable(library):
+    headers = binary.output("readelf", "--program-headers", "--wide", library)
     assert re.search(r"GNU_STACK.* RW +0x", headers)
 
 
@@ -79,14 +88,14 @@ def test_newer_instructions_are_seen_where_they_are():
     assert len(NEWER.findall(code)) > 100
 
 
-def audit(script, *arguments):
+def audit(script, *arguments, library):
     run = f"import importlib.metadata as m; m.entry_points(group='console_scripts')['{script}'].load()()"
-    command = [sys.executable, "-c", f"import sys; sys.argv[0] = '{script}'; {run}", *arguments, str(binary.LIBRARY)]
+    command = [sys.executable, "-c", f"import sys; sys.argv[0] = '{script}'; {run}", *arguments, str(library)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_torch_symbols_are_of_its_stable_abi():
-    result = audit("torch-abi-audit", "--check", "torch")
+def test_torch_symbols_are_of_its_stable_abi(library):
+    result = audit("torch-abi-audit", "--check", "torch", library=library)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "unstable=0" in result.stdout
     oldest = re.search(r"Min torch: +(\d+)\.(\d+)", result.stdout)
@@ -94,7 +103,7 @@ def test_torch_symbols_are_of_its_stable_abi():
 
 
 @pytest.mark.skipif(".abi3." not in binary.LIBRARY.name, reason="a free-threaded Python has no limited API")
-def test_python_symbols_are_of_the_limited_api():
-    result = audit("abi3audit", "--verbose", "--strict", "--assume-minimum-abi3", "3.10")
+def test_python_symbols_are_of_the_limited_api(library):
+    result = audit("abi3audit", "--verbose", "--strict", "--assume-minimum-abi3", "3.10", library=library)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 ABI violations" in " ".join((result.stdout + result.stderr).split())

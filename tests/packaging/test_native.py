@@ -65,10 +65,11 @@ def test_old_torch(package):
 
 def test_info_names_everything():
     entries = pykern.info()
-    assert list(entries) == ["pykern", "torch", "python", "machine", "built with", "cpu level", "cpu threads", "cuda kernels"]
+    expected = ["pykern", "torch", "python", "machine", "built with", "cpu level", "cpu threads", "cuda kernels"]
+    assert list(entries)[: len(expected)] == expected
+    assert all(name.startswith("cuda ") for name in list(entries)[len(expected) :])
     assert all(isinstance(value, str) and value for value in entries.values())
     assert "portable" in entries["built with"]
-    assert entries["cuda kernels"] == "not loaded: this build of pykern has no CUDA kernels"
 
 
 def test_command_line(capsys):

@@ -10,7 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CROSS = shutil.which("aarch64-linux-gnu-g++")
-COMMON = ["-std=gnu++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+COMMON = ["-std=gnu++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+COMMON += [f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
 KERNELS = ["-DPYKERN_SIMD=portable", "-DPYKERN_SIMD_IS_portable", "-fno-math-errno", "-fno-trapping-math"]
 SOURCES = sorted((ROOT / "csrc").rglob("*.cpp"))
 
@@ -35,6 +36,7 @@ def test_source_compiles_for_arm64(source):
     headers = Path(torch.__file__).parent / "include"
     flags = KERNELS if source.name.endswith(".simd.cpp") else [
         "-isystem", headers, "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPYKERN_HAS_portable",
+        "-DPYKERN_MODULE=_C", '-DPYKERN_CUDA_ARCHITECTURES="90a"', '-DPYKERN_CUDA_COMPILER="nvcc"',
         "-DPy_LIMITED_API=0x030a0000", "-isystem", sysconfig.get_path("include"),
     ]  # fmt: skip
     subprocess.run([CROSS, *COMMON, *flags, "-fsyntax-only", "-Werror", source], check=True)

@@ -42,6 +42,7 @@ def sample(rows: int, dtype=torch.float32):
     return torch.randn(rows).to(dtype), ids
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset", [None, "verl", "trl"])
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -53,6 +54,7 @@ def test_matches_definition(name, preset, dtype):
     assert_accurate(actual, exact(name, rewards, ids, preset, **keywords), units=1.0 if dtype != torch.float64 else 50.0)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("singleton", ["zero", "self"])
 @pytest.mark.parametrize("name", ["grpo", "lite_ppo", "reinforce_pp_baseline"])
@@ -63,6 +65,7 @@ def test_own_numbers(name, singleton, ddof):
     assert_accurate(actual, exact(name, rewards, ids, **keywords))
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 17])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_sizes(name, rows):
@@ -86,6 +89,7 @@ def test_equal_rewards_are_exactly_zero(name, preset):
             assert torch.count_nonzero(actual[n:]) > 0
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_eight_rewards_of_seven_tenths(dtype):
     rewards, ids = torch.full((8,), 0.7, dtype=dtype), torch.zeros(8, dtype=torch.int64)
@@ -94,6 +98,7 @@ def test_eight_rewards_of_seven_tenths(dtype):
     assert metrics["equal_groups"] == 1
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_whole_batch_equal(name):
     keywords = extras(name, 12)
@@ -103,6 +108,7 @@ def test_whole_batch_equal(name):
     assert actual.tolist() == [0.0] * 12
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_permutation_moves_advantages_along(name):
     rewards, ids = sample(120, torch.float64)
@@ -115,6 +121,7 @@ def test_permutation_moves_advantages_along(name):
     torch.testing.assert_close(moved, straight[order], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_non_finite_reward_leaves_only_its_row_out(name, bad):
@@ -130,6 +137,7 @@ def test_non_finite_reward_leaves_only_its_row_out(name, bad):
     assert metrics["non_finite"] == 2
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_group_that_non_finite_rewards_leave_alone():
     rewards = torch.tensor([1.0, float("nan"), float("inf"), 2.0, 4.0, float("nan")])
     ids = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -141,6 +149,7 @@ def test_group_that_non_finite_rewards_leave_alone():
     assert pykern.group_advantages(rewards, ids, estimator="dr_grpo", singleton="self")[0] == 1.0
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_non_finite_baseline_reward_leaves_its_row_out():
     greedy = torch.tensor([0.5, float("nan")])
     actual, metrics = pykern.group_advantages(
@@ -150,6 +159,7 @@ def test_non_finite_baseline_reward_leaves_its_row_out():
     assert metrics["non_finite"] == 1
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize(
     "name, preset, expected",
     [
@@ -170,6 +180,7 @@ def test_singleton(name, preset, expected):
     assert actual[0].item() == pytest.approx(expected, rel=1e-7, abs=0)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_closed_forms():
     rewards, ids = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64), torch.tensor([4, 4, 4, 4, 4])
     advantages = lambda name, **keywords: pykern.group_advantages(rewards, ids, estimator=name, **keywords)  # noqa: E731
@@ -182,12 +193,14 @@ def test_closed_forms():
     torch.testing.assert_close(advantages("opo", lengths=torch.tensor([3, 1, 1, 1, 2])), rewards - 0.5)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_large_offset_keeps_the_spread():
     rewards = 1e6 + torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
     actual = pykern.group_advantages(rewards, torch.zeros(4, dtype=torch.int64), eps=0.0)
     torch.testing.assert_close(actual, (rewards - 1e6 - 0.375) / rewards.sub(1e6).std(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_lengths_in_three_ways():
     rewards, ids = sample(20)
     lengths = torch.randint(0, 9, (20,))
@@ -200,12 +213,14 @@ def test_lengths_in_three_ways():
         assert torch.equal(straight, pykern.group_advantages(rewards, ids, estimator=name, mask=mask.float()))
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_group_without_tokens():
     rewards, ids = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
     for name in ("opo", "reinforce_pp", "reinforce_pp_baseline"):
         assert pykern.group_advantages(rewards, ids, estimator=name, lengths=torch.tensor([0, 0])).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_whitened_tokens_have_mean_zero_and_variance_one():
     rewards, ids = sample(64, torch.float64)
     lengths = torch.randint(1, 50, (64,))
@@ -216,6 +231,7 @@ def test_whitened_tokens_have_mean_zero_and_variance_one():
         assert (tokens.var() - 1).abs() < 1e-9
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_ids_that_collide_in_low_bits():
     ids = torch.arange(512) * (1 << 40)
     rewards = torch.randn(1024)
@@ -223,6 +239,7 @@ def test_ids_that_collide_in_low_bits():
     assert_accurate(actual, exact("dr_grpo", rewards, torch.arange(512).repeat(2)))
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_id_types_strides_and_repeats_agree():
     rewards, ids = torch.randn(90), torch.randint(0, 9, (90,))
     straight = pykern.group_advantages(rewards, ids)
@@ -234,11 +251,51 @@ def test_id_types_strides_and_repeats_agree():
         assert torch.equal(straight, pykern.group_advantages(rewards, ids))
 
 
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("groups", [1, 2, 1500])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "opo", "reinforce_pp_baseline", "lite_ppo"])
+def test_few_large_groups_and_many_small_ones(name, groups):
+    rewards, ids = torch.randn(3001), torch.randint(0, groups, (3001,)) - 7
+    keywords = extras(name, 3001)
+    actual, metrics = pykern.group_advantages(rewards, ids, estimator=name, return_metrics=True, **keywords)
+    assert_accurate(actual, exact(name, rewards, ids, **keywords))
+    sizes = torch.bincount(ids + 7)
+    assert metrics["groups"] == torch.count_nonzero(sizes) and metrics["singletons"] == (sizes == 1).sum()
+    assert torch.equal(actual, pykern.group_advantages(rewards, ids, estimator=name, **keywords))
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_equal_rewards_among_others(name):
+    sizes = torch.tensor([2, 3, 7, 8, 15, 33, 64] * 9)
+    ids = torch.arange(len(sizes)).repeat_interleave(sizes)
+    rewards = (torch.arange(len(sizes)) // 7 * 0.1 + 0.1).repeat_interleave(sizes)
+    rewards, ids = torch.cat([rewards, torch.tensor([0.0, 1.0, 3.0])]), torch.cat([ids, torch.tensor([-1] * 3)])
+    order = torch.randperm(len(ids))
+    keywords = {"lengths": order + 1} if "lengths" in extras(name, 1) else {}
+    actual = pykern.group_advantages(rewards[order], ids[order], estimator=name, **keywords)
+    assert torch.count_nonzero(actual[ids[order] >= 0]) == 0
+    assert torch.count_nonzero(actual) > 0
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "lite_ppo"])
+def test_rewards_of_any_magnitude(name):
+    ids = torch.arange(60) % 4
+    rewards = torch.randn(60, dtype=torch.float64) * 10.0 ** (torch.arange(60) % 13 * 10 - 60).double()
+    assert_accurate(
+        pykern.group_advantages(rewards, ids, estimator=name, eps=0.0), exact(name, rewards, ids, eps=0.0), units=50.0
+    )
+    tiny = rewards * 1e-300
+    assert_accurate(pykern.group_advantages(tiny, ids, estimator="dr_grpo"), exact("dr_grpo", tiny, ids), units=50.0)
+
+
 def test_advantages_are_constants():
     rewards = torch.randn(6, requires_grad=True)
     assert not pykern.group_advantages(rewards, torch.zeros(6, dtype=torch.int64)).requires_grad
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", ["grpo", "opo", "remax"])
 def test_opcheck(name):
     rewards, ids = sample(11)
@@ -249,6 +306,7 @@ def test_opcheck(name):
     check_op(torch.ops.pykern.group_advantages.default, arguments)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("name", ["grpo", "reinforce_pp_baseline"])
 def test_compiles_whole(name):
     rewards, ids = sample(40)

@@ -314,7 +314,8 @@ def test_refuses(change, error, message):
     assert "\n" not in str(raised.value)
 
 
-def test_cuda_tensors_say_what_is_missing():
+def test_cuda_tensors_say_what_is_missing(monkeypatch):
+    monkeypatch.setattr(pykern._native, "cuda_unavailable_reason", "this build of pykern has no CUDA kernels")
     with FakeTensorMode():
         hidden, weight = torch.empty(2, 4, device="cuda"), torch.empty(5, 4, device="cuda")
         with pytest.raises(NotImplementedError, match="no CUDA kernels; move the tensors to the CPU"):

@@ -33,6 +33,7 @@ def assert_matches(positional, named, **bounds):
             assert_accurate(value, want)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("loss", LOSSES)
@@ -46,12 +47,14 @@ def test_float32_matches_definition_on_each_level(loss, kl, cpu_level):
     assert_matches(*arguments(batch(dtype=torch.float32), loss=loss, kl=kl, rollout=kl == "k2"))
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
 def test_low_precision_inputs(loss, dtype):
     assert_matches(*arguments(batch(dtype=dtype), loss=loss, kl="k3"))
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
 @pytest.mark.parametrize("loss", ["grpo", "dual_clip", "cispo", "gspo"])
 def test_packed_matches_definition_and_padded(loss, aggregate):
@@ -64,12 +67,14 @@ def test_packed_matches_definition_and_padded(loss, aggregate):
     torch.testing.assert_close(narrow[2], wide[2][tensors["mask"]], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_advantages_per_token(loss, dtype):
     assert_matches(*arguments(batch(dtype=dtype, per_token=True), loss=loss, kl="k1"), units=64.0)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_packed_with_mask(loss):
     tensors = packed(batch(poisoned=False))
@@ -101,6 +106,7 @@ def test_gradcheck_of_cispo_with_its_weight_held(kl, aggregate):
     assert torch.autograd.gradcheck(function, (logprobs,), eps=1e-7, atol=1e-6)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_masked_tokens_do_not_leak(loss):
     clean = batch(dtype=torch.float32, poisoned=False, per_token=True)
@@ -114,6 +120,7 @@ def test_masked_tokens_do_not_leak(loss):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "ref_logprobs"])
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
@@ -125,6 +132,7 @@ def test_unmasked_garbage_shows(loss, name, bad):
     assert ours(positional, named)[0].isfinite() == definition(positional, named)[0].isfinite()
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_no_hidden_clamp_and_the_preset_of_verl():
     logprobs = torch.tensor([[-1.0, -1.0]], dtype=torch.float64, requires_grad=True)
     other = torch.tensor([[-26.0, -26.0]], dtype=torch.float64)
@@ -142,11 +150,13 @@ def test_no_hidden_clamp_and_the_preset_of_verl():
     assert torch.autograd.grad(held, logprobs)[0].tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_preset_of_verl_matches_definition(loss):
     assert_matches(*arguments(batch(spread=9.0), loss=loss, kl="k3", preset="verl"), units=64.0)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_closed_form_of_a_clipped_token():
     logprobs = torch.tensor([[0.5, -0.5, 0.1, 0.5]], dtype=torch.float64, requires_grad=True)
     old = torch.zeros(1, 4, dtype=torch.float64)
@@ -160,6 +170,7 @@ def test_closed_form_of_a_clipped_token():
     assert metrics["clip_fraction_low"] == 0
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_small_kl_keeps_its_digits():
     """exp(-d) + d - 1 at d = 1e-4 has no correct digit left in plain float32."""
     logprobs = torch.full((1, 9), -1.0, requires_grad=True)
@@ -168,6 +179,7 @@ def test_small_kl_keeps_its_digits():
     assert metrics["kl"].item() == pytest.approx(math.expm1(-(2.0**-13)) + 2.0**-13, rel=1e-5)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_parts_of_a_batch_add_up():
     tensors = batch(8, 20)
     positional, named = arguments(tensors, kl="k3")
@@ -182,6 +194,7 @@ def test_parts_of_a_batch_add_up():
         torch.testing.assert_close(torch.cat([parts[0][2], parts[1][2]]), whole[2])
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_without_old_logprobs_the_ratio_is_one(loss):
     positional, named = arguments(batch(poisoned=False), loss=loss)
@@ -191,6 +204,7 @@ def test_without_old_logprobs_the_ratio_is_one(loss):
     assert metrics["clip_fraction"] == 0
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
 @pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0), (1, 1), (1, 3), (2, 16), (3, 17)])
@@ -202,6 +216,7 @@ def test_sizes(shape, loss, aggregate):
     torch.testing.assert_close(gradient.double(), expected[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_everything_masked():
     positional, named = arguments(batch())
     named["mask"] = torch.zeros_like(named["mask"])
@@ -223,6 +238,7 @@ def test_long_sequences_same_bits_on_any_threads(loss):
     assert_matches(positional, named)
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_strided_inputs(loss):
     positional, named = arguments(batch(dtype=torch.float32), loss=loss, kl="k3")
@@ -232,6 +248,7 @@ def test_strided_inputs(loss):
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_mask_and_offset_types():
     positional, named = arguments(batch(), loss="gspo")
     expected = ours(positional, named)
@@ -242,6 +259,7 @@ def test_mask_and_offset_types():
     assert torch.equal(ours(positional, named | {"cu_seqlens": named["cu_seqlens"].int()})[0], expected[0])
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_gradient_scales_and_only_logprobs_get_one():
     positional, named = arguments(batch(poisoned=False), kl="k3")
     leaves = [tensor.clone().requires_grad_() for tensor in positional]
@@ -254,12 +272,14 @@ def test_gradient_scales_and_only_logprobs_get_one():
         assert torch.equal(pykern.policy_loss(*leaves, **named)[0], loss)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_float32_advantages_beside_bfloat16_logprobs_keep_their_digits():
     logprobs = torch.zeros(1, 4, dtype=torch.bfloat16)
     loss, _ = pykern.policy_loss(logprobs, None, torch.tensor([1.0009765625]))
     assert loss.item() == -1.0009765625
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_opcheck(loss):
     row = pykern.LOSSES[loss]
@@ -274,6 +294,7 @@ def test_opcheck(loss):
     check_op(torch.ops.pykern.policy_loss_backward.default, (torch.tensor(2.0), torch.randn(3, 4)))
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("form", [lambda tensors: tensors, packed])
 @pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
 def test_compiles_whole(loss, form):
@@ -337,7 +358,7 @@ def test_cuda_tensors_without_cuda_kernels_get_one_clear_line(monkeypatch):
     with FakeTensorMode():
         logprobs, advantages = torch.empty(2, 3, device="cuda"), torch.empty(2, device="cuda")
         ids = torch.empty(2, device="cuda", dtype=torch.int64)
-    with pytest.raises(NotImplementedError, match="CUDA tensors: this build .* no CUDA kernels; move"):
+    with pytest.raises(NotImplementedError, match="is on cuda:0, but this build .* no CUDA kernels; move"):
         pykern.policy_loss(logprobs, logprobs, advantages)
-    with pytest.raises(NotImplementedError, match="CUDA tensors: this build .* no CUDA kernels; move"):
+    with pytest.raises(NotImplementedError, match="is on cuda:0, but this build .* no CUDA kernels; move"):
         pykern.group_advantages(advantages, ids)

@@ -18,7 +18,7 @@ TINY = {
     "evaluate_every": 2, "checkpoint_every": 2, "compare": 0,
 }  # fmt: skip
 
-TINY_OPTIONS = [
+TINY_OPTIONS = ["--device", "cpu"] + [
     part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))
 ]  # fmt: skip
 

@@ -221,7 +221,8 @@ def test_options_that_cannot_be_used_are_refused(tmp_path, capsys, options, mess
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that this machine has")
 def test_cuda_without_a_device_is_refused(tmp_path, capsys):
-    assert "--device cuda: PyTorch finds no CUDA device" in refusal(["--device", "cuda", "--out", tmp_path / "run"], capsys)
+    line = refusal(["--device", "cuda", "--out", tmp_path / "run"], capsys)
+    assert line.startswith("pykern train: --device cuda: ") and line.endswith("; use --device cpu")
     assert not (tmp_path / "run").exists()
 
 

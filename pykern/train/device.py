@@ -1,0 +1,56 @@
+"""Where a run computes, and whether every family it uses has the kernels for it."""
+
+import torch
+
+from .. import _native
+from ..device import choose_device, unusable_reason
+from .config import Config, InputError
+
+_OPS = {
+    "attention": ("prefix_attention_forward", "prefix_attention_backward"),
+    "policy": (
+        "group_advantages",
+        "policy_loss_forward",
+        "policy_loss_backward",
+        "linear_token_logprobs",
+        "linear_token_logprobs_backward",
+    ),
+    "lowrank": ("low_rank_adam_step", "adam_step"),
+    "offload": (),
+}
+
+
+def families(config: Config) -> list[str]:
+    """The families that a run with these options uses."""
+    unused = {"lowrank": config.optimizer == "adamw", "offload": config.offload == "none"}
+    return [family for family in _OPS if not unused.get(family)]
+
+
+def resolve(config: Config, name: str) -> str:
+    """"cpu" or "cuda" for "auto", "cpu" or "cuda". Raises InputError where an op the run needs has no kernel there."""
+    try:
+        device = choose_device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: {unusable_reason()}; use --device cpu") from error
+    if device.type == "cuda":
+        for family in families(config):
+            missing = [op for op in _OPS[family] if op not in _native.cuda_ops]
+            if missing:
+                raise InputError(
+                    f"--device {name}: the {family} family has no CUDA kernel for {', '.join(missing)} yet; "
+                    "use --device cpu"
+                )
+        if "offload" in families(config):
+            raise InputError(
+                f"--device {name}: activations on a GPU can't be offloaded yet; use --offload none or --device cpu"
+            )
+    return device.type
+
+
+def describe(config: Config) -> str:
+    """One line: which device each family runs on, and why not on a GPU."""
+    line = f"{', '.join(families(config))}: on {config.device}"
+    if config.device == "cuda":
+        return f"{line} ({torch.cuda.get_device_name()})"
+    reason = unusable_reason()
+    return f"{line} ({reason})" if reason else line

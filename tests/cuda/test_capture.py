@@ -1,0 +1,100 @@
+"""On a GPU only: no op waits for the host, each can be captured in a CUDA graph, and streams are respected."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import pykern
+from bench.harness import load_cases
+
+# Their bench cases have everything a call needs on the device before it begins.
+CASES = [
+    case
+    for case in load_cases()
+    if case.family != "attention" or "prefix_attention f" not in case.label
+    if "linear_token_logprobs" not in case.label and "refresh" not in case.label and "step_" not in case.label
+]
+
+
+def pykern_call(case):
+    with torch.device("cuda"):
+        name, call = next(iter(case.make().items()))
+    assert name.startswith("pykern")
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    return call
+
+
+def copies(results: object) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: f"cuda-{case.label}")
+    def test_nothing_waits_for_the_host(case):
+        call = pykern_call(case)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: f"cuda-{case.label}")
+    def test_graph_replays(case):
+        call = pykern_call(case)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        if case.family == "lowrank":
+            return  # its calls change their inputs
+        captured = copies(results)
+        graph.replay()
+        torch.cuda.synchronize()
+        for first, second in zip(captured, copies(results), strict=True):
+            assert torch.equal(first, second) or first.isnan().any()
+
+    def test_cuda_stream_of_the_caller_is_used():
+        """A launch on another stream would read what the slow copy has not written yet."""
+        rewards, ids = torch.zeros(4096, device="cuda"), torch.arange(4096, device="cuda") % 64
+        wanted = torch.rand(4096, device="cuda")
+        expected = pykern.group_advantages(wanted, ids)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            rewards.copy_(wanted)
+            got = pykern.group_advantages(rewards, ids)
+        torch.cuda.synchronize()
+        assert torch.equal(got, expected)
+
+
+def test_every_op_has_a_case():
+    """The cases above, by the op that they time; it fails where an op is added without one."""
+    labels = " ".join(case.label for case in CASES)
+    timed_by = {
+        "group_advantages": "group_advantages",
+        "policy_loss_forward": "policy_loss",
+        "policy_loss_backward": "policy_loss",
+        "token_logprobs": "token_logprobs_forward",
+        "token_logprobs_backward": "token_logprobs_forward_backward",
+        "token_logprobs_backward_in_place": "token_logprobs_forward_backward",
+        "low_rank_adam_step": "galore_step",
+        "low_rank_adam_phase": "adam_phase",
+        "adam_step": "adamw_step",
+        "prefix_attention_tiles": "prefix_attention_tiles",
+        "gather_rows": "gather_rows",
+        "gather_rows_backward": "gather_rows backward",
+        "offload_pack": "staging pack",
+        "offload_unpack": "staging unpack",
+    }
+    not_built = {name for name in timed_by if timed_by[name] not in labels}
+    assert not not_built
+    from tests.support import emulated_ops
+
+    assert sorted(timed_by) == emulated_ops()

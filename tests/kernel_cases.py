@@ -1,0 +1,183 @@
+"""Every op that has a CUDA kernel, at small odd sizes, for tools that watch its memory.
+
+    compute-sanitizer python -m tests.kernel_cases                       on a GPU
+    python -m tests.kernel_cases --device emulated                       on the emulator, under AddressSanitizer
+
+Prints one line per case and fails if an op with a kernel was left out, or a result is not finite.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pykern
+from tests.support import emulated_ops, on
+
+Case = tuple[str, Callable[[], list[Tensor]]]
+
+
+def normal(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*sizes).to(dtype)
+
+
+def advantages() -> Iterator[Case]:
+    for size, groups in ((1, 1), (77, 9), (700, 3)):
+        ids, rewards = torch.randint(-groups, groups, (size,)), torch.rand(size)
+        lengths = torch.randint(1, 9, (size,))
+        for estimator in ("grpo", "rloo", "lite_ppo", "opo", "reinforce_pp_baseline"):
+            yield (
+                f"group_advantages {estimator} {size}",
+                lambda r=rewards, i=ids, e=estimator, n=lengths: [pykern.group_advantages(r, i, estimator=e, lengths=n)],
+            )
+
+
+def loss() -> Iterator[Case]:
+    def step(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        mask = torch.rand(rows, columns) < 0.7
+        old, reference, rollout = (-torch.rand(rows, columns) for _ in range(3))
+        logprobs, advantage = -torch.rand(rows, columns), normal(rows)
+        keywords = {"mask": mask}
+        if packed:
+            cu_seqlens = torch.arange(rows + 1) * columns
+            logprobs, old, reference, rollout = (t.reshape(-1) for t in (logprobs, old, reference, rollout))
+            keywords = {"cu_seqlens": cu_seqlens}
+        logprobs.requires_grad_()
+        value, metrics = pykern.policy_loss(
+            logprobs, old, advantage, loss=name, kl="k3", kl_coef=0.1, ref_logprobs=reference, rollout_logprobs=rollout,
+            **keywords,
+        )  # fmt: skip
+        value.backward()
+        return [value, logprobs.grad, *metrics.values()]
+
+    for rows, columns in ((1, 1), (5, 33), (3, 700)):
+        for name in ("grpo", "gspo", "cispo"):
+            for packed in (False, True):
+                label = f"policy_loss {name} {rows}x{columns}{' packed' if packed else ''}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
+
+
+def logprobs() -> Iterator[Case]:
+    def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
+        source = normal(rows, vocabulary + 1, dtype=dtype)[:, 1:] if not in_place else normal(rows, vocabulary, dtype=dtype)
+        leaf = source.requires_grad_()
+        targets = torch.randint(vocabulary, (rows,))
+        targets[::3] = -100
+        results = pykern.token_logprobs(
+            leaf * 1, targets, temperature=0.7, entropy=True, sum_p2=True, backward_in_place=in_place
+        )
+        sum(result.sum() for result in results).backward()
+        return [*results, leaf.grad]
+
+    for rows, vocabulary in ((1, 1), (4, 37), (3, 5000)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for in_place in (False, True):
+                label = f"token_logprobs {rows}x{vocabulary} {str(dtype)[6:]}{' in place' if in_place else ''}"
+                yield label, lambda r=rows, v=vocabulary, d=dtype, p=in_place: step(r, v, d, p)
+
+
+def lowrank() -> Iterator[Case]:
+    def train(kind: type, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+        matrix, vector = (torch.nn.Parameter(normal(*sizes, dtype=dtype)) for sizes in ((rows, columns), (columns,)))
+        groups = [{"params": [matrix], "rank": 5}, {"params": [vector]}]
+        optimizer = kind(groups, lr=1e-2)
+        for _ in range(3):
+            matrix.grad, vector.grad = normal(rows, columns, dtype=dtype), normal(columns, dtype=dtype)
+            optimizer.step()
+        return [matrix.detach(), vector.detach()]
+
+    for rows, columns in ((9, 31), (70, 41)):
+        for kind in (pykern.GaLoreAdamW, pykern.FiraAdamW):
+            for dtype in (torch.float32, torch.bfloat16):
+                label = f"{kind.__name__} {rows}x{columns} {str(dtype)[6:]}"
+                yield label, lambda k=kind, r=rows, c=columns, d=dtype: train(k, r, c, d)
+
+    def phase(length: int, eight_bit: bool) -> list[Tensor]:
+        low = normal(3, length)
+        blocks = (length + 255) // 256
+        kind = torch.uint8 if eight_bit else torch.float32
+        moments = [torch.zeros(3, length, dtype=kind) for _ in range(2)]
+        scales = [torch.zeros(3, blocks) for _ in range(2)] if eight_bit else [None, None]
+        rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "corrected_eps": True, "maximize": False}
+        return [torch.ops.pykern.low_rank_adam_phase.default(low, *moments, *scales, torch.zeros(()), **rule)]
+
+    for length in (1, 255, 600):
+        for eight_bit in (False, True):
+            yield f"low_rank_adam_phase 3x{length} {'8-bit' if eight_bit else 'float32'}", (
+                lambda n=length, e=eight_bit: phase(n, e)
+            )
+
+
+def attention() -> Iterator[Case]:
+    def rows(count: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+        source = normal(29, width, dtype=dtype).requires_grad_()
+        out = pykern.gather_rows(source, torch.randint(29, (count,)))
+        out.sum().backward()
+        return [out.detach(), source.grad]
+
+    for count, width in ((0, 8), (1, 1), (77, 35), (40, 256)):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"gather_rows {count}x{width} {str(dtype)[6:]}", lambda n=count, w=width, d=dtype: rows(n, w, d)
+
+    def tiles(tile: int) -> list[Tensor]:
+        tree = pykern.PrefixTree.from_groups([7, 130], [[3, 9, 0], [40, 41]])
+        end = tree.subtree_end.to(torch.get_default_device())
+        return [torch.ops.pykern.prefix_attention_tiles.default(end, tile)]
+
+    for tile in (1, 17, 64, 1000):
+        yield f"prefix_attention_tiles {tile}", lambda t=tile: tiles(t)
+
+
+def offload() -> Iterator[Case]:
+    def staged(codec: str) -> list[Tensor]:
+        saved = [normal(5, 33), normal(1), normal(300, dtype=torch.bfloat16), normal(0), torch.arange(7), normal(9, 130).T]
+        layout = pykern.StagingLayout.of(saved, codec=codec)
+        return layout.unpack(layout.pack(saved))
+
+    for codec in ("none", "float8_e4m3", "int8"):
+        yield f"staging {codec}", lambda c=codec: staged(c)
+
+
+FAMILIES = (advantages, loss, logprobs, lowrank, attention, offload)
+
+
+class Calls(TorchDispatchMode):
+    """Remembers which of pykern's ops were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        space, _, name = function.name().partition("::")
+        if space == "pykern":
+            self.names.add(name)
+        return function(*arguments, **(keywords or {}))
+
+
+def kernels_on(device: str) -> set[str]:
+    return set(emulated_ops()) if device == "emulated" else set(pykern._native.cuda_ops)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.kernel_cases")
+    parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
+    device = parser.parse_args(arguments).device
+    torch.manual_seed(0)
+    with on(device) as place, torch.device(place), Calls() as calls:
+        for family in FAMILIES:
+            for label, run in family():
+                results = run()
+                assert all(result.isfinite().all() for result in results if result.is_floating_point()), label
+                print(f"ok {label}", flush=True)
+    missed = sorted(kernels_on(device) - calls.names)
+    if missed:
+        print(f"no case calls {', '.join(missed)}", file=sys.stderr)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""What each kernel is, and what it is allowed, by patterns of names as tests.packaging.budgets prints them."""
+
+MEMORY = "memory"
+"""Bound by memory: its machine code loads sixteen bytes at a time."""
+
+MATRIX = "matrix"
+"""Bound by products of matrices: its machine code uses the matrix units."""
+
+OTHER = "other"
+"""Neither: a kernel over few values, or one whose accesses can't be wide."""
+
+KINDS: dict[str, str] = {
+    # Each has a sibling, a template argument away, for rows that allow no sixteen-byte accesses.
+    "attention: gather_rows_kernel<Pack*": MEMORY,
+    "attention: gather_rows_kernel<*": OTHER,
+    "attention: gather_rows_backward_kernel<*, true>": MEMORY,
+    "attention: gather_rows_backward_kernel<*, false>": OTHER,
+    "attention: prefix_attention_tiles_kernel<true>": MEMORY,
+    "attention: prefix_attention_tiles_kernel<false>": OTHER,
+    "lowrank: adam_packs_kernel<*": MEMORY,
+    "lowrank: adam_scalars_kernel<*": OTHER,
+    "lowrank: adam_8bit_kernel<*, true>": MEMORY,
+    "lowrank: adam_8bit_kernel<*, false>": OTHER,
+    "lowrank: column_squares_kernel<*, true>": MEMORY,
+    "lowrank: column_squares_kernel<*, false>": OTHER,
+    "lowrank: row_squares_kernel<*, true>": MEMORY,
+    "lowrank: row_squares_kernel<*, false>": OTHER,
+    "lowrank: weight_update_kernel<*, true, *>": MEMORY,
+    "lowrank: weight_update_kernel<*, false, *>": OTHER,
+    "offload: staging_copy_kernel<*": MEMORY,
+    "offload: staging_code_kernel<true, *": MEMORY,
+    # Codes are a byte each: eight of them become sixteen bytes.
+    "offload: staging_code_kernel<false, *": OTHER,
+    "policy: pack_mask_kernel": MEMORY,
+    "policy: policy_loss_gradient_kernel<*": MEMORY,
+    "policy: policy_loss_kernel<*": MEMORY,
+    "policy: sequence_sums_kernel<*": MEMORY,
+    "policy: token_logprobs_kernel<*": MEMORY,
+    "policy: token_logprobs_backward_kernel<*": MEMORY,
+    # Few values: one number for the whole step; moments of rank by lines; a value per line, sequence or response.
+    "lowrank: adam_rule_kernel": OTHER,
+    "lowrank: measure_*_kernel<*": OTHER,
+    "lowrank: line_residuals_kernel<*": OTHER,
+    "lowrank: combine_kernel<*": OTHER,
+    "policy: count_sequences_kernel": OTHER,
+    "policy: group_advantages_kernel<*": OTHER,
+}
+"""The kind of every kernel; the first pattern that fits counts."""
+
+LOCAL_MEMORY: dict[str, str] = {}
+"""Kernels that may spill or have a stack frame, and why."""
+
+DOUBLES: dict[str, str] = {
+    "*<double*": "the tensors are float64",
+    "lowrank: adam_rule_kernel": "one thread: step, rate and bias corrections, as torch's optimizers have them",
+    "lowrank: weight_update_kernel<*": "rounds a factor that the host gives as a double",
+    "lowrank: line_residuals_kernel<*": "a difference of squares, one per line; float32 would cancel",
+    "lowrank: combine_kernel<*": "the sum of all lines' squares and its limit",
+    "policy: group_advantages_kernel<*": "sums in float64 are what group_advantages promises",
+    "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
+    "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
+    "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
+    "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
+}
+"""Kernels that may compute in double precision, and why."""

@@ -1,0 +1,118 @@
+"""The bench's arithmetic, and the report of `make gpu`, on figures made up here."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pykern
+from bench import gpu, harness
+from bench.timing import CpuClock
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = harness.Limits({"float32": 1e12, "bfloat16": 4e12}, 1e9)
+
+
+def case(flops: float = 0.0, moved: float = 0.0, dtype: str = "float32") -> harness.Case:
+    providers = {"pykern": lambda: time.sleep(1e-3), "slow peer": lambda: time.sleep(4e-3)}
+    return harness.Case("policy", "op", "3x5", lambda: providers, flops, moved, dtype)
+
+
+def test_floor_is_the_larger_of_both_bounds():
+    assert harness.floor_of(case(flops=2e9, moved=1e6), LIMITS) == (2e-3, "arithmetic")
+    assert harness.floor_of(case(flops=2e9, moved=3e6), LIMITS) == (3e-3, "memory")
+    assert harness.floor_of(case(flops=2e9, dtype="bfloat16"), LIMITS) == (0.5e-3, "arithmetic")
+
+
+def test_rows_compare_providers_in_one_run():
+    timed = case(moved=5e5)
+    ours, peer = harness.rows(timed, harness.time_case(timed, torch.device("cpu"), seconds=0.05), LIMITS)
+    assert ours["provider"] == "pykern" and ours["time_over_pykern"] == 1.0
+    assert 2 < peer["time_over_pykern"] < 5
+    assert 0 < ours["percent_of_limit"] < 50 and ours["limit"] == "memory"
+    assert ours["timed_by"] == "wall clock"
+
+
+def test_quick_calls_are_timed_together():
+    assert CpuClock(lambda: None).calls > 100
+
+
+def test_op_without_a_kernel_is_recorded_with_its_reason(monkeypatch, capsys):
+    def refuse():
+        raise NotImplementedError("op: no CUDA kernel")
+
+    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
+    record = harness.run([harness.Case("policy", "op", "1", refuse)], 0.01)
+    assert record["rows"] == [] and record["missing"] == {"policy/op[1]": "op: no CUDA kernel"}
+    assert "not run: op: no CUDA kernel" in capsys.readouterr().out
+
+
+def test_cases_for_a_gpu_are_more_than_those_for_a_cpu():
+    labels = {device: {case.label for case in harness.load_cases(device=device)} for device in ("cpu", "cuda")}
+    assert "policy/policy_loss grpo[16384x8192]" in labels["cuda"] - labels["cpu"]
+    assert "policy/token_logprobs_forward[8192x151936 bfloat16]" in labels["cuda"] - labels["cpu"]
+
+
+def test_floors_are_printed_without_running_anything():
+    done = subprocess.run(
+        [sys.executable, "-m", "pykern", "bench", "policy", "--floor", "NVIDIA H200"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "token_logprobs_forward[8192x151936 bfloat16]" in done.stdout and "0.5789 ms by memory" in done.stdout
+
+
+# --- make gpu -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(pykern.choose_device().type == "cuda", reason="asks for a machine without a GPU")
+def test_gpu_run_needs_a_gpu(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_gpu_asks_for_a_folder():
+    done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "make gpu OUT=folder" in done.stderr
+
+
+def test_steps_report_failure_and_time_out():
+    steps = [
+        gpu.Step("good", [sys.executable, "-c", "print('well')"], 60),
+        gpu.Step("bad", [sys.executable, "-c", "import sys; sys.exit(7)"], 60),
+        gpu.Step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 2),
+    ]
+    gpu.run_together(steps)
+    assert [step.status for step in steps] == ["passed", "failed (7)", "ran out of 2 s"]
+    assert steps[0].output == "well\n" and steps[2].seconds < 20
+
+
+def test_summary_counts_tests_and_compares(tmp_path):
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"></testsuite></testsuites>'
+    )
+    assert gpu.count_tests(tmp_path / "tests.xml") == {"executed": 7, "failed": 2, "skipped": 2}
+    row = {"family": "policy", "name": "op", "shape": "3x5", "ms_p50": 0.5, "limit": "memory", "percent_of_limit": 87.5}
+    rows = [
+        {**row, "provider": "pykern", "time_over_pykern": 1.0},
+        {**row, "provider": "peer", "time_over_pykern": 2.25},
+    ]
+    (tmp_path / "policy.json").write_text(json.dumps({"rows": rows, "missing": {"policy/other[1]": "no kernel"}}))
+    text, record = gpu.summarize([gpu.Step("tests on cuda", ["true"], 1, status="passed")], tmp_path)
+    assert "7 executed, 2 failed, 2 skipped" in text
+    assert "0.5000 ms   87.5% of memory   peer 2.25x" in text
+    assert "policy/other[1]" in text and "not run: no kernel" in text
+    assert record["steps"][0]["status"] == "passed"
+
+
+def test_missing_wheel_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="expected a wheel of pykern, found no such file"):
+        gpu.install_step(tmp_path / "none.whl", tmp_path / "site")
