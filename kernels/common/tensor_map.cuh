@@ -59,9 +59,9 @@ const char* make_tensor_map(TensorMap& map, const TensorLayout& layout) {
   static_assert(kIsTensorElement<T>, "tensor maps are for bf16, f16 and float");
   if (const char* error = check_tensor_layout(layout, sizeof(T))) return error;
 #if defined(__CUDACC__)
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   // Through the runtime: the library does not link libcuda, so it loads without a driver.
   static const Encode encode = [] {
     void* function = nullptr;
@@ -82,11 +82,11 @@ const char* make_tensor_map(TensorMap& map, const TensorLayout& layout) {
   const CUtensorMapDataType type = std::is_same<T, bf16>::value  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : std::is_same<T, f16>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  constexpr CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
-                                             CU_TENSOR_MAP_SWIZZLE_128B};
+  constexpr CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
+                                             CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
   const CUresult status =
-      encode(&map, type, static_cast<cuuint32_t>(layout.rank), const_cast<void*>(layout.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(layout.swizzle)],
+      encode(&map, type, static_cast<cuuint32_t>(layout.rank), const_cast<void*>(layout.data), sizes, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(layout.swizzle)],
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? nullptr : "tensor map: the driver refused the layout";
 #else

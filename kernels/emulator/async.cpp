@@ -36,13 +36,15 @@ uint32_t window_address(const void* shared) {
 
 char* window_pointer(uint32_t address) {
   for (const SharedObject& object : current->block->shared) {
-    if (address >= object.window && address - object.window < object.bytes) return object.memory + (address - object.window);
+    if (address >= object.window && address - object.window < object.bytes)
+      return object.memory + (address - object.window);
   }
   return nullptr;
 }
 
 void require_shared(const void* address, size_t bytes, size_t alignment, const char* what, const void* return_address) {
-  if (!in_shared(address, bytes)) fail(text("%s: %zu bytes that are not all in one shared object", what, bytes), return_address);
+  if (!in_shared(address, bytes))
+    fail(text("%s: %zu bytes that are not all in one shared object", what, bytes), return_address);
   if (window_address(address) % alignment) {
     fail(text("%s: a misaligned address of shared memory, %zu past a multiple of %zu", what,
               static_cast<size_t>(window_address(address) % alignment), alignment),
@@ -130,8 +132,8 @@ void land_data(SmallCopy& copy) {
 
 }  // namespace
 
-void begin_engine_read(Block& block, const void* shared, size_t bytes, const uint32_t* known, Actor issuer, const char* engine,
-                       const void* return_address) {
+void begin_engine_read(Block& block, const void* shared, size_t bytes, const uint32_t* known, Actor issuer,
+                       const char* engine, const void* return_address) {
   Cell* cells = cells_of(block, shared);
   if (!cells) return;
   const SharedObject& object = *shared_object(block, shared);
@@ -139,16 +141,18 @@ void begin_engine_read(Block& block, const void* shared, size_t bytes, const uin
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = cells[i];
     if (cell.filling) {
-      fail(text("%s reads byte %zu of a shared object, which an asynchronous copy has not filled yet", engine, offset + i),
+      fail(text("%s reads byte %zu of a shared object, which an asynchronous copy has not filled yet", engine,
+                offset + i),
            return_address);
     }
     if (cell.writer && cell.writer != issuer && known[clock_of(cell.writer)] < cell.write_time) {
-      fail(text("race in shared memory: %s reads byte %zu of %zu after a write by %s with no barrier between", engine, offset + i,
-                object.bytes, actor_name(cell.writer).c_str()),
+      fail(text("race in shared memory: %s reads byte %zu of %zu after a write by %s with no barrier between", engine,
+                offset + i, object.bytes, actor_name(cell.writer).c_str()),
            return_address);
     }
     if (!fenced(block, cell, known, issuer)) {
-      fail(text("%s reads byte %zu of a shared object, which thread %d has written without fence.proxy.async before the barrier",
+      fail(text("%s reads byte %zu of a shared object, which thread %d has written without fence.proxy.async before "
+                "the barrier",
                 engine, offset + i, cell.writer - 1),
            return_address);
     }
@@ -174,12 +178,14 @@ void end_engine_read(Block& block, const void* shared, size_t bytes, Actor reade
 void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
   const void* from = __builtin_return_address(0);
   const auto size = static_cast<size_t>(bytes);
-  if (source_bytes < 0 || source_bytes > bytes) fail(text("cp.async: %d of %d bytes to read", source_bytes, bytes), from);
+  if (source_bytes < 0 || source_bytes > bytes)
+    fail(text("cp.async: %d of %d bytes to read", source_bytes, bytes), from);
   require_shared(shared, size, size, "cp.async", from);
   if (source_bytes > 0) require_global(global, static_cast<size_t>(source_bytes), size, false, "cp.async", from);
   begin_fill(shared, size, false, from);
   auto& groups = async_of(*current).small_groups;
-  groups.back().push_back({{static_cast<char*>(shared), static_cast<char*>(const_cast<void*>(global)), source_bytes}, bytes});
+  groups.back().push_back(
+      {{static_cast<char*>(shared), static_cast<char*>(const_cast<void*>(global)), source_bytes}, bytes});
   if (random_chance(4)) {
     auto& group = groups[machine.random() % groups.size()];
     for (SmallCopy& copy : group) {
@@ -197,7 +203,8 @@ void finish_small_groups(size_t count) {
   for (size_t i = 0; i < count; ++i) {
     for (SmallCopy& copy : groups[i]) {
       if (!copy.landed) land_data(copy);
-      end_fill(*current->block, copy.data.shared, static_cast<size_t>(copy.filled), current->actor(), current->clock.now);
+      end_fill(*current->block, copy.data.shared, static_cast<size_t>(copy.filled), current->actor(),
+               current->clock.now);
     }
   }
   groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(count));
@@ -288,8 +295,10 @@ void mbarrier_invalidate(uint64_t* address) {
   const void* from = __builtin_return_address(0);
   Mbarrier& mbarrier = use(address, "mbarrier.inval", from);
   const auto& loads = async_of(*current->block).loads;
-  const bool reported_to = std::any_of(loads.begin(), loads.end(), [&](const auto& copy) { return copy->mbarrier == &mbarrier; });
-  if (!mbarrier.polls.empty() || mbarrier.bytes != 0 || reported_to) fail("mbarrier.inval: the mbarrier is in use", from);
+  const bool reported_to =
+      std::any_of(loads.begin(), loads.end(), [&](const auto& copy) { return copy->mbarrier == &mbarrier; });
+  if (!mbarrier.polls.empty() || mbarrier.bytes != 0 || reported_to)
+    fail("mbarrier.inval: the mbarrier is in use", from);
   if (Cell* cells = cells_of(*current->block, address)) {
     for (int i = 0; i < 8; ++i) {
       cells[i].opaque = false;
@@ -298,7 +307,8 @@ void mbarrier_invalidate(uint64_t* address) {
     }
   }
   auto& mbarriers = current->block->async->mbarriers;
-  mbarriers.erase(std::find_if(mbarriers.begin(), mbarriers.end(), [&](const auto& one) { return one.get() == &mbarrier; }));
+  mbarriers.erase(
+      std::find_if(mbarriers.begin(), mbarriers.end(), [&](const auto& one) { return one.get() == &mbarrier; }));
 }
 
 void mbarrier_expect(uint64_t* address, uint32_t bytes) {
@@ -312,7 +322,9 @@ void mbarrier_arrive(uint64_t* address, uint32_t bytes) {
   Mbarrier& mbarrier = use(address, "mbarrier.arrive", from);
   expect(mbarrier, bytes, from);
   if (mbarrier.pending == 0) {
-    fail(text("mbarrier at %s: more than its %u arrivals in one phase", place(*current->block, address).c_str(), mbarrier.count), from);
+    fail(text("mbarrier at %s: more than its %u arrivals in one phase", place(*current->block, address).c_str(),
+              mbarrier.count),
+         from);
   }
   --mbarrier.pending;
   ++machine.events;
@@ -367,7 +379,8 @@ void start_load(void* shared, std::vector<Piece> pieces, int64_t bytes, uint64_t
                 const void* return_address) {
   Mbarrier& mbarrier = use(address, what, return_address);
   if (!mbarrier.known_to_copies) {
-    fail(text("%s: its mbarrier was initialised without fence.mbarrier_init or fence.proxy.async", what), return_address);
+    fail(text("%s: its mbarrier was initialised without fence.mbarrier_init or fence.proxy.async", what),
+         return_address);
   }
   begin_fill(shared, static_cast<size_t>(bytes), true, return_address);
   auto copy = std::make_shared<BulkCopy>();
@@ -460,8 +473,8 @@ void retry_polls(Block& block) {
 std::string describe_poll(const Thread& thread) {
   const Mbarrier* mbarrier = find(*thread.block, thread.mbarrier);
   if (!mbarrier) return "poll an mbarrier that is gone";
-  return text("wait for phase %u of the mbarrier at %s (%s:%d), which misses %lld of %u arrivals and %lld bytes", mbarrier->phase,
-              place(*thread.block, mbarrier->address).c_str(), thread.site.file, thread.site.line,
+  return text("wait for phase %u of the mbarrier at %s (%s:%d), which misses %lld of %u arrivals and %lld bytes",
+              mbarrier->phase, place(*thread.block, mbarrier->address).c_str(), thread.site.file, thread.site.line,
               static_cast<long long>(mbarrier->pending), mbarrier->count, static_cast<long long>(mbarrier->bytes));
 }
 
@@ -479,8 +492,9 @@ std::string finish_async(Block& block) {
   for (const Warpgroup& group : block.async->warpgroups) {
     for (const Product& product : group.products) {
       if (!product.done) {
-        return text("block (%u, %u, %u) has exited before the end of a wgmma that %d of 128 threads have issued (%s:%d)",
-                    block.index.x, block.index.y, block.index.z, product.arrived, product.site.file, product.site.line);
+        return text(
+            "block (%u, %u, %u) has exited before the end of a wgmma that %d of 128 threads have issued (%s:%d)",
+            block.index.x, block.index.y, block.index.z, product.arrived, product.site.file, product.site.line);
       }
     }
   }
@@ -492,7 +506,8 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* mbarr
   if (bytes == 0 || bytes % 16) fail(text("cp.async.bulk: %u bytes, expected a multiple of 16", bytes), from);
   require_shared(shared, bytes, 16, "cp.async.bulk", from);
   require_global(global, bytes, 16, false, "cp.async.bulk", from);
-  start_load(shared, {{static_cast<char*>(shared), static_cast<char*>(const_cast<void*>(global)), static_cast<int>(bytes)}},
+  start_load(shared,
+             {{static_cast<char*>(shared), static_cast<char*>(const_cast<void*>(global)), static_cast<int>(bytes)}},
              bytes, mbarrier, "cp.async.bulk", site, from);
 }
 
@@ -501,7 +516,8 @@ void bulk_store(void* global, const void* shared, uint32_t bytes, Site site) {
   if (bytes == 0 || bytes % 16) fail(text("cp.async.bulk: %u bytes, expected a multiple of 16", bytes), from);
   require_shared(shared, bytes, 16, "cp.async.bulk", from);
   require_global(global, bytes, 16, true, "cp.async.bulk", from);
-  start_store(shared, {{static_cast<char*>(const_cast<void*>(shared)), static_cast<char*>(global), static_cast<int>(bytes)}},
+  start_store(shared,
+              {{static_cast<char*>(const_cast<void*>(shared)), static_cast<char*>(global), static_cast<int>(bytes)}},
               bytes, "cp.async.bulk", site, from);
 }
 
@@ -515,7 +531,8 @@ void bulk_wait(int groups_left, bool reads_only) {
       take(*copy);
       if (!reads_only) land(*copy);
       if (!copy->waited) {
-        end_engine_read(*current->block, copy->shared, static_cast<size_t>(copy->bytes), current->actor(), current->clock.now);
+        end_engine_read(*current->block, copy->shared, static_cast<size_t>(copy->bytes), current->actor(),
+                        current->clock.now);
       }
       copy->waited = true;
     }

@@ -30,13 +30,13 @@ struct SmallCopy {
 struct Mbarrier {
   const char* address;
   Actor actor;
-  uint32_t count;            // arrivals that a phase takes
-  int64_t pending;           // arrivals that the current phase still takes
-  int64_t bytes = 0;         // and bytes
-  uint32_t phase = 0;        // phases completed
+  uint32_t count;      // arrivals that a phase takes
+  int64_t pending;     // arrivals that the current phase still takes
+  int64_t bytes = 0;   // and bytes
+  uint32_t phase = 0;  // phases completed
   Actor initialised_by;
   uint32_t initialised_at;
-  bool known_to_copies = false;  // a fence came after the initialisation
+  bool known_to_copies = false;      // a fence came after the initialisation
   uint32_t seen[kClocks] = {};       // what those that arrived in this phase knew
   uint32_t completed[kClocks] = {};  // what a thread knows that has seen the last phase complete
   std::vector<Thread*> polls;
@@ -58,13 +58,13 @@ struct Product {
   ProductShape shape;
   uint64_t a = 0, b = 0;  // descriptors
   Site site{};
-  int group = 0;          // how many commits came before
+  int group = 0;  // how many commits came before
   int arrived = 0, delivered = 0;
   uint32_t time = 0;
-  uint32_t known[kClocks];                  // to all its threads
-  std::array<float*, 128> accumulators{};   // null once delivered
-  std::vector<float> values;                // [128][columns / 2]: accumulators, later results
-  std::vector<uint32_t> a_registers;        // [128][4]
+  uint32_t known[kClocks];                 // to all its threads
+  std::array<float*, 128> accumulators{};  // null once delivered
+  std::vector<float> values;               // [128][columns / 2]: accumulators, later results
+  std::vector<uint32_t> a_registers;       // [128][4]
   bool done = false;
 };
 
@@ -79,8 +79,8 @@ struct AsyncThread {
   std::vector<std::vector<SmallCopy>> small_groups{1};  // the last one is still open
   std::vector<std::vector<std::shared_ptr<BulkCopy>>> store_groups{1};
   std::vector<uint32_t> proxy_fences;  // times, ascending
-  int64_t products = 0;  // issued
-  int committed = 0;     // groups of products
+  int64_t products = 0;                // issued
+  int committed = 0;                   // groups of products
   int64_t delivered = 0;
   uint32_t products_seen = 0;
   bool registers_fenced = false;
@@ -123,8 +123,8 @@ void unpack(MatrixType type, uint32_t pair, float& low, float& high);
 // Takes part in what `thread` knows.
 void learn(Thread& thread, const uint32_t* seen);
 // Checks that an engine may read shared memory, given what its issuer knows, and marks it as being read.
-void begin_engine_read(Block& block, const void* shared, size_t bytes, const uint32_t* known, Actor issuer, const char* engine,
-                       const void* return_address);
+void begin_engine_read(Block& block, const void* shared, size_t bytes, const uint32_t* known, Actor issuer,
+                       const char* engine, const void* return_address);
 void end_engine_read(Block& block, const void* shared, size_t bytes, Actor reader, uint32_t time);
 
 }  // namespace pykern::emulator

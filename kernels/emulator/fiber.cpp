@@ -110,7 +110,8 @@ void Fiber::prepare(void (*entry)(void*), void* argument) {
   entry_ = entry;
   argument_ = argument;
   fiber_fake_stack_ = nullptr;
-  auto* top = reinterpret_cast<uintptr_t*>((reinterpret_cast<uintptr_t>(stack_) + kStackBytes - colour_) & ~uintptr_t{63});
+  const uintptr_t end = reinterpret_cast<uintptr_t>(stack_) + kStackBytes - colour_;
+  auto* top = reinterpret_cast<uintptr_t*>(end & ~uintptr_t{63});
 #if defined(__x86_64__)
   // As after a call: the stack pointer is 8 below a multiple of 16 when the first instruction runs.
   *--top = 0;

@@ -45,7 +45,8 @@ Thread* take_thread() {
 
 char* shared_memory(size_t alignment, size_t bytes) {
   void* memory = nullptr;
-  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), std::max<size_t>(bytes + kNearBytes, 1))) std::abort();
+  const size_t allocated = std::max<size_t>(bytes + kNearBytes, 1);
+  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), allocated)) std::abort();
   poison(memory, bytes);
   return static_cast<char*>(memory);
 }
@@ -56,7 +57,8 @@ void start_block(int64_t number) {
   block->number = number;
   block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                   static_cast<unsigned>(number / grid.x / grid.y)};
-  block->shared.push_back({nullptr, shared_memory(1024, machine.dynamic_bytes), machine.dynamic_bytes, nullptr, kWindowBegin});
+  const size_t bytes = machine.dynamic_bytes;
+  block->shared.push_back({nullptr, shared_memory(1024, bytes), bytes, nullptr, kWindowBegin});
 #ifdef PYKERN_EMULATOR_CHECKED
   block->shared[0].cells = std::make_unique<Cell[]>(machine.dynamic_bytes);
 #endif

@@ -62,7 +62,8 @@ void move_matrices(void* const* lanes, unsigned mask, void* context) {
   }
 }
 
-void meet_matrices(uint32_t* registers, MatrixContext how, const void* row, const char* what, Site site, const void* from) {
+void meet_matrices(uint32_t* registers, MatrixContext how, const void* row, const char* what, Site site,
+                   const void* from) {
   if (current->lane() < 8 * how.count) {
     require_shared(row, 16, 16, what, from);
     check_access(row, 16, how.store ? AccessKind::write : AccessKind::read, from);
@@ -99,7 +100,9 @@ typedef float Half __attribute__((vector_size(16), may_alias));
 template <MatrixType type>
 void multiply_typed(void* const* lanes, const float* halves) {
   constexpr int depth = type == MatrixType::tf32 ? 8 : 16;
-  const auto widen = [&](uint32_t bits) { return type == MatrixType::bf16 ? float_of(bits << 16) : halves[bits & 0xffff]; };
+  const auto widen = [&](uint32_t bits) {
+    return type == MatrixType::bf16 ? float_of(bits << 16) : halves[bits & 0xffff];
+  };
   float a[16][depth];
   alignas(32) float b[depth][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -149,9 +152,12 @@ void multiply_typed(void* const* lanes, const float* halves) {
 void multiply_lanes(void* const* lanes, unsigned mask, void* context) {
   if (!all_came<MultiplyLane>(lanes, mask)) return;
   switch (*static_cast<const MatrixType*>(context)) {
-    case MatrixType::bf16: return multiply_typed<MatrixType::bf16>(lanes, nullptr);
-    case MatrixType::f16: return multiply_typed<MatrixType::f16>(lanes, half_table());
-    case MatrixType::tf32: return multiply_typed<MatrixType::tf32>(lanes, nullptr);
+    case MatrixType::bf16:
+      return multiply_typed<MatrixType::bf16>(lanes, nullptr);
+    case MatrixType::f16:
+      return multiply_typed<MatrixType::f16>(lanes, half_table());
+    case MatrixType::tf32:
+      return multiply_typed<MatrixType::tf32>(lanes, nullptr);
   }
 }
 
@@ -171,7 +177,8 @@ void load_matrices(uint32_t* registers, int count, bool transposed, const void* 
 }
 
 void store_matrices(void* row, int count, bool transposed, const uint32_t* registers, Site site) {
-  meet_matrices(const_cast<uint32_t*>(registers), {count, transposed, true}, row, "stmatrix", site, __builtin_return_address(0));
+  meet_matrices(const_cast<uint32_t*>(registers), {count, transposed, true}, row, "stmatrix", site,
+                __builtin_return_address(0));
 }
 
 void multiply(MatrixType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {

@@ -53,10 +53,10 @@ const char* verb(AccessKind kind) {
   return kind == AccessKind::read ? "read" : kind == AccessKind::write ? "write" : "atomic";
 }
 
-[[noreturn]] void report_race(const SharedObject& object, size_t offset, AccessKind kind, const char* earlier, Actor other,
-                              const void* return_address) {
-  fail(text("race in shared memory: %s of byte %zu of %zu, after a %s by %s with no barrier between", verb(kind), offset,
-            object.bytes, earlier, actor_name(other).c_str()),
+[[noreturn]] void report_race(const SharedObject& object, size_t offset, AccessKind kind, const char* earlier,
+                              Actor other, const void* return_address) {
+  fail(text("race in shared memory: %s of byte %zu of %zu, after a %s by %s with no barrier between", verb(kind),
+            offset, object.bytes, earlier, actor_name(other).c_str()),
        return_address);
 }
 
@@ -159,9 +159,12 @@ void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind 
     if (cell.filling) {
       fail(text("%s of byte %zu of a shared object that an asynchronous copy has not filled yet", verb(kind), i), return_address);
     }
-    if (cell.opaque) fail(text("%s of byte %zu of a shared object, part of an mbarrier", verb(kind), i), return_address);
+    if (cell.opaque) {
+      fail(text("%s of byte %zu of a shared object, part of an mbarrier", verb(kind), i), return_address);
+    }
     if (cell.reading && kind != AccessKind::read) {
-      fail(text("%s of byte %zu of a shared object that a copy or a wgmma under way still reads", verb(kind), i), return_address);
+      fail(text("%s of byte %zu of a shared object that a copy or a wgmma under way still reads", verb(kind), i),
+           return_address);
     }
     const bool both_atomic = kind == AccessKind::atomic && cell.atomic;
     if (!both_atomic && !happened_before(thread, cell.writer, cell.write_time)) {
@@ -177,7 +180,9 @@ void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind 
       }
       continue;
     }
-    if (!happened_before(thread, cell.reader, cell.read_time)) report_race(object, i, kind, "read", cell.reader, return_address);
+    if (!happened_before(thread, cell.reader, cell.read_time)) {
+      report_race(object, i, kind, "read", cell.reader, return_address);
+    }
     if (!happened_before(thread, cell.other_reader, cell.other_read_time)) {
       report_race(object, i, kind, "read", cell.other_reader, return_address);
     }

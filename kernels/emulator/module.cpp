@@ -132,12 +132,13 @@ PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
   m.def("planted", [names] { return names(planted_kernels()); });
   m.def("planted_async", [names] { return names(planted_async_kernels()); });
   m.def("run_vector", &run_vector, py::arg("name"), py::arg("options"), py::arg("input"), py::arg("output_bytes"));
-  m.def("encode_descriptor", [](uint32_t address, uint32_t leading, uint32_t stride, uint32_t base_offset, int swizzle) {
-    return pykern::ptx::encode({address, leading, stride, base_offset, static_cast<pykern::ptx::Swizzle>(swizzle)});
+  m.def("encode_descriptor", [](uint32_t address, uint32_t leading, uint32_t stride, uint32_t base, int swizzle) {
+    return pykern::ptx::encode({address, leading, stride, base, static_cast<pykern::ptx::Swizzle>(swizzle)});
   });
   m.def("decode_descriptor", [](uint64_t bits) {
     const auto matrix = pykern::ptx::decode(bits);
-    return py::make_tuple(matrix.address, matrix.leading, matrix.stride, matrix.base_offset, static_cast<int>(matrix.swizzle));
+    const int swizzle = static_cast<int>(matrix.swizzle);
+    return py::make_tuple(matrix.address, matrix.leading, matrix.stride, matrix.base_offset, swizzle);
   });
   m.def("probes", [] {
     std::vector<std::string> names;

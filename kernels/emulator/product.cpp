@@ -33,7 +33,8 @@ class Tile {
         const uint32_t address = place(mn, k);
         char* chunk = window_pointer(address);
         if (!chunk || !in_shared(chunk, 16)) {
-          fail(text("wgmma: element (%d, %d) of tile %s is at address %u, outside shared memory", mn, k, name, address), from);
+          fail(text("wgmma: element (%d, %d) of tile %s is at address %u, outside shared memory", mn, k, name, address),
+               from);
         }
         chunks.push_back(chunk);
       }
@@ -109,7 +110,8 @@ void compute(Block& block, Warpgroup& group, Product& product) {
   }
   take(tile_b(product, nullptr), b.data());
   for (int n = 0; n < columns; ++n) {
-    for (int k = 0; k < kDepth; ++k) across[static_cast<size_t>(k * columns + n)] = b[static_cast<size_t>(n * kDepth + k)];
+    for (int k = 0; k < kDepth; ++k)
+      across[static_cast<size_t>(k * columns + n)] = b[static_cast<size_t>(n * kDepth + k)];
   }
   const auto each = [&](auto action) {
     for (int thread = 0; thread < kGroupThreads; ++thread) {
@@ -136,7 +138,8 @@ void compute(Block& block, Warpgroup& group, Product& product) {
   size_t own = 0;
   while (&group.products[own] != &product) ++own;
   for (size_t t = 0; t < kGroupThreads; ++t) {
-    for (auto next = group.products.begin() + static_cast<std::ptrdiff_t>(own) + 1; next != group.products.end(); ++next) {
+    for (auto next = group.products.begin() + static_cast<std::ptrdiff_t>(own) + 1; next != group.products.end();
+         ++next) {
       if (next->accumulators[t] != product.accumulators[t] || !product.accumulators[t]) continue;
       std::copy_n(&product.values[t * registers], registers, &next->values[t * registers]);
       break;
@@ -171,7 +174,8 @@ void deliver(Warpgroup& group, size_t at, int thread) {
 
 void product_fence(Site) { async_of(*current).registers_fenced = true; }
 
-void product_issue(const ProductShape& shape, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, Site site) {
+void product_issue(const ProductShape& shape, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
+                   Site site) {
   const void* from = __builtin_return_address(0);
   Thread& self = *current;
   Block& block = *self.block;

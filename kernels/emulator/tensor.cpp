@@ -64,8 +64,10 @@ size_t box_bytes(const TensorMap& map) {
 }
 
 void check(const TensorMap& map, const void* shared, int rank, const void* return_address) {
-  if (map.rank != rank) fail(text("cp.async.bulk.tensor: %d coordinates for a map of rank %d", rank, map.rank), return_address);
-  if (reinterpret_cast<uintptr_t>(&map) % 64) fail("cp.async.bulk.tensor: the tensor map is not 64-byte aligned", return_address);
+  if (map.rank != rank)
+    fail(text("cp.async.bulk.tensor: %d coordinates for a map of rank %d", rank, map.rank), return_address);
+  if (reinterpret_cast<uintptr_t>(&map) % 64)
+    fail("cp.async.bulk.tensor: the tensor map is not 64-byte aligned", return_address);
   require_shared(shared, box_bytes(map), 128, "cp.async.bulk.tensor", return_address);
 }
 
@@ -76,7 +78,8 @@ void tensor_load(void* shared, const TensorMap* map, const int* coordinates, int
   check(*map, shared, rank, from);
   Box box(*map, coordinates, shared, true);
   for (const Piece& piece : box.pieces) {
-    if (piece.global) require_global(piece.global, static_cast<size_t>(piece.bytes), 1, false, "cp.async.bulk.tensor", from);
+    if (piece.global)
+      require_global(piece.global, static_cast<size_t>(piece.bytes), 1, false, "cp.async.bulk.tensor", from);
   }
   start_load(shared, std::move(box.pieces), box.bytes, mbarrier, "cp.async.bulk.tensor", site, from);
 }

@@ -35,9 +35,9 @@ constexpr PYKERN_ANYWHERE uint32_t swizzled(uint32_t address, Swizzle swizzle) {
 }
 
 struct MatrixDescriptor {
-  uint32_t address = 0;   // of shared memory
-  uint32_t leading = 0;   // bytes
-  uint32_t stride = 0;    // bytes
+  uint32_t address = 0;  // of shared memory
+  uint32_t leading = 0;  // bytes
+  uint32_t stride = 0;   // bytes
   uint32_t base_offset = 0;
   Swizzle swizzle = Swizzle::none;
 };
@@ -61,7 +61,8 @@ constexpr PYKERN_ANYWHERE MatrixDescriptor decode(uint64_t bits) {
 constexpr PYKERN_ANYWHERE uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
 // Offset of element (mn, k) from the descriptor's address, before the swizzle.
-constexpr PYKERN_ANYWHERE uint32_t element_offset(const MatrixDescriptor& matrix, Major major, uint32_t mn, uint32_t k) {
+constexpr PYKERN_ANYWHERE uint32_t element_offset(const MatrixDescriptor& matrix, Major major, uint32_t mn,
+                                                  uint32_t k) {
   const uint32_t span = swizzle_span(matrix.swizzle), wide = span / 2;
   if (major == Major::k) {
     const uint32_t row = mn / 8 * matrix.stride + mn % 8 * span;

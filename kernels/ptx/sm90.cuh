@@ -24,13 +24,14 @@ PYKERN_PTX void stmatrix(void* row, const uint32_t (&r)[count] PYKERN_AND_CALLER
   } else if constexpr (count == 1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(r[0]) : "memory");
   } else if constexpr (count == 2 && !transposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1])
+                 : "memory");
   } else if constexpr (count == 2) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1])
                  : "memory");
   } else if constexpr (!transposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
   } else {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
@@ -91,7 +92,8 @@ PYKERN_PTX void mbarrier_arrive(uint64_t* mbarrier) {
 // Arrives, and has the phase wait for `bytes` bytes more.
 PYKERN_PTX void mbarrier_arrive_expect_tx(uint64_t* mbarrier, uint32_t bytes) {
 #if defined(__CUDACC__)
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(bytes)
+               : "memory");
 #else
   emulator::mbarrier_arrive(mbarrier, bytes);
 #endif
@@ -111,11 +113,10 @@ PYKERN_PTX void mbarrier_expect_tx(uint64_t* mbarrier, uint32_t bytes) {
 PYKERN_PTX bool mbarrier_try_wait(uint64_t* mbarrier, uint32_t parity PYKERN_AND_CALLER) {
 #if defined(__CUDACC__)
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(shared_address(mbarrier)), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(mbarrier)), "r"(parity)
+               : "memory");
   return done != 0;
 #else
   return emulator::mbarrier_try_wait(mbarrier, parity, site);
@@ -189,25 +190,27 @@ PYKERN_PTX void bulk_wait() {
 // map is a `const __grid_constant__ TensorMap` parameter of the kernel.
 
 template <int rank>
-PYKERN_PTX void tensor_load(void* shared, const TensorMap& map, const int (&c)[rank], uint64_t* mbarrier PYKERN_AND_CALLER) {
+PYKERN_PTX void tensor_load(void* shared, const TensorMap& map, const int (&c)[rank],
+                            uint64_t* mbarrier PYKERN_AND_CALLER) {
   static_assert(rank >= 1 && rank <= 5, "tensors have 1 to 5 dimensions");
 #if defined(__CUDACC__)
   const uint32_t target = shared_address(shared), bar = shared_address(mbarrier);
   if constexpr (rank == 1) {
-    asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3}], [%2];" ::"r"(
-                     target),
-                 "l"(&map), "r"(bar), "r"(c[0])
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3}], [%2];" ::
+            "r"(target),
+        "l"(&map), "r"(bar), "r"(c[0])
+        : "memory");
   } else if constexpr (rank == 2) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            target),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(target),
         "l"(&map), "r"(bar), "r"(c[0]), "r"(c[1])
         : "memory");
   } else if constexpr (rank == 3) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-            target),
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(target),
         "l"(&map), "r"(bar), "r"(c[0]), "r"(c[1]), "r"(c[2])
         : "memory");
   } else if constexpr (rank == 4) {
@@ -234,12 +237,12 @@ PYKERN_PTX void tensor_store(const TensorMap& map, const int (&c)[rank], const v
 #if defined(__CUDACC__)
   const uint32_t source = shared_address(shared);
   if constexpr (rank == 1) {
-    asm volatile("cp.async.bulk.tensor.1d.global.shared::cta.tile.bulk_group [%0, {%2}], [%1];" ::"l"(&map), "r"(source),
-                 "r"(c[0])
+    asm volatile("cp.async.bulk.tensor.1d.global.shared::cta.tile.bulk_group [%0, {%2}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(c[0])
                  : "memory");
   } else if constexpr (rank == 2) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(source),
-                 "r"(c[0]), "r"(c[1])
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(c[0]), "r"(c[1])
                  : "memory");
   } else if constexpr (rank == 3) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
@@ -250,9 +253,10 @@ PYKERN_PTX void tensor_store(const TensorMap& map, const int (&c)[rank], const v
                  "r"(source), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
                  : "memory");
   } else {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-                 "r"(source), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+        "r"(source), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
+        : "memory");
   }
 #else
   emulator::tensor_store(&map, c, rank, shared, site);

@@ -42,8 +42,17 @@ __global__ void small_copies(const float* input, int64_t size, float* output) {
   cp_async_wait_all();
 }
 
-enum class BulkBug { none, no_wait, ignored_result, too_many_bytes, too_few_arrivals, no_empty_wait, no_init_fence, no_store_fence,
-                     no_store_wait };
+enum class BulkBug {
+  none,
+  no_wait,
+  ignored_result,
+  too_many_bytes,
+  too_few_arrivals,
+  no_empty_wait,
+  no_init_fence,
+  no_store_fence,
+  no_store_wait
+};
 
 // output = 2 input: thread 0 has chunks copied, two stages deep; the second warp doubles them and stores.
 template <BulkBug bug>
@@ -151,12 +160,13 @@ __global__ void __launch_bounds__(128) product(const float* input, float* output
 
 template <CopyBug bug>
 const char* run_copies(bool buggy, const float* input, int64_t size, float* output) {
-  return launch(buggy ? small_copies<bug> : small_copies<CopyBug::none>, Grid{1, kThreads}, nullptr, input, size, output);
+  return launch(buggy ? small_copies<bug> : small_copies<CopyBug::none>, Grid{1, kThreads}, nullptr, input, size,
+                output);
 }
 template <BulkBug bug>
 const char* run_bulk_ring(bool buggy, const float* input, int64_t size, float* output) {
-  return launch(buggy ? bulk_ring<bug> : bulk_ring<BulkBug::none>, Grid{1, kThreads, 3 * kChunk * sizeof(float)}, nullptr,
-                input, size, output);
+  return launch(buggy ? bulk_ring<bug> : bulk_ring<BulkBug::none>, Grid{1, kThreads, 3 * kChunk * sizeof(float)},
+                nullptr, input, size, output);
 }
 const char* run_wrong_fragment(bool buggy, const float* input, int64_t, float* output) {
   return launch(buggy ? wrong_fragment<true> : wrong_fragment<false>, Grid{1, 32}, nullptr, input, output);

@@ -349,8 +349,9 @@ def tile_image(matrix: np.ndarray, swizzle: int, mn_major: bool, padding: int = 
 
 
 def wgmma_case(kind, n, a_swizzle, a_mn, b_swizzle, b_mn, content="integers", a_registers=0, accumulate=1, padding=0):
-    labels = f"{'bf16' if kind == BF16 else 'f16'}_n{n}_" + ("registers" if a_registers else f"{'mn' if a_mn else 'k'}{a_swizzle}")
-    name = f"wgmma_{labels}_{'mn' if b_mn else 'k'}{b_swizzle}_{content}_{accumulate}_{padding}"
+    label_a = "registers" if a_registers else f"{'mn' if a_mn else 'k'}{a_swizzle}"
+    label_b = f"{'mn' if b_mn else 'k'}{b_swizzle}"
+    name = f"wgmma_{'bf16' if kind == BF16 else 'f16'}_n{n}_{label_a}_{label_b}_{content}_{accumulate}_{padding}"
     random = generator(name)
     # Rows of K hold as many elements as the swizzle spans.
     depths = [8 * 2**swizzle for swizzle, mn in ((a_swizzle, a_mn), (b_swizzle, b_mn)) if swizzle and not mn]

@@ -18,8 +18,8 @@ REPORTS = {
     "copy_over_what_is_read": f"{RACE}|{NOT_FILLED}",
     "bulk_read_before_wait": f"{NOT_FILLED}|{RACE}",
     "bulk_wait_without_result": f"{NOT_FILLED}|{RACE}",
-    "bulk_expects_too_much": r"hang: .* phase 0 of the mbarrier at byte 0 of static shared memory \(.*planted_async.cu:\d+\), "
-    "which misses 0 of 1 arrivals and 16 bytes",
+    "bulk_expects_too_much": r"hang: .* phase 0 of the mbarrier at byte 0 of static shared memory "
+    r"\(.*planted_async.cu:\d+\), which misses 0 of 1 arrivals and 16 bytes",
     "bulk_arrival_missing": "hang: .* misses 1 of 32 arrivals and 0 bytes",
     "bulk_over_what_is_read": f"{RACE}|more than its 1 arrivals",
     "bulk_mbarrier_unknown": "initialised without fence.mbarrier_init",

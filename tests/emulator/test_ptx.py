@@ -51,7 +51,8 @@ def test_descriptor_fields(address, leading, stride, base_offset, swizzle):
 def test_descriptor_round_trip():
     module, random = emulator(), np.random.default_rng(0)
     for _ in range(200):
-        fields = (*(int(value) * 16 for value in random.integers(0, 1 << 14, 3)), int(random.integers(8)), int(random.integers(4)))
+        places = (16 * int(value) for value in random.integers(0, 1 << 14, 3))
+        fields = (*places, int(random.integers(8)), int(random.integers(4)))
         assert module.decode_descriptor(module.encode_descriptor(*fields)) == fields
 
 

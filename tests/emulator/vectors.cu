@@ -70,7 +70,8 @@ __global__ void mma_kernel(const uint32_t* input, float* output) {
 
 const char* run_mma(const VectorOptions& options, const char* input, int64_t, char* output, Stream stream) {
   const auto kernel = options.values[0] == 0 ? mma_kernel<0> : options.values[0] == 1 ? mma_kernel<1> : mma_kernel<2>;
-  return launch(kernel, Grid{1, 32}, stream, reinterpret_cast<const uint32_t*>(input), reinterpret_cast<float*>(output));
+  return launch(kernel, Grid{1, 32}, stream, reinterpret_cast<const uint32_t*>(input),
+                reinterpret_cast<float*>(output));
 }
 
 // c = a b^T for a [m, k], b [n, k] with rows `pitch` elements apart, a multiple of 8; the tile of a warp is 16 x 8,
@@ -92,11 +93,13 @@ __device__ void copy_gemm_stage(const Gemm& gemm, GemmTiles& tiles, int stage, i
   if (thread < 64) {
     const int row = thread / 2, m = blockIdx.x * 32 + row;
     const bool inside = m < gemm.m && left > 0;
-    cp_async<16>(&tiles.a[stage][row][half], inside ? gemm.a + int64_t{m} * gemm.pitch + column : gemm.a, inside ? left : 0);
+    cp_async<16>(&tiles.a[stage][row][half], inside ? gemm.a + int64_t{m} * gemm.pitch + column : gemm.a,
+                 inside ? left : 0);
   } else if (thread < 96) {
     const int row = (thread - 64) / 2, n = blockIdx.y * 16 + row;
     const bool inside = n < gemm.n && left > 0;
-    cp_async<16>(&tiles.b[stage][row][half], inside ? gemm.b + int64_t{n} * gemm.pitch + column : gemm.b, inside ? left : 0);
+    cp_async<16>(&tiles.b[stage][row][half], inside ? gemm.b + int64_t{n} * gemm.pitch + column : gemm.b,
+                 inside ? left : 0);
   }
   cp_async_commit();
 }
@@ -191,9 +194,12 @@ __global__ void math_kernel(const float* input, int64_t size, float* output) {
 
 const char* run_math(const VectorOptions& options, const char* input, int64_t bytes, char* output, Stream stream) {
   const int64_t size = bytes / 4, function = options.values[0];
-  const auto kernel = function == 0 ? math_kernel<0> : function == 1 ? math_kernel<1> : function == 2 ? math_kernel<2> : math_kernel<3>;
-  return launch(kernel, Grid{static_cast<unsigned>((size + 63) / 64), 64}, stream, reinterpret_cast<const float*>(input), size,
-                reinterpret_cast<float*>(output));
+  const auto kernel = function == 0   ? math_kernel<0>
+                      : function == 1 ? math_kernel<1>
+                      : function == 2 ? math_kernel<2>
+                                      : math_kernel<3>;
+  return launch(kernel, Grid{static_cast<unsigned>((size + 63) / 64), 64}, stream,
+                reinterpret_cast<const float*>(input), size, reinterpret_cast<float*>(output));
 }
 
 template <bool prefetch>
@@ -217,7 +223,8 @@ __global__ void mma_chain_kernel(int count, float* output) {
 }
 
 const char* run_mma_chain(const VectorOptions& options, const char*, int64_t, char* output, Stream stream) {
-  return launch(mma_chain_kernel, Grid{1, 32}, stream, static_cast<int>(options.values[0]), reinterpret_cast<float*>(output));
+  return launch(mma_chain_kernel, Grid{1, 32}, stream, static_cast<int>(options.values[0]),
+                reinterpret_cast<float*>(output));
 }
 
 }  // namespace
@@ -254,7 +261,8 @@ const char* run_on_device(const Vector& vector, const VectorOptions& options, co
   if (status == cudaSuccess) status = cudaMemset(to, 0xff, static_cast<size_t>(output_bytes));
   const char* error = status == cudaSuccess ? vector.run(options, from, input_bytes, to, nullptr) : nullptr;
   if (status == cudaSuccess && !error) status = cudaDeviceSynchronize();
-  if (status == cudaSuccess && !error) status = cudaMemcpy(output, to, static_cast<size_t>(output_bytes), cudaMemcpyDeviceToHost);
+  if (status == cudaSuccess && !error)
+    status = cudaMemcpy(output, to, static_cast<size_t>(output_bytes), cudaMemcpyDeviceToHost);
   cudaFree(from);
   cudaFree(to);
   return error ? error : status == cudaSuccess ? nullptr : cudaGetErrorString(status);
@@ -269,14 +277,15 @@ const char* run_on_device(const Vector& vector, const VectorOptions& options, co
 #if defined(__CUDACC__)
 
 // What tests/emulator/golden.py calls on a machine with a GPU.
-extern "C" const char* pykern_run_vector(const char* name, const int64_t* values, const char* input, int64_t input_bytes,
-                                         char* output, int64_t output_bytes) {
+extern "C" const char* pykern_run_vector(const char* name, const int64_t* values, const char* input,
+                                         int64_t input_bytes, char* output, int64_t output_bytes) {
   using namespace pykern::vectors;
   VectorOptions options;
   std::memcpy(options.values, values, sizeof(options.values));
   for (const Vector* table : {vectors_sm80(), vectors_sm90()}) {
     for (const Vector* entry = table; entry && entry->name; ++entry) {
-      if (std::strcmp(entry->name, name) == 0) return run_on_device(*entry, options, input, input_bytes, output, output_bytes);
+      if (std::strcmp(entry->name, name) == 0)
+        return run_on_device(*entry, options, input, input_bytes, output, output_bytes);
     }
   }
   return "no such vector";

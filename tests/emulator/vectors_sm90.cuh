@@ -34,7 +34,8 @@ const char* run_stmatrix(const VectorOptions& options, const char* input, int64_
   const auto kernel = count == 1   ? (transposed ? store_matrices_kernel<1, true> : store_matrices_kernel<1, false>)
                       : count == 2 ? (transposed ? store_matrices_kernel<2, true> : store_matrices_kernel<2, false>)
                                    : (transposed ? store_matrices_kernel<4, true> : store_matrices_kernel<4, false>);
-  return launch(kernel, Grid{1, 32}, stream, reinterpret_cast<const uint32_t*>(input), reinterpret_cast<uint16_t*>(output));
+  return launch(kernel, Grid{1, 32}, stream, reinterpret_cast<const uint32_t*>(input),
+                reinterpret_cast<uint16_t*>(output));
 }
 
 struct Barriers {
@@ -149,11 +150,16 @@ const char* run_tensor_load(const VectorOptions& options, const char* input, int
   if (const char* error = run_tensor(options, input, copy)) return error;
   const Grid grid{1, 32, static_cast<size_t>(copy.bytes + copy.shift)};
   switch (options.values[1]) {
-    case 1: return launch(tensor_load_kernel<1>, grid, stream, copy, output);
-    case 2: return launch(tensor_load_kernel<2>, grid, stream, copy, output);
-    case 3: return launch(tensor_load_kernel<3>, grid, stream, copy, output);
-    case 4: return launch(tensor_load_kernel<4>, grid, stream, copy, output);
-    default: return launch(tensor_load_kernel<5>, grid, stream, copy, output);
+    case 1:
+      return launch(tensor_load_kernel<1>, grid, stream, copy, output);
+    case 2:
+      return launch(tensor_load_kernel<2>, grid, stream, copy, output);
+    case 3:
+      return launch(tensor_load_kernel<3>, grid, stream, copy, output);
+    case 4:
+      return launch(tensor_load_kernel<4>, grid, stream, copy, output);
+    default:
+      return launch(tensor_load_kernel<5>, grid, stream, copy, output);
   }
 }
 
@@ -162,11 +168,16 @@ const char* run_tensor_store(const VectorOptions& options, const char* input, in
   if (const char* error = run_tensor(options, output, copy)) return error;
   const Grid grid{1, 32, static_cast<size_t>(copy.bytes + copy.shift)};
   switch (options.values[1]) {
-    case 1: return launch(tensor_store_kernel<1>, grid, stream, copy, input);
-    case 2: return launch(tensor_store_kernel<2>, grid, stream, copy, input);
-    case 3: return launch(tensor_store_kernel<3>, grid, stream, copy, input);
-    case 4: return launch(tensor_store_kernel<4>, grid, stream, copy, input);
-    default: return launch(tensor_store_kernel<5>, grid, stream, copy, input);
+    case 1:
+      return launch(tensor_store_kernel<1>, grid, stream, copy, input);
+    case 2:
+      return launch(tensor_store_kernel<2>, grid, stream, copy, input);
+    case 3:
+      return launch(tensor_store_kernel<3>, grid, stream, copy, input);
+    case 4:
+      return launch(tensor_store_kernel<4>, grid, stream, copy, input);
+    default:
+      return launch(tensor_store_kernel<5>, grid, stream, copy, input);
   }
 }
 
@@ -200,23 +211,29 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const WgmmaTest test) {
     if constexpr (a_in_registers) {
       uint32_t a[4];
       for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t*>(test.a)[(4 * step + i) * 128 + thread];
+      keep_in_place(a);
+      keep_in_place(d);
       wgmma_fence();
       wgmma<T, b_major>(d, a, b, accumulate);
       wgmma_commit();
       wgmma_wait<0>();
+      keep_in_place(d);
     } else {
+      keep_in_place(d);
       wgmma_fence();
       wgmma<T, a_major, b_major>(d, advance(encode(a_tile), static_cast<uint32_t>(step * test.a_step)), b, accumulate);
       wgmma_commit();
     }
   }
   wgmma_wait<0>();
+  keep_in_place(d);
 #pragma unroll
   for (int i = 0; i < n / 2; ++i) test.output[128 * i + thread] = d[i];
 }
 
 template <class T, int n>
-const char* launch_wgmma(const WgmmaTest& test, bool a_in_registers, bool a_mn, bool b_mn, const Grid& grid, Stream stream) {
+const char* launch_wgmma(const WgmmaTest& test, bool a_in_registers, bool a_mn, bool b_mn, const Grid& grid,
+                         Stream stream) {
   constexpr Major k = Major::k, mn = Major::mn;
   const auto kernel = a_in_registers ? (b_mn ? wgmma_kernel<T, n, k, mn, true> : wgmma_kernel<T, n, k, k, true>)
                       : a_mn         ? (b_mn ? wgmma_kernel<T, n, mn, mn, false> : wgmma_kernel<T, n, mn, k, false>)
@@ -307,11 +324,13 @@ __global__ void __launch_bounds__(256, 1) pipelined_gemm_kernel(const __grid_con
       const uint64_t a = encode(tile);
       tile.address += kTileBytes;
       const uint64_t b = encode(tile);
+      keep_in_place(d);
       wgmma_fence();
 #pragma unroll
       for (uint32_t k = 0; k < 4; ++k) wgmma<bf16>(d, advance(a, 32 * k), advance(b, 32 * k), true);
       wgmma_commit();
       wgmma_wait<0>();
+      keep_in_place(d);
       if (thread % 32 == 0) mbarrier_arrive(&barriers.empty[stage]);
     }
     const int lane = thread % 32, warp = thread / 32 - 4;
