@@ -332,7 +332,7 @@ void mbarrier_arrive(uint64_t* address, uint32_t bytes) {
   for (int i = 0; i < kClocks; ++i) mbarrier.seen[i] = std::max(mbarrier.seen[i], clock.seen[i]);
   uint32_t& own = mbarrier.seen[current->warp()];
   own = std::max(own, clock.now);
-  ++clock.now;
+  released(*current);
   complete_phase(mbarrier);
 }
 

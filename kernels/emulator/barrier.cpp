@@ -61,6 +61,13 @@ Barrier& barrier_of(int number) {
 
 }  // namespace
 
+void released(Thread& thread) {
+  const uint32_t newer = thread.clock.now + 1;
+  const auto& threads = thread.block->threads;
+  const size_t first = static_cast<size_t>(thread.warp()) * 32, end = std::min(first + 32, threads.size());
+  for (size_t i = first; i < end; ++i) threads[i]->clock.now = std::max(threads[i]->clock.now, newer);
+}
+
 void wait_barrier(int number, int expected, Site site, const char* what) {
   Thread* self = current;
   Barrier& barrier = barrier_of(number);
@@ -79,7 +86,7 @@ void arrive_barrier(int number, int expected, Site site) {
   Thread* self = current;
   Barrier& barrier = barrier_of(number);
   arrive(barrier, expected, site, "barrier.arrive");
-  ++self->clock.now;
+  released(*self);
   complete(*self->block, barrier);
 }
 

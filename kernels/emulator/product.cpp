@@ -226,7 +226,7 @@ void product_issue(const ProductShape& shape, float* d, const uint32_t* a_regist
     const uint32_t seen = self.clock.seen[i];
     product.known[i] = std::min(product.known[i], i == self.warp() ? std::max(seen, self.clock.now) : seen);
   }
-  ++self.clock.now;
+  released(self);
   if (++product.arrived < kGroupThreads) return;
   begin(block, product, from);
   for (Thread* thread : group.waiting) wake(thread);

@@ -140,6 +140,9 @@ extern Thread* current;  // null while the host runs
 // How many clocks can have advanced: without mbarriers and products only those of warps.
 inline int clocks_in_use(const Block& block) { return block.async ? kClocks : kMaxWarps; }
 
+// The thread has published what it knows, for its whole warp: what any lane does from now on is newer.
+void released(Thread& thread);
+
 void wake(Thread* thread);
 // Whether an access by `actor` at `time` happened before what `thread` does now.
 bool happened_before(const Thread& thread, Actor actor, uint32_t time);

@@ -22,8 +22,8 @@ FOLDER = Path(__file__).resolve().parent / "golden"
 SOURCE = "tests/emulator/vectors.cu"
 
 
-def compile_vectors(architecture: str, target: Path, *flags: str) -> None:
-    """nvcc's version of vectors.cu for an architecture such as "80" or "90a"."""
+def compile_vectors(architecture: str, target: Path, *flags: str) -> str:
+    """Writes nvcc's version of vectors.cu for an architecture such as "80" or "90a"; returns what it said."""
     define = ["-DPYKERN_VECTORS_SM90"] if architecture == "90a" else []
     command = [
         "nvcc", "-std=c++17", "-O3", "-I.", *define, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
@@ -32,6 +32,7 @@ def compile_vectors(architecture: str, target: Path, *flags: str) -> None:
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed:\n{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def load_vectors(folder: Path, architecture: str) -> ctypes.CDLL:

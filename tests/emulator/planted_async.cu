@@ -51,7 +51,8 @@ enum class BulkBug {
   no_empty_wait,
   no_init_fence,
   no_store_fence,
-  no_store_wait
+  no_store_wait,
+  early_arrival
 };
 
 // output = 2 input: thread 0 has chunks copied, two stages deep; the second warp doubles them and stores.
@@ -65,7 +66,7 @@ __global__ void bulk_ring(const float* input, int64_t size, float* output) {
   if (thread == 0) {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&signals.full[i], 1);
-      mbarrier_init(&signals.empty[i], 32);
+      mbarrier_init(&signals.empty[i], bug == BulkBug::too_few_arrivals ? 2 : 1);
     }
     if (bug != BulkBug::no_init_fence) fence_mbarrier_init();
   }
@@ -89,7 +90,8 @@ __global__ void bulk_ring(const float* input, int64_t size, float* output) {
         mbarrier_wait(&signals.full[stage], parity);
       }
       for (int i = lane; i < kChunk; i += 32) results[i] = 2 * ring.values[stage][i];
-      if (bug != BulkBug::too_few_arrivals || lane > 0) mbarrier_arrive(&signals.empty[stage]);
+      if (bug != BulkBug::early_arrival) __syncwarp();
+      if (lane == 0) mbarrier_arrive(&signals.empty[stage]);
       if (bug != BulkBug::no_store_fence) fence_proxy_async();
       __syncwarp();
       if (lane == 0) {
@@ -192,6 +194,7 @@ const Planted* planted_async_kernels() {
       {"bulk_wait_without_result", run_bulk_ring<BulkBug::ignored_result>},
       {"bulk_expects_too_much", run_bulk_ring<BulkBug::too_many_bytes>},
       {"bulk_arrival_missing", run_bulk_ring<BulkBug::too_few_arrivals>},
+      {"bulk_arrival_too_early", run_bulk_ring<BulkBug::early_arrival>},
       {"bulk_over_what_is_read", run_bulk_ring<BulkBug::no_empty_wait>},
       {"bulk_mbarrier_unknown", run_bulk_ring<BulkBug::no_init_fence>},
       {"bulk_store_without_fence", run_bulk_ring<BulkBug::no_store_fence>},

@@ -208,6 +208,7 @@ def simple_cases():
         data = generator("load_once").integers(0, 1 << 16, 256, dtype=np.uint16)
         yield Case(f"load_once_{prefetch}", "load_once", [prefetch], raw(data), data)
 
+    yield Case("poll", "poll", [], np.zeros(16, np.uint8), np.array([0, 1, 1], np.uint32), sm90=True)
     data = generator("bulk").integers(0, 1 << 31, (5, 256), dtype=np.uint32)
     for chunks in (1, 2, 5):
         yield Case(f"bulk_{chunks}", "bulk", [], raw(data[:chunks]), data[:chunks] + 1, sm90=True)

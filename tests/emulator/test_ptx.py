@@ -1,5 +1,6 @@
 """The host twins of kernels/ptx against the definitions in ptx_cases.py and against what a GPU was seen to do."""
 
+import re
 import shutil
 import time
 import warnings
@@ -121,5 +122,9 @@ def test_twin_matches_gpu():
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_vectors_compile(architecture, tmp_path):
-    compile_vectors(architecture, tmp_path / "vectors.o", "-c")
+    said = compile_vectors(architecture, tmp_path / "vectors.o", "-c", "-Xptxas=-v")
     assert (tmp_path / "vectors.o").stat().st_size > 0
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
+    assert len(spills) > 10 and not any(spills)
+    # Of products that the compiler would not let overlap, and of setmaxnreg that it leaves out.
+    assert "serialized" not in said and "ignored" not in said

@@ -15,6 +15,13 @@ namespace {
 
 using namespace pykern::ptx;
 
+// Compilers must agree on descriptors: bits 0-13, 16-29, 32-45, 49-51 and 62-63.
+constexpr uint64_t kDescriptor = encode({0x12340, 0x80, 0x400, 5, Swizzle::bytes128});
+static_assert(kDescriptor == 0x400A'0040'0008'1234u, "matrix descriptor");
+static_assert(decode(kDescriptor).address == 0x12340 && decode(kDescriptor).leading == 0x80, "matrix descriptor");
+static_assert(decode(kDescriptor).stride == 0x400 && decode(kDescriptor).base_offset == 5, "matrix descriptor");
+static_assert(decode(kDescriptor).swizzle == Swizzle::bytes128, "matrix descriptor");
+
 template <class T>
 struct Pointers {
   const T* input;

@@ -42,6 +42,24 @@ struct Barriers {
   uint64_t full[3], empty[3];
 };
 
+// A poll that fails because nobody else could make it succeed; then the thread itself does.
+__global__ void poll_kernel(uint32_t* output) {
+  PYKERN_SHARED(Barriers, barriers);
+  uint64_t* mbarrier = &barriers.full[0];
+  mbarrier_init(mbarrier, 2);
+  mbarrier_arrive(mbarrier);
+  output[0] = mbarrier_try_wait(mbarrier, 0);
+  output[1] = mbarrier_try_wait(mbarrier, 1);  // the phase before the first counts as over
+  mbarrier_arrive(mbarrier);
+  mbarrier_wait(mbarrier, 0);
+  output[2] = mbarrier_try_wait(mbarrier, 0);
+  mbarrier_inval(mbarrier);
+}
+
+const char* run_poll(const VectorOptions&, const char*, int64_t, char* output, Stream stream) {
+  return launch(poll_kernel, Grid{1, 1}, stream, reinterpret_cast<uint32_t*>(output));
+}
+
 // output = input + 1 of `chunks` chunks of 1024 bytes, through shared memory, with a bulk store for each.
 __global__ void bulk_kernel(const char* input, int chunks, char* output) {
   PYKERN_DYNAMIC_SHARED(shared);
@@ -362,6 +380,7 @@ const char* run_pipelined_gemm(const VectorOptions& options, const char* input, 
 const Vector* vectors_sm90() {
   static const Vector table[] = {
       {"stmatrix", run_stmatrix},
+      {"poll", run_poll},
       {"bulk", run_bulk},
       {"tensor_load", run_tensor_load},
       {"tensor_store", run_tensor_store},
