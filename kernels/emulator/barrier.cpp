@@ -7,13 +7,14 @@ namespace pykern::emulator {
 namespace {
 
 void merge(uint32_t* seen, const Thread& thread) {
-  for (int warp = 0; warp < kMaxWarps; ++warp) seen[warp] = std::max(seen[warp], thread.clock.seen[warp]);
+  const int clocks = clocks_in_use(*thread.block);
+  for (int i = 0; i < clocks; ++i) seen[i] = std::max(seen[i], thread.clock.seen[i]);
   seen[thread.warp()] = std::max(seen[thread.warp()], thread.clock.now);
 }
 
 // The thread has synchronised with all that `seen` tells of; what it does next is newer.
 void advance(Thread& thread, const uint32_t* seen) {
-  std::copy(seen, seen + kMaxWarps, thread.clock.seen);
+  std::copy(seen, seen + clocks_in_use(*thread.block), thread.clock.seen);
   thread.clock.now = seen[thread.warp()] + 1;
 }
 
@@ -23,7 +24,7 @@ void arrive(Barrier& barrier, int expected, Site site, const char* what) {
     barrier.expected = expected;
     barrier.for_all = for_all;
     barrier.site = site;
-    std::fill(barrier.seen, barrier.seen + kMaxWarps, 0u);
+    std::fill(barrier.seen, barrier.seen + kClocks, 0u);
   } else if (barrier.for_all != for_all || barrier.expected != expected) {
     fail(text("threads expect %d and %d others at one barrier", barrier.expected, expected));
   } else if (for_all && barrier.site.line != site.line) {
@@ -53,11 +54,23 @@ void complete(Block& block, Barrier& barrier) {
   barrier.arrived = 0;
 }
 
+Barrier& barrier_of(int number) {
+  if (number < 0 || number >= kBarriers) fail(text("barrier %d: a block has %d", number, kBarriers));
+  return current->block->barriers[number];
+}
+
 }  // namespace
+
+void released(Thread& thread) {
+  const uint32_t newer = thread.clock.now + 1;
+  const auto& threads = thread.block->threads;
+  const size_t first = static_cast<size_t>(thread.warp()) * 32, end = std::min(first + 32, threads.size());
+  for (size_t i = first; i < end; ++i) threads[i]->clock.now = std::max(threads[i]->clock.now, newer);
+}
 
 void wait_barrier(int number, int expected, Site site, const char* what) {
   Thread* self = current;
-  Barrier& barrier = self->block->barriers[number];
+  Barrier& barrier = barrier_of(number);
   if (expected % 32) fail(text("a barrier for %d threads: expected a multiple of the warp size", expected));
   arrive(barrier, expected, site, what);
   barrier.waiting.push_back(self);
@@ -71,9 +84,9 @@ void wait_barrier(int number, int expected, Site site, const char* what) {
 
 void arrive_barrier(int number, int expected, Site site) {
   Thread* self = current;
-  Barrier& barrier = self->block->barriers[number];
+  Barrier& barrier = barrier_of(number);
   arrive(barrier, expected, site, "barrier.arrive");
-  ++self->clock.now;
+  released(*self);
   complete(*self->block, barrier);
 }
 
@@ -112,15 +125,17 @@ void complete_meetings(Block& block, int warp) {
       meeting.combine(meeting.brought, meeting.arrived, meeting.context);
       current = self;
     }
-    uint32_t seen[kMaxWarps] = {};
-    for (int lane = 0; lane < 32 && meeting.orders_memory; ++lane) {
-      if (meeting.arrived >> lane & 1) merge(seen, *block.threads[warp * 32 + lane]);
+    if (meeting.orders_memory) {
+      uint32_t seen[kClocks] = {};
+      for (int lane = 0; lane < 32; ++lane) {
+        if (meeting.arrived >> lane & 1) merge(seen, *block.threads[warp * 32 + lane]);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        if (meeting.arrived >> lane & 1) advance(*block.threads[warp * 32 + lane], seen);
+      }
     }
     for (int lane = 0; lane < 32; ++lane) {
-      if (!(meeting.arrived >> lane & 1)) continue;
-      Thread* thread = block.threads[warp * 32 + lane];
-      if (meeting.orders_memory) advance(*thread, seen);
-      wake(thread);
+      if (meeting.arrived >> lane & 1) wake(block.threads[warp * 32 + lane]);
     }
     meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(i));
     ++machine.events;

@@ -100,6 +100,8 @@ void Fiber::prepare(void (*entry)(void*), void* argument) {
     if (memory == MAP_FAILED) std::abort();
     mprotect(memory, page(), PROT_NONE);
     stack_ = static_cast<char*>(memory) + page();
+    static size_t made = 0;
+    colour_ = made++ % 32 * 448;
   }
 #if defined(__SANITIZE_ADDRESS__)
   // A kernel that was given up in the middle leaves its variables marked.
@@ -108,7 +110,8 @@ void Fiber::prepare(void (*entry)(void*), void* argument) {
   entry_ = entry;
   argument_ = argument;
   fiber_fake_stack_ = nullptr;
-  auto* top = reinterpret_cast<uintptr_t*>((reinterpret_cast<uintptr_t>(stack_) + kStackBytes) & ~uintptr_t{63});
+  const uintptr_t end = reinterpret_cast<uintptr_t>(stack_) + kStackBytes - colour_;
+  auto* top = reinterpret_cast<uintptr_t*>(end & ~uintptr_t{63});
 #if defined(__x86_64__)
   // As after a call: the stack pointer is 8 below a multiple of 16 when the first instruction runs.
   *--top = 0;

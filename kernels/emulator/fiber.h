@@ -32,6 +32,8 @@ class Fiber {
   static void first_step();
 
   void* stack_ = nullptr;           // above the guard page
+  // Left free at the top: stacks at equal offsets in their pages would share few lines of the cache.
+  size_t colour_ = 0;
   void* stack_pointer_ = nullptr;   // while suspended
   void* scheduler_pointer_ = nullptr;
   void (*entry_)(void*) = nullptr;

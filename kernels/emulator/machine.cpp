@@ -6,8 +6,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "kernels/emulator/async_state.h"
 #include "kernels/emulator/memory.h"
-#include "kernels/emulator/state.h"
 
 namespace pykern::emulator {
 
@@ -21,6 +21,8 @@ constexpr int kResidentBlocks = 4;
 // Rounds in which threads do nothing but spin before that counts as a hang.
 constexpr int64_t kIdleRounds = 20000;
 constexpr size_t kMaxShared = 227 * 1024, kMaxStaticShared = 48 * 1024;
+// Where dynamic shared memory begins in the window of shared memory; static objects follow it.
+constexpr uint32_t kWindowBegin = 1024;
 
 std::vector<Order> chosen_orders = {{Order::forward, 0}, {Order::reverse, 0}, {Order::random, 1}};
 std::vector<std::unique_ptr<Thread>> idle_threads;
@@ -41,16 +43,22 @@ Thread* take_thread() {
   return thread;
 }
 
+char* shared_memory(size_t alignment, size_t bytes) {
+  void* memory = nullptr;
+  const size_t allocated = std::max<size_t>(bytes + kNearBytes, 1);
+  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), allocated)) std::abort();
+  poison(memory, bytes);
+  return static_cast<char*>(memory);
+}
+
 void start_block(int64_t number) {
   auto block = std::make_unique<Block>();
   const Dim3 &grid = machine.grid, &size = machine.block;
   block->number = number;
   block->index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                   static_cast<unsigned>(number / grid.x / grid.y)};
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 1024, std::max<size_t>(machine.dynamic_bytes + kNearBytes, 1))) std::abort();
-  poison(memory, machine.dynamic_bytes);
-  block->shared.push_back({nullptr, static_cast<char*>(memory), machine.dynamic_bytes, nullptr});
+  const size_t bytes = machine.dynamic_bytes;
+  block->shared.push_back({nullptr, shared_memory(1024, bytes), bytes, nullptr, kWindowBegin});
 #ifdef PYKERN_EMULATOR_CHECKED
   block->shared[0].cells = std::make_unique<Cell[]>(machine.dynamic_bytes);
 #endif
@@ -61,8 +69,11 @@ void start_block(int64_t number) {
     const unsigned n = static_cast<unsigned>(i);
     thread->block = block.get();
     thread->number = i;
+    thread->rank = number * kMaxThreads + i;
     thread->index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
     thread->clock = Clock{};
+    thread->async.reset();
+    thread->mbarrier = nullptr;
     thread->fiber.prepare(&run_thread, thread);
     block->threads.push_back(thread);
     wake(thread);
@@ -85,6 +96,7 @@ std::string waiting_report() {
       const std::string place =
           thread->state == Thread::ready
               ? std::string("spin")
+              : thread->mbarrier ? describe_poll(*thread)
               : thread->barrier > 0 ? text("wait at barrier %d (%s:%d)", thread->barrier, thread->site.file, thread->site.line)
               : thread->barrier == 0
                   ? text("wait at %s (%s:%d)", thread->what, thread->site.file, thread->site.line)
@@ -107,10 +119,26 @@ std::string waiting_report() {
 }
 
 void order_ready(std::vector<Thread*>& threads) {
-  const auto rank = [](const Thread* thread) { return thread->block->number * kMaxThreads + thread->number; };
-  std::sort(threads.begin(), threads.end(), [&](const Thread* a, const Thread* b) { return rank(a) < rank(b); });
+  const auto before = [](const Thread* a, const Thread* b) { return a->rank < b->rank; };
+  // One warp that has met comes in order.
+  if (!std::is_sorted(threads.begin(), threads.end(), before)) std::sort(threads.begin(), threads.end(), before);
   if (machine.order.kind == Order::reverse) std::reverse(threads.begin(), threads.end());
   if (machine.order.kind == Order::random) std::shuffle(threads.begin(), threads.end(), machine.random);
+}
+
+// No thread is ready, or they only spin: lets copies land, and when there are none, polls of mbarriers fail, once.
+bool go_on_without_threads() {
+  bool landed = false;
+  for (auto& block : machine.resident) landed = land_one(*block) || landed;
+  if (landed) return true;
+  if (machine.events == machine.events_at_retry) return false;
+  machine.events_at_retry = machine.events;
+  bool retried = false;
+  for (auto& block : machine.resident) {
+    retried = retried || has_polls(*block);
+    retry_polls(*block);
+  }
+  return retried;
 }
 
 void retire(std::unique_ptr<Block>& block) {
@@ -126,15 +154,18 @@ void run_grid() {
   if (machine.order.kind == Order::random) std::shuffle(waiting.begin(), waiting.end(), machine.random);
 
   int64_t idle = 0;
+  std::vector<Thread*> round;
+  machine.events_at_retry = -1;
   while (machine.error.empty()) {
     while (!waiting.empty() && machine.resident.size() < kResidentBlocks) {
       start_block(waiting.back());
       waiting.pop_back();
     }
     if (machine.resident.empty()) break;
-    std::vector<Thread*> round;
+    round.clear();
     round.swap(machine.ready);
     if (round.empty()) {
+      if (go_on_without_threads()) continue;
       machine.error = "hang: no thread can go on" + waiting_report();
       break;
     }
@@ -148,11 +179,15 @@ void run_grid() {
       if (!machine.error.empty()) break;
     }
     idle = machine.events == before ? idle + 1 : 0;
+    if (idle % 8 == 7) go_on_without_threads();
+    for (auto& block : machine.resident) maybe_land(*block);
     if (idle > kIdleRounds && machine.error.empty()) {
       machine.error = "hang: threads spin and nothing changes" + waiting_report();
     }
     for (auto& block : machine.resident) {
-      if (block->live == 0) retire(block);
+      if (block->live > 0) continue;
+      if (machine.error.empty()) machine.error = finish_async(*block);
+      retire(block);
     }
     machine.resident.erase(std::remove(machine.resident.begin(), machine.resident.end(), nullptr), machine.resident.end());
   }
@@ -214,6 +249,7 @@ std::string check_limits(const Dim3& grid, const Dim3& block, size_t dynamic_sha
 
 }  // namespace
 
+Block::Block() = default;
 Block::~Block() {
   for (SharedObject& object : shared) std::free(object.memory);
 }
@@ -291,10 +327,10 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
   if (total + machine.dynamic_bytes > kMaxShared) {
     fail(text("%zu bytes of shared memory exceed the limit %zu", total + machine.dynamic_bytes, kMaxShared));
   }
-  void* memory = nullptr;
-  if (posix_memalign(&memory, std::max<size_t>(alignment, sizeof(void*)), bytes + kNearBytes)) std::abort();
-  poison(memory, bytes);
-  block.shared.push_back({site, static_cast<char*>(memory), bytes, nullptr});
+  char* memory = shared_memory(alignment, bytes);
+  const SharedObject& last = block.shared.back();
+  const auto step = static_cast<uint32_t>(alignment), free = last.window + static_cast<uint32_t>(last.bytes) + step - 1;
+  block.shared.push_back({site, memory, bytes, nullptr, free / step * step});
 #ifdef PYKERN_EMULATOR_CHECKED
   block.shared.back().cells = std::make_unique<Cell[]>(bytes);
 #endif

@@ -85,10 +85,6 @@ void maybe_yield();
 enum class AccessKind { read, write, atomic };
 void check_access(const void* address, size_t bytes, AccessKind kind, const void* return_address);
 
-// Shared memory that an asynchronous copy fills: holds the poison until the copy has landed, and any access
-// before that is reported.
-void begin_async(void* shared, size_t bytes);
-void land_async(void* shared, size_t bytes);
 bool in_shared(const void* address, size_t bytes);
 
 }  // namespace pykern::emulator

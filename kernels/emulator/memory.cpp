@@ -53,20 +53,24 @@ const char* verb(AccessKind kind) {
   return kind == AccessKind::read ? "read" : kind == AccessKind::write ? "write" : "atomic";
 }
 
-// Whether an access by `thread` (number + 1; 0: none) at `time` happened before what runs now.
-bool happened_before(uint16_t thread, uint32_t time) {
-  if (thread == 0 || thread == current->number + 1) return true;
-  return current->clock.seen[(thread - 1) / 32] >= time;
-}
-
-[[noreturn]] void report_race(const SharedObject& object, size_t offset, AccessKind kind, const char* earlier, int other,
-                              const void* return_address) {
-  fail(text("race in shared memory: %s of byte %zu of %zu, after a %s by thread %d with no barrier between", verb(kind),
-            offset, object.bytes, earlier, other - 1),
+[[noreturn]] void report_race(const SharedObject& object, size_t offset, AccessKind kind, const char* earlier,
+                              Actor other, const void* return_address) {
+  fail(text("race in shared memory: %s of byte %zu of %zu, after a %s by %s with no barrier between", verb(kind),
+            offset, object.bytes, earlier, actor_name(other).c_str()),
        return_address);
 }
 
 }  // namespace
+
+bool happened_before(const Thread& thread, Actor actor, uint32_t time) {
+  return actor == 0 || actor == thread.actor() || thread.clock.seen[clock_of(actor)] >= time;
+}
+
+std::string actor_name(Actor actor) {
+  if (actor < kFirstMbarrier) return text("thread %d", actor - 1);
+  if (actor < kFirstWarpgroup) return "a bulk copy whose mbarrier was not waited for";
+  return text("wgmma of warpgroup %d", actor - kFirstWarpgroup);
+}
 
 void announce(void* memory, int64_t bytes, Access access) {
   if (bytes > 0) buffers.push_back({static_cast<char*>(memory), static_cast<char*>(memory) + bytes, access});
@@ -147,19 +151,27 @@ void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind 
     fail(text("%s of %zu bytes at byte %zu of a shared object of %zu bytes", verb(kind), bytes, offset, object.bytes),
          return_address);
   }
-  const auto self = static_cast<uint16_t>(current->number + 1);
+  const Thread& thread = *current;
+  const Actor self = thread.actor();
   const uint32_t now = current->clock.now;
   for (size_t i = offset; i < offset + bytes; ++i) {
     Cell& cell = object.cells[i];
     if (cell.filling) {
       fail(text("%s of byte %zu of a shared object that an asynchronous copy has not filled yet", verb(kind), i), return_address);
     }
+    if (cell.opaque) {
+      fail(text("%s of byte %zu of a shared object, part of an mbarrier", verb(kind), i), return_address);
+    }
+    if (cell.reading && kind != AccessKind::read) {
+      fail(text("%s of byte %zu of a shared object that a copy or a wgmma under way still reads", verb(kind), i),
+           return_address);
+    }
     const bool both_atomic = kind == AccessKind::atomic && cell.atomic;
-    if (!both_atomic && !happened_before(cell.writer, cell.write_time)) {
+    if (!both_atomic && !happened_before(thread, cell.writer, cell.write_time)) {
       report_race(object, i, kind, cell.atomic ? "atomic" : "write", cell.writer, return_address);
     }
     if (kind == AccessKind::read) {
-      if (cell.reader == self || happened_before(cell.reader, cell.read_time)) {
+      if (cell.reader == self || happened_before(thread, cell.reader, cell.read_time)) {
         cell.reader = self;
         cell.read_time = now;
       } else {
@@ -168,8 +180,10 @@ void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind 
       }
       continue;
     }
-    if (!happened_before(cell.reader, cell.read_time)) report_race(object, i, kind, "read", cell.reader, return_address);
-    if (!happened_before(cell.other_reader, cell.other_read_time)) {
+    if (!happened_before(thread, cell.reader, cell.read_time)) {
+      report_race(object, i, kind, "read", cell.reader, return_address);
+    }
+    if (!happened_before(thread, cell.other_reader, cell.other_read_time)) {
       report_race(object, i, kind, "read", cell.other_reader, return_address);
     }
     cell.writer = self;
@@ -203,31 +217,6 @@ void check_access(const void* address, size_t bytes, AccessKind kind, const void
     }
   }
   fail(describe_global(address, bytes, write), return_address);
-#endif
-}
-
-void begin_async(void* shared, size_t bytes) {
-#ifdef PYKERN_EMULATOR_CHECKED
-  check_access(shared, bytes, AccessKind::write, __builtin_return_address(0));
-  SharedObject* object = shared_object(*current->block, shared);
-  const size_t offset = static_cast<size_t>(static_cast<char*>(shared) - object->memory);
-  for (size_t i = offset; i < offset + bytes; ++i) object->cells[i].filling = true;
-#endif
-  poison(shared, bytes);
-}
-
-void land_async(void* shared, size_t bytes) {
-#ifdef PYKERN_EMULATOR_CHECKED
-  SharedObject* object = shared_object(*current->block, shared);
-  const size_t offset = static_cast<size_t>(static_cast<char*>(shared) - object->memory);
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    object->cells[i].filling = false;
-    object->cells[i].writer = static_cast<uint16_t>(current->number + 1);
-    object->cells[i].write_time = current->clock.now;
-  }
-#else
-  (void)shared;
-  (void)bytes;
 #endif
 }
 

@@ -11,21 +11,36 @@
 namespace pykern::emulator {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32, kBarriers = 16;
+constexpr int kMaxMbarriers = 64, kMaxWarpgroups = kMaxWarps / 4;
 
-// What a thread knows of the others: everything that warp w did up to time seen[w] happened before. Times
-// advance when threads synchronise; accesses carry the time at which they were made.
+// Who accesses shared memory, as a number: 0 nobody; 1 + n thread n of the block; then the copies that report to
+// mbarrier n; then the matrix products of warpgroup n.
+using Actor = uint16_t;
+constexpr Actor kFirstMbarrier = 1 + kMaxThreads, kFirstWarpgroup = kFirstMbarrier + kMaxMbarriers;
+// Clocks: one for each warp, each mbarrier, each warpgroup's products.
+constexpr int kClocks = kMaxWarps + kMaxMbarriers + kMaxWarpgroups;
+constexpr int clock_of(Actor actor) {
+  return actor < kFirstMbarrier ? (actor - 1) / 32 : kMaxWarps + actor - kFirstMbarrier;
+}
+
+// What a thread knows of the others: everything that warp w did up to time seen[w] happened before, and so for
+// mbarriers (time: phases completed) and products. Times advance when threads synchronise; accesses carry the time
+// at which they were made.
 struct Clock {
   uint32_t now = 1;
-  uint32_t seen[kMaxWarps] = {};
+  uint32_t seen[kClocks] = {};
 };
 
 struct Block;
+struct AsyncThread;  // async_state.h
+struct AsyncBlock;
 
 struct Thread {
   enum State { ready, waiting, done };
   Fiber fiber;
   Block* block = nullptr;
-  int number = 0;  // in its block
+  int number = 0;    // in its block
+  int64_t rank = 0;  // in the grid
   Index3 index{};
   State state = done;
   // While waiting: at what, where, and with which mask or barrier.
@@ -33,7 +48,12 @@ struct Thread {
   Site site{};
   unsigned mask = 0;
   int barrier = -1;
+  const void* mbarrier = nullptr;  // that it polls
   Clock clock;
+  std::unique_ptr<AsyncThread> async;  // made when first needed
+  Thread();
+  ~Thread();
+  Actor actor() const { return static_cast<Actor>(number + 1); }
   int warp() const { return number / 32; }
   int lane() const { return number % 32; }
 };
@@ -42,7 +62,7 @@ struct Barrier {
   int expected = 0, arrived = 0;
   bool for_all = false;  // expects every thread that has not exited
   Site site{};
-  uint32_t seen[kMaxWarps] = {};
+  uint32_t seen[kClocks] = {};
   std::vector<Thread*> waiting;
 };
 
@@ -59,8 +79,11 @@ struct Meeting {
 
 // The last accesses of one byte of shared memory.
 struct Cell {
-  uint16_t writer = 0, reader = 0, other_reader = 0;  // thread number + 1; 0: none
-  bool atomic = false, filling = false;
+  Actor writer = 0, reader = 0, other_reader = 0;
+  bool atomic = false;
+  bool filling = false;  // a copy is on its way here
+  bool opaque = false;   // part of an mbarrier
+  uint16_t reading = 0;  // copies and products under way that read this
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
 };
 
@@ -77,6 +100,7 @@ struct SharedObject {
   char* memory;
   size_t bytes;
   std::unique_ptr<Cell[]> cells;  // in the checked build
+  uint32_t window = 0;            // its address in the block's window of shared memory
 };
 
 struct Block {
@@ -89,7 +113,9 @@ struct Block {
   std::vector<SharedObject> shared;  // the first is the dynamic one
   int64_t votes = 0, vote_result = 0;
   bool vote_all = true;
+  std::unique_ptr<AsyncBlock> async;  // made when first needed
 
+  Block();
   ~Block();
 };
 
@@ -104,13 +130,23 @@ struct Machine {
   std::string error;
   const void* error_address = nullptr;
   int64_t events = 0;  // anything that may let a waiting thread go on
+  int64_t events_at_retry = -1;  // when polls were last told to try again
   Counters counters;
 };
 
 extern Machine machine;
 extern Thread* current;  // null while the host runs
 
+// How many clocks can have advanced: without mbarriers and products only those of warps.
+inline int clocks_in_use(const Block& block) { return block.async ? kClocks : kMaxWarps; }
+
+// The thread has published what it knows, for its whole warp: what any lane does from now on is newer.
+void released(Thread& thread);
+
 void wake(Thread* thread);
+// Whether an access by `actor` at `time` happened before what `thread` does now.
+bool happened_before(const Thread& thread, Actor actor, uint32_t time);
+std::string actor_name(Actor actor);
 // After a thread has exited: those that waited for it may go on.
 void thread_exited(Thread* thread);
 void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind kind, const void* return_address);

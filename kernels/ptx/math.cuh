@@ -20,6 +20,42 @@ __device__ __forceinline__ float fast_exp2(float value) {
 #endif
 }
 
+// log2 by the same unit: absolute error 2^-22 between 0.5 and 2, relative elsewhere; a subnormal operand is 0.
+__device__ __forceinline__ float fast_log2(float value) {
+#if defined(__CUDACC__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return log2f(fabsf(value) < 1.17549435e-38f ? 0.0f : value);
+#endif
+}
+
+// Relative error 2^-11; on the emulator as many bits are kept, so that nobody counts on more.
+__device__ __forceinline__ float fast_tanh(float value) {
+#if defined(__CUDACC__)
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  const float result = tanhf(value);
+  return result != result ? result : __uint_as_float((__float_as_uint(result) + 0x800u) & ~0xfffu);
+#endif
+}
+
+// The nearest tf32, ties away from zero, as the bits of a float that mma reads without loss.
+__device__ __forceinline__ uint32_t round_tf32(float value) {
+#if defined(__CUDACC__)
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+#else
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) >= 0x7f800000u) return value != value ? 0x7fffffffu : bits;
+  return (bits + 0x1000u) & ~0x1fffu;
+#endif
+}
+
 // --- the larger of two; a NaN loses against a number -------------------------------------------------------
 
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }

@@ -11,7 +11,8 @@ struct Planted {
   const char* (*run)(bool buggy, const float* input, int64_t size, float* output);
 };
 
-// Ends with an entry without a name.
+// Each ends with an entry without a name.
 const Planted* planted_kernels();
+const Planted* planted_async_kernels();
 
 }  // namespace pykern::emulator

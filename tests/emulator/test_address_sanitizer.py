@@ -37,6 +37,17 @@ def test_every_kernel():
     assert done.stdout.count("ok ") > 50
 
 
+def test_every_vector():
+    script = (
+        "from tests.support import emulator\n"
+        "from tests.emulator.ptx_cases import all_cases\n"
+        "for case in all_cases().values():\n"
+        "    case.compare(emulator().run_vector(case.kernel, case.options, case.data, case.expected.nbytes))\n"
+    )
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.parametrize(
     "name, size, report",
     [("global_tail", 257, "heap-buffer-overflow"), ("shared_tail", 256, "heap-buffer-overflow")],
