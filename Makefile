@@ -38,14 +38,14 @@ test-peers: build $(PEERS)/.ready
 bench: build
 	$(PY) -m pykern bench $(ARGS)
 
+NVCC = $(firstword $(shell command -v $${CUDACXX:-nvcc}) $(wildcard /usr/local/cuda/bin/nvcc))
 # One without CUDA kernels, and where there is an nvcc, one with them for every architecture.
-WHEEL = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYKERN_LOCAL_VERSION=1 PYKERN_BUILD_FOLDER=build/wheel $(PY) -m pip wheel
-WHEEL += --quiet --no-build-isolation --no-deps --wheel-dir dist .
+MAKE_WHEEL = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYKERN_LOCAL_VERSION=1 PYKERN_BUILD_FOLDER=build/wheel $(PY) -m pip wheel
+MAKE_WHEEL += --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 wheel: $(VENV)/.ready
-	PYKERN_CUDA=0 $(WHEEL)
-	@command -v $${CUDACXX:-nvcc} >/dev/null || echo "pykern: no CUDA compiler (nvcc) was found; the CPU wheel alone is made"
-	@! command -v $${CUDACXX:-nvcc} >/dev/null || PYKERN_CUDA=1 PYKERN_CUDA_ARCHS=$${PYKERN_CUDA_ARCHS:-release} $(WHEEL)
+	PYKERN_CUDA=0 $(MAKE_WHEEL)
+	$(if $(NVCC),PYKERN_CUDA=1 PYKERN_CUDA_ARCHS=$${PYKERN_CUDA_ARCHS:-release} $(MAKE_WHEEL),@echo "pykern: no CUDA compiler (nvcc) was found; the CPU wheel alone is made")
 
 # One run on a machine with a GPU, with the Python, torch and tools that are there: nothing is installed from a network.
 gpu:

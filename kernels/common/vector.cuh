@@ -1,4 +1,4 @@
-// Sixteen bytes at a time between global or shared memory and registers.
+// Sixteen bytes at a time between memory and registers.
 #pragma once
 
 #include "kernels/common/device.h"
@@ -33,6 +33,8 @@ __device__ __forceinline__ Pack<T> load_pack(const T* source) {
 #endif
 }
 
+// To global memory. Intrinsics, since nvcc may take an ordinary store of sixteen bytes apart, element by element,
+// where it can't see that the index is a multiple of the pack.
 template <Reuse reuse = Reuse::keep, class T>
 __device__ __forceinline__ void store_pack(T* target, const Pack<T>& pack) {
 #if defined(__CUDACC__)
@@ -45,7 +47,7 @@ __device__ __forceinline__ void store_pack(T* target, const Pack<T>& pack) {
   if (reuse == Reuse::stream) {
     __stcs(address, both.bits);
   } else {
-    *address = both.bits;
+    __stwb(address, both.bits);
   }
 #else
   emulator::store_vector(target, pack);

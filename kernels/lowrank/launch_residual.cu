@@ -20,7 +20,7 @@ const char* launch_squares(const ResidualParams& params, Stream stream) {
   const int64_t width = kWarpSize * (kPacks ? Pack<T>::kSize : 1), column_blocks = (params.columns + width - 1) / width;
   return launch(column_squares_kernel<T, kPacks>,
                 Grid{blocks_for(column_blocks * square_parts(false, params.rows), 1), dim3(kResidualThreads)}, stream,
-                params, column_blocks);
+                params, static_cast<unsigned>(column_blocks));
 }
 
 template <class T>

@@ -64,13 +64,13 @@ struct ColumnSums {
 // A block adds up kSquareRows rows of some columns: each warp every eighth row, then all warps together.
 template <class T, bool kPacks>
 __global__ void __launch_bounds__(kResidualThreads)
-    column_squares_kernel(ResidualParams params, int64_t column_blocks) {
+    column_squares_kernel(ResidualParams params, unsigned column_blocks) {
   using C = Compute<T>;
   constexpr int kWidth = kPacks ? Pack<T>::kSize : 1, kColumns = kWarpSize * kWidth;
   using Sums = ColumnSums<C, kWidth>;
   PYKERN_SHARED(Sums, shared);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t part = blockIdx.x / column_blocks, column0 = (blockIdx.x - part * column_blocks) * kColumns;
+  const int64_t part = blockIdx.x / column_blocks, column0 = int64_t{blockIdx.x % column_blocks} * kColumns;
   const int64_t column = column0 + lane * kWidth, row0 = part * kSquareRows;
   const int64_t rows = params.rows - row0 < kSquareRows ? params.rows - row0 : kSquareRows;
   C sums[kWidth] = {};

@@ -9,7 +9,7 @@ namespace pykern::lowrank {
 inline Tiling tiling_for(int64_t units) {
   int log_width = 5;
   while (log_width < 8 && (int64_t{1} << log_width) < units) ++log_width;
-  return {log_width, (units + (int64_t{1} << log_width) - 1) >> log_width};
+  return {log_width, static_cast<unsigned>((units + (int64_t{1} << log_width) - 1) >> log_width)};
 }
 
 inline dim3 tiling_blocks(const Tiling& tiling, int64_t rows) {

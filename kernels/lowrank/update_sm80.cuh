@@ -11,10 +11,11 @@ namespace pykern::lowrank {
 constexpr int kUpdateThreads = 256;
 constexpr int kUpdateScalars = 4;  // elements of a thread where sixteen-byte accesses are not possible
 
-// A block is a rectangle of threads, 2^log_width of them along a row; blocks are counted along the rows first.
+// A block is a rectangle of threads, 2^log_width of them along a row; blocks are counted along the rows first. Their
+// number has 32 bits, as a grid's has: a division in 64 would cost more than all the rest of a thread.
 struct Tiling {
   int log_width;
-  int64_t blocks_per_row;
+  unsigned blocks_per_row;
 };
 
 struct Place {
@@ -22,10 +23,10 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place_of_thread(const Tiling& tiling) {
-  const int64_t block_row = blockIdx.x / tiling.blocks_per_row, block = blockIdx.x - block_row * tiling.blocks_per_row;
+  const unsigned block_row = blockIdx.x / tiling.blocks_per_row, block = blockIdx.x - block_row * tiling.blocks_per_row;
   const int width = 1 << tiling.log_width;
-  return {block_row * (kUpdateThreads >> tiling.log_width) + (threadIdx.x >> tiling.log_width),
-          (block << tiling.log_width) + (threadIdx.x & (width - 1))};
+  return {int64_t{block_row} * (kUpdateThreads >> tiling.log_width) + (threadIdx.x >> tiling.log_width),
+          (int64_t{block} << tiling.log_width) + (threadIdx.x & (width - 1))};
 }
 
 template <class T, bool kResidual>

@@ -190,7 +190,7 @@ enum RowState : uint8_t { kLeftOut, kWithoutSignal, kWithSignal };
 struct AdvantageShared {
   unsigned taken;
   Word counts[4];
-  Word below;  // rows of the blocks before this one
+  Word before;  // rows of the blocks before this one
   bool last;
   WarpValues<double> values;
 };
@@ -239,56 +239,61 @@ class GroupAdvantages {
     return p_.baseline == Baseline::length_weighted ? length(row) : 1;
   }
 
-  // Lists the rows of this block, as far as they fit, and counts them and those of the blocks before it.
-  __device__ __forceinline__ void scan(int64_t room) {
-    constexpr int kAtOnce = 8;
-    const int lane = threadIdx.x % kWarpSize;
-    Word below = 0;
-    for (int64_t first = threadIdx.x - lane; first < p_.rows; first += int64_t{blockDim.x} * kAtOnce) {
+  // Lists the rows of this block, as far as they fit, and counts them. Every block looks at all rows, so each
+  // gets no more than a bit of a thread's attention.
+  __device__ __forceinline__ void list_rows(unsigned room) {
+    constexpr unsigned kAtOnce = 8;
+    const unsigned rows = static_cast<unsigned>(p_.rows), threads = blockDim.x;
+    for (unsigned first = threadIdx.x; first < rows; first += threads * kAtOnce) {
       int64_t ids[kAtOnce];
 #pragma unroll
-      for (int turn = 0; turn < kAtOnce; ++turn) {
-        const int64_t row = first + int64_t{blockDim.x} * turn + lane;
-        ids[turn] = row < p_.rows ? p_.ids[row] : 0;
+      for (unsigned turn = 0; turn < kAtOnce; ++turn) {
+        const unsigned row = first + threads * turn;
+        ids[turn] = row < rows ? p_.ids[row] : 0;
       }
+      unsigned found = 0;
 #pragma unroll
-      for (int turn = 0; turn < kAtOnce; ++turn) {
-        const int64_t row = first + int64_t{blockDim.x} * turn + lane;
-        const unsigned owner = row < p_.rows ? block_of(ids[turn], gridDim.x) : gridDim.x;
-        below += owner < blockIdx.x;
-        const unsigned mine = __ballot_sync(kFullWarp, owner == blockIdx.x);
-        if (mine == 0) continue;
-        unsigned place = 0;
-        if (lane == 0) place = atomicAdd(&shared_.taken, static_cast<unsigned>(__popc(mine)));
-        place = __shfl_sync(kFullWarp, place, 0) + __popc(mine & ((1u << lane) - 1));
-        if (owner == blockIdx.x && place < room) {
-          table_.row[place] = row;
-          table_.id[place] = ids[turn];
-        }
+      for (unsigned turn = 0; turn < kAtOnce; ++turn) {
+        const bool mine = first + threads * turn < rows && block_of(ids[turn], gridDim.x) == blockIdx.x;
+        found |= (mine ? 1u : 0u) << turn;
+      }
+      if (found == 0) continue;
+      unsigned place = atomicAdd(&shared_.taken, static_cast<unsigned>(__popc(found)));
+      for (; found != 0 && place < room; found &= found - 1, ++place) {
+        const unsigned row = first + threads * static_cast<unsigned>(__ffs(static_cast<int>(found)) - 1);
+        table_.row[place] = row;
+        table_.id[place] = p_.ids[row];
       }
     }
-    below = warp_reduce(below, Sum{});
-    if (lane == 0 && below > 0) atomicAdd(&shared_.below, below);
+  }
+
+  __device__ __forceinline__ void count_rows_of_blocks_before() {
+    Word before = 0;
+    for (int64_t row = threadIdx.x; row < p_.rows; row += blockDim.x) {
+      before += block_of(p_.ids[row], gridDim.x) < blockIdx.x;
+    }
+    before = warp_reduce(before, Sum{});
+    if (threadIdx.x % kWarpSize == 0 && before > 0) atomicAdd(&shared_.before, before);
   }
 
   __device__ __forceinline__ void take_rows() {
     if (threadIdx.x < 4) shared_.counts[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
       shared_.taken = 0;
-      shared_.below = 0;
+      shared_.before = 0;
     }
     __syncthreads();
-    scan(kSharedGroupRows);
+    list_rows(kSharedGroupRows);
     __syncthreads();
     rows_ = shared_.taken;
     if (rows_ <= kSharedGroupRows) return;
     // They need a table in global memory: the part of it that lies beyond those of the blocks before.
-    const auto before = static_cast<int64_t>(shared_.below);
     __syncthreads();
     if (threadIdx.x == 0) shared_.taken = 0;
-    table_ = GroupTable(p_.tables + before * kGroupRowBytes, rows_);
+    count_rows_of_blocks_before();
     __syncthreads();
-    scan(rows_);
+    table_ = GroupTable(p_.tables + static_cast<int64_t>(shared_.before) * kGroupRowBytes, rows_);
+    list_rows(static_cast<unsigned>(rows_));
     __syncthreads();
   }
 

@@ -2,6 +2,8 @@
 // metrics. Four masked tokens side by side are not even read.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/policy/loss_tokens.cuh"
 
 namespace pykern {
@@ -74,13 +76,9 @@ enum class LossExtras { none, divergence, any };
 template <class T, bool sequence_ratio, LossExtras extras>
 class PolicyLoss {
   // A thread's tokens fit 32 bits; those of a sequence are counted at once.
-  template <bool wide, class Unused = void>
+  using Count = std::conditional_t<sequence_ratio, double, int>;
   struct Counts {
-    int low = 0, high = 0, dual = 0;
-  };
-  template <class Unused>
-  struct Counts<true, Unused> {
-    double low = 0, high = 0, dual = 0;
+    Count low = 0, high = 0, dual = 0;
   };
 
   struct Inputs {
@@ -184,7 +182,7 @@ class PolicyLoss {
       counts_.low += clipped_low ? length : 0;
       counts_.high += clipped_high ? length : 0;
     } else {
-      policy_ -= weight_ * (product(sums[kPositiveAdvantages], bounded < ratio_ ? bounded : ratio_) +
+      policy_ -= weight_ * (product(sums[kPositiveAdvantages], clipped_high ? bounded : ratio_) +
                             product(sums[kNegativeAdvantages], dual_clipped ? bounds_.dual_clip : below));
       counts_.low += clipped_low ? sums[kNegatives] : 0;
       counts_.high += clipped_high ? sums[kPositives] : 0;
@@ -229,10 +227,10 @@ class PolicyLoss {
 #pragma unroll
       for (int i = 0; i < kThreadTokens; ++i) gradient[i] = share_;
       if (valid & kFourTokens) {
-        if (sequence_ratio && !clips_weight()) {
-        } else if (has_token_advantages()) {
+        const bool token_by_token = !sequence_ratio || clips_weight();
+        if (token_by_token && has_token_advantages()) {
           add_policy<true>(packs, pack, valid, inputs, gradient, hits);
-        } else {
+        } else if (token_by_token) {
           add_policy<false>(packs, pack, valid, inputs, gradient, hits);
         }
         if (has_divergence()) add_divergence(valid, inputs, reference, gradient);
@@ -411,7 +409,7 @@ class PolicyLoss {
 
   // Sums of a thread.
   double policy_ = 0, weighted_kl_ = 0, kl_ = 0, ratios_ = 0, log_ratios_ = 0, rollout_weights_ = 0;
-  Counts<sequence_ratio> counts_;
+  Counts counts_;
 
   // Of the sequence that is being read.
   int64_t sequence_ = -1;

@@ -92,7 +92,7 @@ def group_advantages(
       (after whitening, too; the group still counts in the whitening's mean and variance).
     - A reward (or baseline reward) that is NaN or infinite gives its own row 0, stays out of all statistics, and is
       counted.
-    - Sums run in float64 in the order of the rows, so results are the same bit for bit on any number of threads.
+    - Sums run in float64 or finer, in an order that no thread decides, so results are the same bit for bit.
 
     Args:
         rewards: [N] float32, float64, bfloat16 or float16.

@@ -128,7 +128,8 @@ def policy_loss(
         advantages: one per sequence, [B], or per token, of the shape of logprobs. Packed with as many tokens as
             sequences, they are read as per sequence.
         mask: of the shape of logprobs; a token counts where it is not 0. None: all tokens.
-        cu_seqlens: [B + 1] integers from 0 to N, the packed sequences' bounds.
+        cu_seqlens: [B + 1] integers from 0 to N, the packed sequences' bounds. On a GPU their values are not checked,
+            since that would wait for them.
         loss: a row of LOSSES, which holds the defaults of clip_low, clip_high, dual_clip and aggregate.
         clip_low, clip_high, dual_clip: replace the row's; math.inf takes a bound away.
         kl, kl_coef, ref_logprobs: the KL estimate, its weight, and the reference's log-probabilities.

@@ -138,7 +138,8 @@ def test_repeats_bit_for_bit_with_any_number_of_threads(cpu_level):
         assert torch.equal(grad, want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_host():
     batch = pykern.pack([[1] * 40], [[[2] * 300, [3] * 500]]).to("cuda")
     hidden = randn(batch.tree.num_tokens, 64, dtype=torch.bfloat16).cuda().requires_grad_()

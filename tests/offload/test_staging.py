@@ -308,7 +308,8 @@ def test_repeats_bit_for_bit(device, codec):
     assert torch.equal(layout.pack([tensor], dirty_block(layout, device)), layout.pack([tensor]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("codec", CODECS)
 def test_captured_in_a_graph(codec):
     """Nothing waits for the host, and a replay reads and writes what lies at the captured addresses then."""

@@ -230,11 +230,11 @@ def main() -> int:
     if not nvcc():
         print("no nvcc was found; put it on the PATH or name it in CUDACXX", file=sys.stderr)
         return 1
-    granted = table()["kernels"]
     if sys.argv[1:] == ["--write"]:
-        write()
+        write()  # over whatever a merge has left there
         print(f"wrote {TABLE.relative_to(ROOT)}")
         return 0
+    granted = table()["kernels"]
     for kernel, entry in measured().items():
         for architecture, usage in entry.items():
             told = ", ".join(f"{name} {value}" for name, value in usage.told().items())

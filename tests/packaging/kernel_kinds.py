@@ -33,6 +33,8 @@ KINDS: dict[str, str] = {
     "offload: staging_code_kernel<false, *": OTHER,
     "policy: pack_mask_kernel": MEMORY,
     "policy: policy_loss_gradient_kernel<*": MEMORY,
+    # With a ratio of sequences and no divergence it has no tokens to read; it writes their coefficients.
+    "policy: policy_loss_kernel<*, true, (LossExtras)0>": OTHER,
     "policy: policy_loss_kernel<*": MEMORY,
     "policy: sequence_sums_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,

@@ -90,7 +90,8 @@ def test_holds_code_for_what_it_says():
     for kind, option in (("sm", "--list-elf"), ("compute", "--list-ptx")):
         told = subprocess.run([budgets.disassembler(), option, CUDA_LIBRARY], capture_output=True, text=True).stdout
         expected = {name.removesuffix("-virtual") for name in names if name.endswith("-virtual") == (kind == "compute")}
-        assert set(re.findall(r"\.sm_(\w+)\.", told)) == expected
+        # cuobjdump calls a family, 100f, by its first member.
+        assert set(re.findall(r"\.sm_(\w+)\.", told)) == {name.removesuffix("f") for name in expected}
 
 
 # --- the stream ---------------------------------------------------------------------------------------
