@@ -5,6 +5,7 @@
 
 #include "kernels/emulator/async_state.h"
 #include "kernels/emulator/numeric.h"
+#include "kernels/emulator/rows.h"
 
 namespace pykern::emulator {
 namespace {
@@ -94,9 +95,6 @@ struct MultiplyLane {
   const uint32_t *a, *b;
 };
 
-// Half a row of d or b: four floats that the compiler computes with at once.
-typedef float Half __attribute__((vector_size(16), may_alias));
-
 template <MatrixType type>
 void multiply_typed(void* const* lanes, const float* halves) {
   constexpr int depth = type == MatrixType::tf32 ? 8 : 16;
@@ -125,24 +123,7 @@ void multiply_typed(void* const* lanes, const float* halves) {
       }
     }
   }
-  // Two rows at a time: their sums do not wait for each other.
-  for (int row = 0; row < 8; ++row) {
-    const float *first = a[row], *second = a[row + 8];
-    Half* sums[4] = {reinterpret_cast<Half*>(d[row]), reinterpret_cast<Half*>(d[row] + 4),
-                     reinterpret_cast<Half*>(d[row + 8]), reinterpret_cast<Half*>(d[row + 8] + 4)};
-    Half s0 = *sums[0], s1 = *sums[1], s2 = *sums[2], s3 = *sums[3];
-    for (int k = 0; k < depth; ++k) {
-      const auto* factors = reinterpret_cast<const Half*>(b[k]);
-      s0 += first[k] * factors[0];
-      s1 += first[k] * factors[1];
-      s2 += second[k] * factors[0];
-      s3 += second[k] * factors[1];
-    }
-    *sums[0] = s0;
-    *sums[1] = s1;
-    *sums[2] = s2;
-    *sums[3] = s3;
-  }
+  for (int row = 0; row < 8; ++row) multiply_two_rows<depth>(d[row], d[row + 8], a[row], a[row + 8], b[0], 8);
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MultiplyLane*>(lanes[lane]);
     for (int i = 0; i < 4; ++i) mine.d[i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];

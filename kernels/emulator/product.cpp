@@ -4,6 +4,7 @@
 
 #include "kernels/emulator/async_state.h"
 #include "kernels/emulator/memory.h"
+#include "kernels/emulator/rows.h"
 
 namespace pykern::emulator {
 namespace {
@@ -123,12 +124,12 @@ void compute(Block& block, Warpgroup& group, Product& product) {
     }
   };
   if (shape.accumulate) each([](float value, float& sum) { sum = value; });
-  for (int row = 0; row < kRows; ++row) {
+  for (int row = 0; row < kRows; row += 2) {
+    const float* factors = &a[static_cast<size_t>(row * kDepth)];
     float* sums = &d[static_cast<size_t>(row * columns)];
-    for (int k = 0; k < kDepth; ++k) {
-      const float factor = a[static_cast<size_t>(row * kDepth + k)];
-      const float* factors = &across[static_cast<size_t>(k * columns)];
-      for (int n = 0; n < columns; ++n) sums[n] += factor * factors[n];
+    for (int n = 0; n < columns; n += 8) {
+      multiply_two_rows<kDepth>(sums + n, sums + columns + n, factors, factors + kDepth, &across[static_cast<size_t>(n)],
+                                columns);
     }
   }
   each([](float& value, float sum) { value = sum; });

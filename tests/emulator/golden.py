@@ -19,20 +19,21 @@ from tests.emulator.ptx_cases import Case, all_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "golden"
-SOURCE = "tests/emulator/vectors.cu"
+
+
+def compile_source(source: Path, architecture: str, target: Path, *flags: str) -> str:
+    """Has nvcc compile a file for an architecture such as "80" or "90a"; returns what it said."""
+    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", "-std=c++17", "-O3", "-I.", code, *flags, str(source), "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def compile_vectors(architecture: str, target: Path, *flags: str) -> str:
-    """Writes nvcc's version of vectors.cu for an architecture such as "80" or "90a"; returns what it said."""
     define = ["-DPYKERN_VECTORS_SM90"] if architecture == "90a" else []
-    command = [
-        "nvcc", "-std=c++17", "-O3", "-I.", *define, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-        *flags, SOURCE, "-o", str(target),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc failed:\n{done.stderr}")
-    return done.stdout + done.stderr
+    return compile_source(ROOT / "tests" / "emulator" / "vectors.cu", architecture, target, *define, *flags)
 
 
 def load_vectors(folder: Path, architecture: str) -> ctypes.CDLL:

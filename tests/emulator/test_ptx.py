@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from tests.emulator.golden import compile_vectors, fingerprint, recorded
+from tests.emulator.golden import compile_source, compile_vectors, fingerprint, recorded
 from tests.emulator.ptx_cases import all_cases
 from tests.support import emulator
 
@@ -128,3 +128,10 @@ def test_vectors_compile(architecture, tmp_path):
     assert len(spills) > 10 and not any(spills)
     # Of products that the compiler would not let overlap, and of setmaxnreg that it leaves out.
     assert "serialized" not in said and "ignored" not in said
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_sm90_is_refused_for_other_architectures(tmp_path):
+    (tmp_path / "kernel.cu").write_text('#include "kernels/ptx/sm90.cuh"\n')
+    with pytest.raises(RuntimeError, match="for sm_90a only"):
+        compile_source(tmp_path / "kernel.cu", "80", tmp_path / "kernel.o", "-c")
