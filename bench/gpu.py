@@ -185,6 +185,7 @@ def main(arguments: list[str]) -> int:
         return 2
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    # Written out: the package isn't built yet.
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 

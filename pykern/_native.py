@@ -150,6 +150,11 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
+def architecture_of(major: int, minor: int) -> str:
+    """What PYKERN_CUDA_ARCHS calls a GPU of this compute capability; 9.0 has instructions that only 90a names."""
+    return f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
 def no_device_reason() -> str | None:
     """Why torch, built with CUDA, has no CUDA device. Asks the driver, so importing pykern doesn't call it."""
     with warnings.catch_warnings():
@@ -182,7 +187,7 @@ def _cuda_info() -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability(device)
         told = f"{torch.cuda.get_device_name(device)}, {major}.{minor}"
         if not runs_on(architectures, major, minor):
-            told += f": no kernels for it; build with PYKERN_CUDA_ARCHS={major}{minor}"
+            told += f": no kernels for it; build with PYKERN_CUDA_ARCHS={architecture_of(major, minor)}"
         entries[f"cuda device {device}"] = told
     return entries
 

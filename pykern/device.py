@@ -14,7 +14,7 @@ def unusable_reason() -> str | None:
         if not _native.runs_on(architectures, major, minor):
             reason = (
                 f"pykern was built for architectures {architectures}, this GPU is of {major}{minor}; "
-                f"build it with PYKERN_CUDA_ARCHS={major}{minor}"
+                f"build it with PYKERN_CUDA_ARCHS={_native.architecture_of(major, minor)}"
             )
     return reason
 
