@@ -349,10 +349,13 @@ def tile_image(matrix: np.ndarray, swizzle: int, mn_major: bool, padding: int = 
     return image, [swizzle, 16 * leading, 16 * stride, image.nbytes, 16 * step]
 
 
-def wgmma_case(kind, n, a_swizzle, a_mn, b_swizzle, b_mn, content="integers", a_registers=0, accumulate=1, padding=0):
+def wgmma_case(
+    kind, n, a_swizzle, a_mn, b_swizzle, b_mn, content="integers", a_registers=0, accumulate=1, padding=0, overlap=0
+) -> Case:
     label_a = "registers" if a_registers else f"{'mn' if a_mn else 'k'}{a_swizzle}"
     label_b = f"{'mn' if b_mn else 'k'}{b_swizzle}"
     name = f"wgmma_{'bf16' if kind == BF16 else 'f16'}_n{n}_{label_a}_{label_b}_{content}_{accumulate}_{padding}"
+    name += "_overlap" * overlap
     random = generator(name)
     # Rows of K hold as many elements as the swizzle spans.
     depths = [8 * 2**swizzle for swizzle, mn in ((a_swizzle, a_mn), (b_swizzle, b_mn)) if swizzle and not mn]
@@ -387,7 +390,7 @@ def wgmma_case(kind, n, a_swizzle, a_mn, b_swizzle, b_mn, content="integers", a_
     rows = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
     columns = i // 4 * 8 + thread % 4 * 2 + i % 2
     exact, bound = a @ b.T + (d if accumulate else 0), 2 * product_bound(a, b.T, d)
-    options = [kind, n, a_registers, a_mn, b_mn, accumulate, depth // 16, *options_a, *options_b]
+    options = [kind, n, a_registers, a_mn, b_mn, accumulate, depth // 16, *options_a, *options_b, overlap]
     return Case(
         name, "wgmma", options, raw(image_a, image_b, d[rows, columns]), exact[rows, columns].astype(np.float32),
         0.0 if content == "integers" else bound[rows, columns], sm90=True, golden=n <= 64,
@@ -405,6 +408,7 @@ def wgmma_cases():
         yield wgmma_case(BF16, 64, NONE, 0, swizzle, swizzle % 2, a_registers=1)
     yield wgmma_case(BF16, 256, BYTES128, 0, BYTES128, 0)
     yield wgmma_case(BF16, 256, BYTES128, 0, BYTES128, 1, accumulate=0)
+    yield wgmma_case(BF16, 64, BYTES128, 0, BYTES128, 0, overlap=1)
     yield wgmma_case(BF16, 8, BYTES128, 0, BYTES128, 0, content="normal")
     yield wgmma_case(F16, 64, BYTES128, 0, BYTES128, 0, content="normal")
 

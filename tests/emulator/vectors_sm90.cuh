@@ -205,7 +205,7 @@ struct WgmmaTest {
   const char *a, *b;
   const float* initial;
   float* output;
-  int a_bytes, b_bytes, b_begin, steps, a_step, b_step, accumulate;
+  int a_bytes, b_bytes, b_begin, steps, a_step, b_step, accumulate, overlap;
   MatrixDescriptor a_tile, b_tile;
 };
 
@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const WgmmaTest test) {
       wgmma_fence();
       wgmma<T, a_major, b_major>(d, advance(encode(a_tile), static_cast<uint32_t>(step * test.a_step)), b, accumulate);
       wgmma_commit();
+      if (test.overlap) wgmma_wait<1>();
     }
   }
   wgmma_wait<0>();
@@ -260,7 +261,8 @@ const char* launch_wgmma(const WgmmaTest& test, bool a_in_registers, bool a_mn, 
 }
 
 // Options: type (0 bf16, 1 f16), n, a in registers, a's innermost index is m, b's is n, accumulate, steps; then for a
-// and for b: swizzle, leading, stride, bytes, bytes of a step along k.
+// and for b: swizzle, leading, stride, bytes, bytes of a step along k; then whether to wait for the product before the
+// last.
 const char* run_wgmma(const VectorOptions& options, const char* input, int64_t, char* output, Stream stream) {
   const int64_t* values = options.values;
   const auto tile = [&](int first) {
@@ -275,6 +277,7 @@ const char* run_wgmma(const VectorOptions& options, const char* input, int64_t, 
   test.b_tile = tile(12);
   test.accumulate = static_cast<int>(values[5]);
   test.steps = static_cast<int>(values[6]);
+  test.overlap = static_cast<int>(values[17]);
   test.a_bytes = static_cast<int>(values[10]);
   test.a_step = static_cast<int>(values[11]);
   test.b_bytes = static_cast<int>(values[15]);
