@@ -140,7 +140,10 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         emulators = list(filter(None, os.environ.get("PYKERN_EMULATOR", "").split(";")))
         if not EMULATORS.keys() >= set(emulators):
-            raise SystemExit(f"pykern: PYKERN_EMULATOR: expected a semicolon list of {', '.join(EMULATORS)}, got {';'.join(emulators)!r}")
+            raise SystemExit(
+                f"pykern: PYKERN_EMULATOR: expected a semicolon list of {', '.join(EMULATORS)}, "
+                f"got {';'.join(emulators)!r}"
+            )
         folder = ROOT / os.environ.get("PYKERN_BUILD_FOLDER", "build/cmake")
         in_tree = self.inplace or self.editable_mode
         # Every value is always passed: CMake would otherwise go on using that of an earlier run, the

@@ -1,7 +1,7 @@
 """One run on a machine with a GPU: tests, golden vectors, sanitizers and benches, as JSON and a table.
 
-`make gpu OUT=folder` calls it; it needs no network, and under nine minutes on 16 cores. A step that fails or runs out of
-time is reported in its line, and the others still run. Exit status 1 if a step failed.
+`make gpu OUT=folder` calls it; it needs no network, and under nine minutes on 16 cores. A step that fails or runs out
+of time is reported in its line, and the others still run. Exit status 1 if a step failed.
 """
 
 import argparse
@@ -103,7 +103,17 @@ def has_module(name: str) -> bool:
 def test_step(out: Path, folder: Path) -> Step:
     folders = [*(f"tests/{family}" for family in FAMILIES), "tests/cuda"]
     workers = ["-n", "4"] if has_module("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *workers, f"--junitxml={out / 'tests.xml'}", *folders]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "cuda",
+        *workers,
+        f"--junitxml={out / 'tests.xml'}",
+        *folders,
+    ]
     return Step("tests on cuda", command, 210, folder)
 
 
@@ -167,21 +177,30 @@ def summarize(steps: list[Step], out: Path) -> tuple[str, dict]:
     tests = count_tests(out / "tests.xml")
     lines = ["", f"{'step':<28} {'result':<16} {'seconds':>8}"]
     lines += [f"{step.name:<28} {step.status:<16} {step.seconds:8.1f}" for step in steps]
-    lines += ["", f"tests on cuda: {tests['executed']} executed, {tests['failed']} failed, {tests['skipped']} skipped", ""]
+    lines += [
+        "",
+        f"tests on cuda: {tests['executed']} executed, {tests['failed']} failed, {tests['skipped']} skipped",
+        "",
+    ]
     lines += bench_lines(out)
     return "\n".join(lines), {"tests": tests, "steps": [step.record() for step in steps]}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where JSON, golden vectors and summary go")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where JSON, golden vectors and summary go"
+    )
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="install this wheel instead of building")
     parser.add_argument("--seconds", type=float, default=0.2, help="measuring time per provider and case")
     options = parser.parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
-        print("gpu: this machine has no GPU that torch can use; 'make test' runs the kernels on the emulator", file=sys.stderr)
+        print(
+            "gpu: this machine has no GPU that torch can use; 'make test' runs the kernels on the emulator",
+            file=sys.stderr,
+        )
         return 2
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def _load_cuda() -> str | None:
 
 
 def require_kernels(tensor: Tensor, name: str, *ops: str) -> None:
-    """Raises NotImplementedError if `tensor`, the argument `name`, is on a device that one of `ops` has no kernel for."""
+    """Raises NotImplementedError if `tensor`, the argument `name`, is where one of `ops` has no kernel."""
     device = tensor.device.type
     if device in ("cpu", "meta"):
         return
@@ -101,7 +101,9 @@ def _check_wanted_level() -> None:
     """Warns where PYKERN_CPU_LEVEL asks for what is not in force."""
     wanted = os.environ.get("PYKERN_CPU_LEVEL")
     if wanted and wanted != cpu_level():
-        expected = "one of " + ", ".join(CPU_LEVELS) if wanted not in CPU_LEVELS else "a level of this machine and build"
+        expected = (
+            "one of " + ", ".join(CPU_LEVELS) if wanted not in CPU_LEVELS else "a level of this machine and build"
+        )
         warnings.warn(f"PYKERN_CPU_LEVEL: expected {expected}, got {wanted!r}; {cpu_level()} is used", stacklevel=2)
 
 
@@ -118,7 +120,9 @@ def use_cpu_level(level: str):
     """
     before = cpu_level()
     if not torch.ops.pykern.set_cpu_level.default(level):
-        raise ValueError(f"level: expected an instruction set this machine has (up to {best_cpu_level()}), got {level!r}")
+        raise ValueError(
+            f"level: expected an instruction set this machine has (up to {best_cpu_level()}), got {level!r}"
+        )
     try:
         yield
     finally:

@@ -19,9 +19,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("family", nargs="*", help=f"any of {', '.join(harness.FAMILIES)}; all by default")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains TEXT")
     parser.add_argument("--seconds", type=float, default=2.0, help="measuring time per provider and case")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where pykern can use it")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where pykern can use it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
-    parser.add_argument("--floor", choices=sorted(harness.KNOWN_LIMITS), help="only print the time no case can go below there")
+    parser.add_argument(
+        "--floor", choices=sorted(harness.KNOWN_LIMITS), help="only print the time no case can go below there"
+    )
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.family) - set(harness.FAMILIES))
     if unknown:

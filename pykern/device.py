@@ -22,7 +22,8 @@ def unusable_reason() -> str | None:
 def choose_device(name: str = "auto") -> torch.device:
     """The device to put tensors on: "auto" is the GPU where pykern can use one, else the CPU.
 
-    An op that has no CUDA kernel yet refuses CUDA tensors with NotImplementedError, by name; `pykern.info()` lists them.
+    An op that has no CUDA kernel yet refuses CUDA tensors with NotImplementedError, by name; `pykern.info()` lists
+    them.
     Raises RuntimeError for a "cuda" that can't be used, with the reason, and ValueError for another name.
     """
     if name not in ("auto", "cpu", "cuda"):

@@ -55,5 +55,7 @@ def pytest_sessionfinish(session, exitstatus):
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         executed = len(reporter.stats.get("passed", []))
         if executed < MINIMUM_EXECUTED:
-            reporter.write_line(f"only {executed} tests were executed, at least {MINIMUM_EXECUTED} are expected", red=True)
+            reporter.write_line(
+                f"only {executed} tests were executed, at least {MINIMUM_EXECUTED} are expected", red=True
+            )
             session.exitstatus = 1

@@ -31,7 +31,9 @@ def advantages() -> Iterator[Case]:
         for estimator in ("grpo", "rloo", "lite_ppo", "opo", "reinforce_pp_baseline"):
             yield (
                 f"group_advantages {estimator} {size}",
-                lambda r=rewards, i=ids, e=estimator, n=lengths: [pykern.group_advantages(r, i, estimator=e, lengths=n)],
+                lambda r=rewards, i=ids, e=estimator, n=lengths: [
+                    pykern.group_advantages(r, i, estimator=e, lengths=n)
+                ],
             )
 
 
@@ -62,7 +64,9 @@ def loss() -> Iterator[Case]:
 
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
-        source = normal(rows, vocabulary + 1, dtype=dtype)[:, 1:] if not in_place else normal(rows, vocabulary, dtype=dtype)
+        source = (
+            normal(rows, vocabulary + 1, dtype=dtype)[:, 1:] if not in_place else normal(rows, vocabulary, dtype=dtype)
+        )
         leaf = source.requires_grad_()
         targets = torch.randint(vocabulary, (rows,))
         targets[::3] = -100
@@ -106,8 +110,9 @@ def lowrank() -> Iterator[Case]:
 
     for length in (1, 255, 600):
         for eight_bit in (False, True):
-            yield f"low_rank_adam_phase 3x{length} {'8-bit' if eight_bit else 'float32'}", (
-                lambda n=length, e=eight_bit: phase(n, e)
+            yield (
+                f"low_rank_adam_phase 3x{length} {'8-bit' if eight_bit else 'float32'}",
+                (lambda n=length, e=eight_bit: phase(n, e)),
             )
 
 
@@ -133,7 +138,14 @@ def attention() -> Iterator[Case]:
 
 def offload() -> Iterator[Case]:
     def staged(codec: str) -> list[Tensor]:
-        saved = [normal(5, 33), normal(1), normal(300, dtype=torch.bfloat16), normal(0), torch.arange(7), normal(9, 130).T]
+        saved = [
+            normal(5, 33),
+            normal(1),
+            normal(300, dtype=torch.bfloat16),
+            normal(0),
+            torch.arange(7),
+            normal(9, 130).T,
+        ]
         layout = pykern.StagingLayout.of(saved, codec=codec)
         return layout.unpack(layout.pack(saved))
 

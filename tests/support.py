@@ -104,9 +104,7 @@ def emulated_ops() -> list[str]:
     """Names of the ops that have a CUDA kernel, without namespace."""
     emulator()
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pykern_emulated::"))
-    return sorted(
-        name.split("::")[1] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-    )
+    return sorted(name.split("::")[1] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"))
 
 
 @contextmanager

@@ -164,6 +164,8 @@ def main() -> int:
             print(line(result), flush=True)
             results.append(result)
     if options.json:
+        import torch
+
         from bench import harness
 
         record = {"environment": harness.environment(torch.device("cpu")), "table": table(results), "results": results}

@@ -172,7 +172,8 @@ PYKERN_INLINE void pack_columns(T* panel, const Source* source, int64_t k, int64
       T* target = panel + row * kPanel + v * kLanes * depth;
       if (rows == kLanes * depth) {
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) std::memcpy(target + lane * kPanel * depth, &units[lane], kVectorBytes);
+        for (int lane = 0; lane < kLanes; ++lane)
+          std::memcpy(target + lane * kPanel * depth, &units[lane], kVectorBytes);
       } else {
         for (int64_t lane = 0; lane * depth < rows; ++lane) {
           std::memcpy(target + lane * kPanel * depth, &units[lane], kVectorBytes);

@@ -28,7 +28,8 @@ std::string built_with() {
 #endif
   text += ", headers of torch " TORCH_VERSION ", levels";
   for (int level = 0; level < kCpuLevels; ++level) {
-    if (cpu_level_built(static_cast<CpuLevel>(level))) text += std::string(" ") + cpu_level_name(static_cast<CpuLevel>(level));
+    if (cpu_level_built(static_cast<CpuLevel>(level)))
+      text += std::string(" ") + cpu_level_name(static_cast<CpuLevel>(level));
   }
   return text;
 }

@@ -99,7 +99,9 @@ void compute(const T* rewards, const int64_t* ids, const int64_t* lengths, const
   std::vector<Statistics> groups;
   std::vector<int64_t> group_of(rows, kNone);
   Statistics batch;
-  const auto length = [&](int64_t row) { return lengths && lengths[row] > 0 ? static_cast<double>(lengths[row]) : 0.0; };
+  const auto length = [&](int64_t row) {
+    return lengths && lengths[row] > 0 ? static_cast<double>(lengths[row]) : 0.0;
+  };
   const auto weight = [&](int64_t row) { return settings.baseline == Baseline::length_weighted ? length(row) : 1.0; };
 
   int64_t non_finite = 0;

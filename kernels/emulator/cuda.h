@@ -60,7 +60,7 @@ PYKERN_MACHINE void store_vector(T* target, const V& value) {
   std::memcpy(static_cast<void*>(target), &value, sizeof(V));
 }
 
-// --- warp collectives ------------------------------------------------------------------------------------
+// --- warp collectives --------------------------------------------------------------------------------------
 
 template <class T>
 struct Shuffle {
@@ -70,7 +70,8 @@ struct Shuffle {
 
 template <class T>
 PYKERN_MACHINE T shuffle(unsigned mask, T value, int source, const char* what, Site site) {
-  static_assert(std::is_trivially_copyable<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take 4 or 8 bytes");
+  static_assert(std::is_trivially_copyable<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),
+                "shuffles take 4 or 8 bytes");
   Shuffle<T> mine{value, value, source};
   meet(
       mask, &mine,
@@ -141,7 +142,7 @@ PYKERN_MACHINE T atomic(T* address, Change change) {
 
 }  // namespace pykern::emulator
 
-// --- synchronisation -------------------------------------------------------------------------------------------
+// --- synchronisation ---------------------------------------------------------------------------------------
 
 inline void __syncthreads(PYKERN_SITE) { pykern::emulator::wait_barrier(0, 0, site, "__syncthreads"); }
 
@@ -195,7 +196,9 @@ PYKERN_MACHINE inline unsigned __ballot_sync(unsigned mask, int predicate, PYKER
       "__ballot_sync", site));
 }
 inline int __any_sync(unsigned mask, int predicate, PYKERN_SITE) { return __ballot_sync(mask, predicate, site) != 0; }
-inline int __all_sync(unsigned mask, int predicate, PYKERN_SITE) { return __ballot_sync(mask, predicate, site) == mask; }
+inline int __all_sync(unsigned mask, int predicate, PYKERN_SITE) {
+  return __ballot_sync(mask, predicate, site) == mask;
+}
 
 template <class T>
 PYKERN_MACHINE unsigned __match_any_sync(unsigned mask, T value, PYKERN_SITE) {
@@ -236,7 +239,7 @@ PYKERN_WARP_REDUCE(__reduce_or_sync, unsigned, a | b)
 PYKERN_WARP_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef PYKERN_WARP_REDUCE
 
-// --- atomics ------------------------------------------------------------------------------------------------------
+// --- atomics -----------------------------------------------------------------------------------------------
 
 #define PYKERN_ATOMIC(name, type, expression)                                                       \
   PYKERN_MACHINE inline type name(type* address, type value) {                                      \
@@ -270,7 +273,7 @@ PYKERN_ATOMIC(atomicInc, unsigned, old >= value ? 0u : old + 1u)
 #undef PYKERN_ATOMICS
 #undef PYKERN_ATOMIC
 
-// --- loads and stores with cache hints --------------------------------------------------------------------------------
+// --- loads and stores with cache hints ---------------------------------------------------------------------
 
 template <class T>
 inline T __ldg(const T* address) {
@@ -293,7 +296,7 @@ inline void __stcg(T* address, T value) {
   *address = value;
 }
 
-// --- bits and mathematics ------------------------------------------------------------------------------------------------
+// --- bits and mathematics ----------------------------------------------------------------------------------
 
 namespace pykern::emulator {
 template <class To, class From>

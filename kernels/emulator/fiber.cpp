@@ -96,7 +96,8 @@ Fiber::~Fiber() {
 
 void Fiber::prepare(void (*entry)(void*), void* argument) {
   if (!stack_) {
-    void* memory = mmap(nullptr, kStackBytes + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     mprotect(memory, page(), PROT_NONE);
     stack_ = static_cast<char*>(memory) + page();

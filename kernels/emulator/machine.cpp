@@ -94,13 +94,13 @@ std::string waiting_report() {
         continue;
       }
       const std::string place =
-          thread->state == Thread::ready
-              ? std::string("spin")
-              : thread->mbarrier ? describe_poll(*thread)
-              : thread->barrier > 0 ? text("wait at barrier %d (%s:%d)", thread->barrier, thread->site.file, thread->site.line)
-              : thread->barrier == 0
-                  ? text("wait at %s (%s:%d)", thread->what, thread->site.file, thread->site.line)
-                  : text("wait in %s with mask 0x%08x (%s:%d)", thread->what, thread->mask, thread->site.file, thread->site.line);
+          thread->state == Thread::ready ? std::string("spin")
+          : thread->mbarrier             ? describe_poll(*thread)
+          : thread->barrier > 0
+              ? text("wait at barrier %d (%s:%d)", thread->barrier, thread->site.file, thread->site.line)
+          : thread->barrier == 0 ? text("wait at %s (%s:%d)", thread->what, thread->site.file, thread->site.line)
+                                 : text("wait in %s with mask 0x%08x (%s:%d)", thread->what, thread->mask,
+                                        thread->site.file, thread->site.line);
       auto known = std::find_if(places.begin(), places.end(), [&](const auto& entry) { return entry.first == place; });
       if (known == places.end()) {
         places.push_back({place, {thread->number}});
@@ -111,7 +111,8 @@ std::string waiting_report() {
     if (places.empty() || ++told > 2) continue;
     report += text("; block (%u, %u, %u): ", block->index.x, block->index.y, block->index.z);
     for (const auto& [place, threads] : places) {
-      report += text("%zu threads (first %d, last %d) %s, ", threads.size(), threads.front(), threads.back(), place.c_str());
+      report +=
+          text("%zu threads (first %d, last %d) %s, ", threads.size(), threads.front(), threads.back(), place.c_str());
     }
     report += text("%d have exited", exited);
   }
@@ -189,7 +190,8 @@ void run_grid() {
       if (machine.error.empty()) machine.error = finish_async(*block);
       retire(block);
     }
-    machine.resident.erase(std::remove(machine.resident.begin(), machine.resident.end(), nullptr), machine.resident.end());
+    machine.resident.erase(std::remove(machine.resident.begin(), machine.resident.end(), nullptr),
+                           machine.resident.end());
   }
   for (auto& block : machine.resident) retire(block);
   machine.resident.clear();
@@ -243,7 +245,8 @@ std::string check_limits(const Dim3& grid, const Dim3& block, size_t dynamic_sha
   if (!threads || threads > kMaxThreads || block.x > 1024 || block.y > 1024 || block.z > 64) {
     return text("block (%u, %u, %u) exceeds the limits: 1024 threads, 64 in z", block.x, block.y, block.z);
   }
-  if (dynamic_shared > kMaxShared) return text("%zu bytes of shared memory exceed the limit %zu", dynamic_shared, kMaxShared);
+  if (dynamic_shared > kMaxShared)
+    return text("%zu bytes of shared memory exceed the limit %zu", dynamic_shared, kMaxShared);
   return "";
 }
 
@@ -323,7 +326,8 @@ void* static_shared(const void* site, size_t bytes, size_t alignment) {
   }
   size_t total = bytes;
   for (size_t i = 1; i < block.shared.size(); ++i) total += block.shared[i].bytes;
-  if (total > kMaxStaticShared) fail(text("%zu bytes of static shared memory exceed the limit %zu", total, kMaxStaticShared));
+  if (total > kMaxStaticShared)
+    fail(text("%zu bytes of static shared memory exceed the limit %zu", total, kMaxStaticShared));
   if (total + machine.dynamic_bytes > kMaxShared) {
     fail(text("%zu bytes of shared memory exceed the limit %zu", total + machine.dynamic_bytes, kMaxShared));
   }

@@ -100,8 +100,8 @@ std::string describe_global(const void* address, size_t bytes, bool write) {
   int64_t nearest_distance = 0;
   for (const Buffer& buffer : buffers) {
     if (begin >= buffer.begin && begin + bytes <= buffer.end) {
-      return text("%s of %zu bytes at byte %lld of an input that kernels may only read", write ? "write" : "read", bytes,
-                  static_cast<long long>(begin - buffer.begin));
+      return text("%s of %zu bytes at byte %lld of an input that kernels may only read", write ? "write" : "read",
+                  bytes, static_cast<long long>(begin - buffer.begin));
     }
     const int64_t distance = begin < buffer.begin ? buffer.begin - begin : begin + bytes - buffer.end;
     if (!nearest || distance < nearest_distance) {
@@ -157,7 +157,8 @@ void check_shared(SharedObject& object, size_t offset, size_t bytes, AccessKind 
   for (size_t i = offset; i < offset + bytes; ++i) {
     Cell& cell = object.cells[i];
     if (cell.filling) {
-      fail(text("%s of byte %zu of a shared object that an asynchronous copy has not filled yet", verb(kind), i), return_address);
+      fail(text("%s of byte %zu of a shared object that an asynchronous copy has not filled yet", verb(kind), i),
+           return_address);
     }
     if (cell.opaque) {
       fail(text("%s of byte %zu of a shared object, part of an mbarrier", verb(kind), i), return_address);
@@ -203,7 +204,8 @@ void check_access(const void* address, size_t bytes, AccessKind kind, const void
 #ifdef PYKERN_EMULATOR_CHECKED
   if (current->fiber.holds(address)) return;
   if (SharedObject* object = shared_object(*current->block, address)) {
-    check_shared(*object, static_cast<size_t>(static_cast<const char*>(address) - object->memory), bytes, kind, return_address);
+    check_shared(*object, static_cast<size_t>(static_cast<const char*>(address) - object->memory), bytes, kind,
+                 return_address);
     return;
   }
   const bool write = kind != AccessKind::read;

@@ -122,7 +122,8 @@ PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
   });
   m.def("counters", [] {
     const Counters& now = counters();
-    return py::dict(py::arg("launches") = now.launches, py::arg("threads") = now.threads, py::arg("switches") = now.switches);
+    return py::dict(py::arg("launches") = now.launches, py::arg("threads") = now.threads,
+                    py::arg("switches") = now.switches);
   });
   const auto names = [](const Planted* entry) {
     std::vector<std::string> found;

@@ -128,8 +128,8 @@ void compute(Block& block, Warpgroup& group, Product& product) {
     const float* factors = &a[static_cast<size_t>(row * kDepth)];
     float* sums = &d[static_cast<size_t>(row * columns)];
     for (int n = 0; n < columns; n += 8) {
-      multiply_two_rows<kDepth>(sums + n, sums + columns + n, factors, factors + kDepth, &across[static_cast<size_t>(n)],
-                                columns);
+      multiply_two_rows<kDepth>(sums + n, sums + columns + n, factors, factors + kDepth,
+                                &across[static_cast<size_t>(n)], columns);
     }
   }
   each([](float& value, float sum) { value = sum; });

@@ -60,8 +60,10 @@ def classify_tile_pair(
     if not isinstance(full, Tensor) and not isinstance(skip, Tensor):
         return FULL if full else SKIP if skip else PARTIAL
     full, skip = torch.broadcast_tensors(torch.as_tensor(full), torch.as_tensor(skip))
-    return torch.full(full.shape, PARTIAL, dtype=torch.int8, device=full.device).masked_fill(full, FULL).masked_fill(
-        skip, SKIP
+    return (
+        torch.full(full.shape, PARTIAL, dtype=torch.int8, device=full.device)
+        .masked_fill(full, FULL)
+        .masked_fill(skip, SKIP)
     )
 
 

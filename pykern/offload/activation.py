@@ -356,7 +356,8 @@ class ActivationOffload:
         if tensor.device.type != "cpu":
             if tensor.device.type == "cuda":
                 raise NotImplementedError(
-                    f"ActivationOffload: got a saved tensor on {tensor.device}; activations on a GPU can't be offloaded yet"
+                    f"ActivationOffload: got a saved tensor on {tensor.device}; "
+                    "activations on a GPU can't be offloaded yet"
                 )
             return "unsupported"
         source = tensor if tensor._base is None else tensor._base

@@ -142,7 +142,11 @@ def group_advantages(
         response_lengths = None
     elif response_lengths is None:
         raise ValueError(f"lengths: estimator {estimator!r} needs them; pass lengths, mask or cu_seqlens")
-    for name, tensor in (("group_ids", group_ids), ("lengths", response_lengths), ("baseline_rewards", baseline_rewards)):
+    for name, tensor in (
+        ("group_ids", group_ids),
+        ("lengths", response_lengths),
+        ("baseline_rewards", baseline_rewards),
+    ):
         if tensor is not None and tensor.device != rewards.device:
             raise ValueError(f"{name}: expected the device of rewards, {rewards.device}, got {tensor.device}")
     _native.require_kernels(rewards, "rewards", "group_advantages")
@@ -192,7 +196,9 @@ def _check_rewards(rewards: Tensor, name: str, size: int | None) -> None:
 
 def _lengths(lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, size: int) -> Tensor | None:
     """Whichever of the three ways was used, as int64 [N]."""
-    given = [name for name, value in (("lengths", lengths), ("mask", mask), ("cu_seqlens", cu_seqlens)) if value is not None]
+    given = [
+        name for name, value in (("lengths", lengths), ("mask", mask), ("cu_seqlens", cu_seqlens)) if value is not None
+    ]
     if not given:
         return None
     if len(given) > 1:

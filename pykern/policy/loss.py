@@ -157,7 +157,9 @@ def policy_loss(
     _check_floats(logprobs, "logprobs")
     if cu_seqlens is None:
         if logprobs.dim() != 2:
-            raise ValueError(f"logprobs: expected [B, T], got {list(logprobs.shape)}; packed tokens [N] need cu_seqlens")
+            raise ValueError(
+                f"logprobs: expected [B, T], got {list(logprobs.shape)}; packed tokens [N] need cu_seqlens"
+            )
         sequences = logprobs.shape[0]
     else:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
@@ -168,7 +170,11 @@ def policy_loss(
                 f"{list(logprobs.shape)}; padded log-probabilities take a mask instead"
             )
         sequences = cu_seqlens.shape[0] - 1
-    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("rollout_logprobs", rollout_logprobs)):
+    for name, tensor in (
+        ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs),
+        ("rollout_logprobs", rollout_logprobs),
+    ):
         if tensor is not None:
             _check_floats(tensor, name)
             _check_shape(tensor, logprobs, name)
@@ -279,8 +285,8 @@ class _PolicyLoss(torch.autograd.Function):
 
 @torch.library.register_fake("pykern::policy_loss_forward")
 def _policy_loss_forward_fake(
-    logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, rollout_logprobs, sequence_ratio, weight_clip, kl,
-    aggregate, settings, with_gradient,
+    logprobs, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, rollout_logprobs, sequence_ratio, weight_clip,
+    kl, aggregate, settings, with_gradient,
 ):  # fmt: skip
     coefficient = torch.empty_like(logprobs) if with_gradient else logprobs.new_empty(0)
     return logprobs.new_empty(()), coefficient, logprobs.new_empty(len(METRICS))

@@ -40,7 +40,8 @@ def _number(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="python -m pykern train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+    top = _Parser(prog="python -m pykern train", description=DESCRIPTION,
+                  formatter_class=argparse.RawDescriptionHelpFormatter,
                   argument_default=argparse.SUPPRESS)  # fmt: skip
     default = Config()
 
@@ -84,8 +85,15 @@ def parser() -> argparse.ArgumentParser:
                        help="run the same update in plain PyTorch beside every (EVERYth) step; 0: never "
                        "(every 100th for arithmetic, else never)")  # fmt: skip
     option(group, "--offload", "where activations wait for the backward", choices=["none", "memory", "file"])
-    option(group, "--spill-dir", "folder of the spill file of --offload file (the system's temporary folder)", metavar="DIR")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], help="auto: a GPU where pykern can use it, else the CPU (auto)")
+    option(
+        group,
+        "--spill-dir",
+        "folder of the spill file of --offload file (the system's temporary folder)",
+        metavar="DIR",
+    )
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], help="auto: a GPU where pykern can use it, else the CPU (auto)"
+    )
     option(group, "--threads", "of the processor; 0: as many as PyTorch chooses (1 for arithmetic)", metavar="N")
     option(group, "--dtype", "of weights and activations", choices=["float32", "bfloat16"])
     option(group, "--seed", "of weights, split, order and sampling", metavar="N")
@@ -126,7 +134,9 @@ def prepare(arguments: list[str]):
         config = config or settle(data.form_of(name, rows), given)
         dataset = data.file(name, rows, config.shots, config.held_out, config.seed)
     if config.estimator == "remax" and dataset.form == "groups":
-        raise InputError("--estimator remax: needs the policy's greedy response to each prompt, which given groups lack")
+        raise InputError(
+            "--estimator remax: needs the policy's greedy response to each prompt, which given groups lack"
+        )
     config = replace(config, device=resolve(config, config.device if resume else device))
     if out is None:
         out = new_folder(ARITHMETIC if name == ARITHMETIC else Path(name).stem)

@@ -27,7 +27,7 @@ from .plain import plain_optimizer, plain_policy_loss
 
 
 def padded(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [B, L] of shared prefix + prompt + response; and, for each response token, its predictor's row and column, and itself."""
+    """Rows [B, L] of shared prefix + prompt + response; each response token, with its predictor's row and column."""
     rows, row_of, column_of, targets = [], [], [], []
     for number, (prompt, response) in enumerate(groups.flat()):
         begin = len(groups.shared) + len(prompt) - 1
@@ -62,7 +62,9 @@ class PlainUpdate:
         for _ in range(config.updates):
             self.optimizer.zero_grad(set_to_none=True)
             logprobs, tokens = plain_logprobs(self.model, groups, config.temperature)
-            loss = plain_policy_loss(config.loss, logprobs, groups.old_logprobs, groups.advantages, lengths, groups.horizon)
+            loss = plain_policy_loss(
+                config.loss, logprobs, groups.old_logprobs, groups.advantages, lengths, groups.horizon
+            )
             loss.backward()
             if not first:
                 first = {"loss": float(loss.detach()), "gradient": flat_gradient(self.model)}

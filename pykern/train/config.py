@@ -61,8 +61,14 @@ DATA_DEFAULTS = {
     # So small a model gains nothing from a second thread, and on a busy machine loses much by waiting for it.
     "arithmetic": {"compare": 100, "threads": 1},
     "questions": {
-        "shots": 0, "held_out": 32, "warmup_steps": 100, "warmup_prompts": 8, "warmup_accuracy": 1.0, "steps": 100,
-        "prompts": 4, "max_response": 256,
+        "shots": 0,
+        "held_out": 32,
+        "warmup_steps": 100,
+        "warmup_prompts": 8,
+        "warmup_accuracy": 1.0,
+        "steps": 100,
+        "prompts": 4,
+        "max_response": 256,
     },
     "groups": {"shots": 0, "held_out": 0, "warmup_steps": 0, "warmup_accuracy": 1.0, "steps": 100, "prompts": 4},
 }

@@ -84,7 +84,9 @@ def arithmetic(shots: int, held_out: int, seed: int, largest: int) -> Dataset:
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
     random.Random(f"split {seed}").shuffle(pairs)
     if shots + held_out >= len(pairs):
-        raise InputError(f"--shots and --held-out: expected fewer than {len(pairs)} sums together, got {shots + held_out}")
+        raise InputError(
+            f"--shots and --held-out: expected fewer than {len(pairs)} sums together, got {shots + held_out}"
+        )
     solved, tested, trained = pairs[:shots], pairs[shots : shots + held_out], pairs[shots + held_out :]
     both_orders = [pair for a, b in trained for pair in ({(a, b), (b, a)})]
 
@@ -190,7 +192,9 @@ def _group(path: str, number: int, row: dict) -> tuple[tuple[list[int], ...], tu
     for at, reward in enumerate(rewards):
         if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) <= sys.float_info.max:
             raise InputError(f"{path}:{number}: reward {at}: expected a finite number, got {_short(reward)}")
-    tokens = tuple([*_encoded(f"{path}:{number}: response {at}", response), END] for at, response in enumerate(responses))
+    tokens = tuple(
+        [*_encoded(f"{path}:{number}: response {at}", response), END] for at, response in enumerate(responses)
+    )
     return tokens, tuple(map(float, rewards))
 
 

@@ -27,7 +27,7 @@ def families(config: Config) -> list[str]:
 
 
 def resolve(config: Config, name: str) -> str:
-    """"cpu" or "cuda" for "auto", "cpu" or "cuda". Raises InputError where an op the run needs has no kernel there."""
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises InputError where an op the run needs has no kernel there."""
     try:
         device = choose_device(name)
     except RuntimeError as error:

@@ -63,7 +63,9 @@ class MetricsFile:
         path = folder / METRICS
         kept = path.read_bytes().split(b"\n")[:lines] if lines else []
         if len(kept) < lines:
-            raise InputError(f"--resume {folder}: {METRICS} has {len(kept)} lines, the checkpoint was made after {lines}")
+            raise InputError(
+                f"--resume {folder}: {METRICS} has {len(kept)} lines, the checkpoint was made after {lines}"
+            )
         self.rows = [json.loads(line) for line in kept]
         write_atomically(path, lambda file: file.write(b"".join(line + b"\n" for line in kept)))
         self._file = path.open("a", encoding="utf-8")

@@ -53,10 +53,13 @@ def draw(
         _learning(learning, warmup, grpo)
         _against_plain(seconds, grpo, compared, "Time of an update", "seconds", lambda row: row["seconds"]["update"],
                        lambda row: row["compare"]["seconds"])  # fmt: skip
-        _against_plain(memory, grpo, compared, "Peak memory of an update", "MiB resident" if config.device == "cpu" else "MiB allocated",
-                       lambda row: row["memory"]["peak"] / MIB, lambda row: row["compare"]["memory"]["peak"] / MIB)  # fmt: skip
+        unit = "MiB resident" if config.device == "cpu" else "MiB allocated"
+        _against_plain(memory, grpo, compared, "Peak memory of an update", unit,
+                       lambda row: row["memory"]["peak"] / MIB,
+                       lambda row: row["compare"]["memory"]["peak"] / MIB)  # fmt: skip
         figure.suptitle(
-            f"GRPO on {config.data.rsplit('/', 1)[-1]}: {config.layers} layers of width {config.width}, {config.loss} loss, "
+            f"GRPO on {config.data.rsplit('/', 1)[-1]}: "
+            f"{config.layers} layers of width {config.width}, {config.loss} loss, "
             f"{config.optimizer} rank {config.rank}, {config.dtype}, seed {config.seed}",
             fontsize=10, color="#374151", x=0.01, ha="left",
         )  # fmt: skip
@@ -86,9 +89,12 @@ def _reward(axes: Axes, grpo: list[dict], before: float | None, after: float | N
     points = ([(0, before)] if before is not None else []) + [point for point in points if point[0] < steps[-1]]
     points += [(steps[-1], after)] if after is not None else []
     if points:
-        axes.plot(*zip(*points), color=ACCENT, marker="o", markersize=4, linewidth=1.2, label="held-out accuracy, greedy")
+        axes.plot(
+            *zip(*points), color=ACCENT, marker="o", markersize=4, linewidth=1.2, label="held-out accuracy, greedy"
+        )
         for (step, value), offset in ((points[0], (5, 12)), (points[-1], (-5, 12))):
-            axes.annotate(f"{value:.2f}", (step, value), xytext=offset, textcoords="offset points", color=ACCENT, ha="center",
+            axes.annotate(f"{value:.2f}", (step, value), xytext=offset, textcoords="offset points", color=ACCENT,
+                          ha="center",
                           fontweight="bold")  # fmt: skip
     low = min(0.0, min(rewards))
     axes.set_ylim(low, max(1.05, max(rewards) * 1.05))
@@ -129,8 +135,9 @@ def _against_plain(axes: Axes, grpo: list[dict], compared: list[dict], title: st
     axes.set_xlabel("GRPO step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if compared:
-        axes.plot([row["step"] for row in compared], [theirs(row) for row in compared], color=THEIRS, marker="s", markersize=5,
-                  linewidth=1.4, linestyle="-" if len(compared) == len(grpo) else ":", label="plain PyTorch, same batches")  # fmt: skip
+        axes.plot([row["step"] for row in compared], [theirs(row) for row in compared], color=THEIRS, marker="s",
+                  markersize=5, linewidth=1.4, linestyle="-" if len(compared) == len(grpo) else ":",
+                  label="plain PyTorch, same batches")  # fmt: skip
         ratio = median(theirs(row) / ours(row) for row in compared)
         axes.set_title(f"{title}: plain / pykern = {ratio:.1f}")
         axes.legend(loc="center right")

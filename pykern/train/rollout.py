@@ -31,7 +31,9 @@ class GroupCache:
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         self.shared_length = len(shared)
         self.tokens = torch.tensor([*shared, *(token for prompt in prompts for token in prompt)], device=self.device)
-        self.tree = PrefixTree.from_parents([len(shared), *map(len, prompts)], [-1] + [0] * len(prompts)).to(self.device)
+        self.tree = PrefixTree.from_parents([len(shared), *map(len, prompts)], [-1] + [0] * len(prompts)).to(
+            self.device
+        )
         # Packed row of token l of prompt p; beyond the prompt's end any row will do, as it is masked.
         starts = self.shared_length + self.lengths.cumsum(0) - self.lengths
         column = torch.arange(int(self.lengths.max()), device=self.device)
@@ -72,7 +74,9 @@ class GroupCache:
             ),
             torch.einsum("pghrd,pgthd->pghrt", q, keys[:, :, own]),
         )
-        weights = torch.cat(scores, dim=-1).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weights = (
+            torch.cat(scores, dim=-1).softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        )
         shared, prompt, response = weights.split([part.shape[-1] for part in scores], dim=-1)
         output = (
             torch.einsum("pghrs,shd->pghrd", shared, self.shared_kv[layer][1])
@@ -106,7 +110,9 @@ def sample(
         if temperature == 0:
             chosen = distribution.argmax(dim=-1)
         else:
-            chosen = torch.multinomial(distribution.exp().flatten(0, 1), 1, generator=generator).view(len(prompts), group)
+            chosen = torch.multinomial(distribution.exp().flatten(0, 1), 1, generator=generator).view(
+                len(prompts), group
+            )
         tokens.append(chosen)
         logprobs.append(distribution.gather(-1, chosen[..., None])[..., 0])
         ended |= chosen == END

@@ -79,11 +79,16 @@ def table(found: dict) -> str:
     seconds = found["seconds"]
     if found["accuracy_before"] is not None and found["accuracy_after"] is not None:
         gain = found["accuracy_after"] - found["accuracy_before"]
-        line("held-out greedy accuracy", f"{found['accuracy_before']:.3f} before GRPO, {found['accuracy_after']:.3f} after ({gain:+.3f})")
+        line(
+            "held-out greedy accuracy",
+            f"{found['accuracy_before']:.3f} before GRPO, {found['accuracy_after']:.3f} after ({gain:+.3f})",
+        )
     if found["warmup_steps"]:
         line("supervised warm-up", f"{found['warmup_steps']} steps, {seconds['warmup']:.1f} s")
     if found["steps"]:
-        line("GRPO", f"{found['steps']} steps, {seconds['collect']:.1f} s collecting, {seconds['update']:.1f} s updating")
+        line(
+            "GRPO", f"{found['steps']} steps, {seconds['collect']:.1f} s collecting, {seconds['update']:.1f} s updating"
+        )
         line("reward, first and last", f"{found['reward_first']:.3f}, {found['reward_last']:.3f}")
         line("peak memory of an update", f"{found['peak_memory'] / MIB:,.0f} MiB")
     if found["compare"]:
@@ -97,7 +102,9 @@ def table(found: dict) -> str:
         ):
             ours, theirs = compare[key]["pykern"] / unit, compare[key]["plain"] / unit
             lines.append(f"{name:<28}{ours:>12{form}}{theirs:>16{form}}{compare[ratio]:>16.2f}x")
-        cancels = f", whose terms cancel to {compare['loss_over_terms']:.0e}" if compare["loss_over_terms"] < 1e-2 else ""
+        cancels = (
+            f", whose terms cancel to {compare['loss_over_terms']:.0e}" if compare["loss_over_terms"] < 1e-2 else ""
+        )
         line("largest loss difference", f"{compare['loss_difference']:.1e} of the loss{cancels}")
         line("", f"{compare['loss_difference_over_terms']:.1e} of the mean magnitude of its terms")
         line("largest gradient difference", f"{compare['gradient_difference']:.1e} of the gradient's norm")
@@ -107,7 +114,8 @@ def table(found: dict) -> str:
 def step_table(rows: list[dict]) -> str:
     """One line per compared update, in Markdown."""
     lines = [
-        "| step | loss | loss difference | gradient difference | tokens | plain | s | plain | ratio | MiB | plain | ratio |",
+        "| step | loss | loss difference | gradient difference "
+        "| tokens | plain | s | plain | ratio | MiB | plain | ratio |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -115,10 +123,12 @@ def step_table(rows: list[dict]) -> str:
             continue
         other = row["compare"]
         lines.append(
-            f"| {row['step']} | {row['loss']:+.5f} | {other['loss_difference']:.1e} | {other['gradient_difference']:.1e} "
+            f"| {row['step']} | {row['loss']:+.5f} "
+            f"| {other['loss_difference']:.1e} | {other['gradient_difference']:.1e} "
             f"| {row['tokens']:,} | {other['tokens']:,} "
             f"| {row['seconds']['update']:.2f} | {other['seconds']:.2f} | {other['time_ratio']:.1f} "
-            f"| {row['memory']['peak'] / MIB:,.0f} | {other['memory']['peak'] / MIB:,.0f} | {other['memory_ratio']:.1f} |"
+            f"| {row['memory']['peak'] / MIB:,.0f} | {other['memory']['peak'] / MIB:,.0f} "
+            f"| {other['memory_ratio']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -132,9 +142,18 @@ def comparison_record(found: dict, rows: list[dict]) -> dict:
         "steps": [
             {
                 "step": row["step"],
-                "pykern": {"loss": row["loss"], "tokens": row["tokens"], "seconds": row["seconds"]["update"], "memory": row["memory"]},
+                "pykern": {
+                    "loss": row["loss"],
+                    "tokens": row["tokens"],
+                    "seconds": row["seconds"]["update"],
+                    "memory": row["memory"],
+                },
                 "plain": {name: row["compare"][name] for name in ("loss", "tokens", "seconds", "memory")},
-                **{name: value for name, value in row["compare"].items() if name.endswith(("difference", "terms", "ratio"))},
+                **{
+                    name: value
+                    for name, value in row["compare"].items()
+                    if name.endswith(("difference", "terms", "ratio"))
+                },
             }
             for row in rows
             if "compare" in row

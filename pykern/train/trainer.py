@@ -154,7 +154,7 @@ class Trainer:
         return self.dataset.take(self.warmup_steps * self.config.warmup_prompts, min(256, len(self.dataset.training)))
 
     def collect(self) -> tuple[Groups, dict]:
-        """The next batch: responses (sampled, or the file's), rewards [responses], advantages, old log-probabilities."""
+        """The next batch: responses (sampled, or the file's), rewards, advantages, old log-probabilities."""
         config = self.config
         examples = self.dataset.take(self.step * config.prompts, config.prompts)
         prompts = [example.prompt for example in examples]

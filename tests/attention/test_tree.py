@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-import pykern
 from pykern import PrefixTree
 from pykern.reference.attention import visibility
 from tests.attention.trees import TREES, random_nodes, random_tree, with_padding

@@ -94,7 +94,8 @@ EXPORT void multiply_strided(int64_t m, int64_t n, int64_t k, const float* a, in
 }
 
 // Packs to bfloat16 pairs, whatever the level computes in.
-EXPORT int64_t pack_pairs(int type, const void* source, int64_t k, int64_t n, int64_t row, int64_t column, void* packed) {
+EXPORT int64_t pack_pairs(int type, const void* source, int64_t k, int64_t n, int64_t row, int64_t column,
+                          void* packed) {
   if (packed) {
     if (type == 0) pack(static_cast<bf16*>(packed), static_cast<const float*>(source), k, n, row, column);
     if (type == 2) pack(static_cast<bf16*>(packed), static_cast<const bf16*>(source), k, n, row, column);

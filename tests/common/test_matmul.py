@@ -126,7 +126,14 @@ def test_pack_to_pairs(floor, dtype, layout):
     for _, n, k in sizes(3, 25, 150):
         matrix = torch.randn(k, n).to(dtype)
         view = surrounded(matrix, layout)
-        arguments = TYPES[dtype], pointer(view), integer(k), integer(n), integer(view.stride(0)), integer(view.stride(1))
+        arguments = (
+            TYPES[dtype],
+            pointer(view),
+            integer(k),
+            integer(n),
+            integer(view.stride(0)),
+            integer(view.stride(1)),
+        )
         packed = torch.full((floor.pack_pairs(*arguments, None),), float("nan"), dtype=torch.bfloat16)
         floor.pack_pairs(*arguments, pointer(packed))
         assert torch.equal(packed, packed_pairs(matrix, floor.panel()).flatten()), (n, k)

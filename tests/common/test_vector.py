@@ -69,8 +69,13 @@ def test_exp_is_within_one_and_a_half_units(floor):
 
 def test_exp_of_special_values(floor):
     inf, nan = float("inf"), float("nan")
-    values = torch.tensor([0.0, -0.0, inf, -inf, nan, 1e38, -1e38, 1e-45, -1e-45, 88.72283, 88.72284, -87.4, -103.9, -104.1, 1.0, -nan])
-    same(exp(floor, values)[[0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 15]], values.exp()[[0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 15]])
+    values = torch.tensor(
+        [0.0, -0.0, inf, -inf, nan, 1e38, -1e38, 1e-45, -1e-45, 88.72283, 88.72284, -87.4, -103.9, -104.1, 1.0, -nan]
+    )
+    same(
+        exp(floor, values)[[0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 15]],
+        values.exp()[[0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 15]],
+    )
 
 
 def test_exp_never_falls(floor):

@@ -165,7 +165,8 @@ const char* run_missing_second_barrier(bool buggy, const float* input, int64_t, 
   return launch(PYKERN_CHOOSE(missing_second_barrier), Grid{1, 256}, nullptr, input, output);
 }
 const char* run_global_tail(bool buggy, const float* input, int64_t size, float* output) {
-  return launch(PYKERN_CHOOSE(global_tail), Grid{static_cast<unsigned>(size / 64 + 1), 64}, nullptr, input, size, output);
+  return launch(PYKERN_CHOOSE(global_tail), Grid{static_cast<unsigned>(size / 64 + 1), 64}, nullptr, input, size,
+                output);
 }
 const char* run_shared_tail(bool buggy, const float* input, int64_t, float* output) {
   return launch(PYKERN_CHOOSE(shared_tail), Grid{1, 256}, nullptr, input, output);
@@ -183,8 +184,8 @@ const char* run_last_tile(bool buggy, const float* input, int64_t size, float* o
   return launch(PYKERN_CHOOSE(last_tile), Grid{2, 64}, nullptr, input, size, output);
 }
 const char* run_unwritten_output(bool buggy, const float* input, int64_t size, float* output) {
-  return launch(PYKERN_CHOOSE(unwritten_output), Grid{static_cast<unsigned>((size + 63) / 64), 64}, nullptr, input, size,
-                output);
+  return launch(PYKERN_CHOOSE(unwritten_output), Grid{static_cast<unsigned>((size + 63) / 64), 64}, nullptr, input,
+                size, output);
 }
 const char* run_divergent_barrier(bool buggy, const float* input, int64_t, float* output) {
   return launch(PYKERN_CHOOSE(divergent_barrier), Grid{1, 64}, nullptr, input, output);
@@ -193,7 +194,8 @@ const char* run_waits_for_ever(bool buggy, const float* input, int64_t, float* o
   return launch(PYKERN_CHOOSE(waits_for_ever), Grid{1, 64}, nullptr, input, output);
 }
 const char* run_order_dependent_sum(bool buggy, const float* input, int64_t size, float* output) {
-  return launch(PYKERN_CHOOSE(order_dependent_sum), Grid{static_cast<unsigned>(size), 32}, nullptr, input, size, output);
+  return launch(PYKERN_CHOOSE(order_dependent_sum), Grid{static_cast<unsigned>(size), 32}, nullptr, input, size,
+                output);
 }
 const char* run_writes_to_input(bool buggy, const float* input, int64_t, float* output) {
   return launch(PYKERN_CHOOSE(writes_to_input), Grid{1, 64}, nullptr, input, output);

@@ -93,7 +93,8 @@ __global__ void probe(int64_t size, int argument, const float* input, float* out
 template <class Body>
 const char* run(int64_t size, int threads, int argument, const float* input, float* output) {
   const auto blocks = static_cast<unsigned>((size + threads - 1) / threads);
-  return launch(probe<Body>, Grid{blocks, dim3(static_cast<unsigned>(threads))}, nullptr, size, argument, input, output);
+  return launch(probe<Body>, Grid{blocks, dim3(static_cast<unsigned>(threads))}, nullptr, size, argument, input,
+                output);
 }
 
 }  // namespace

@@ -97,8 +97,12 @@ def test_block_votes():
 def test_conversions_round_to_nearest_even(name, dtype):
     everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).float()
     finite = everything[everything.isfinite()]
-    nudged = torch.cat([finite, finite * (1 + 2**-11), finite * (1 + 2**-9), torch.rand(500) * 1e-7, torch.rand(500) * 1e5])
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 2.0**-25, 1.5 * 2.0**-25, -0.0])
+    nudged = torch.cat(
+        [finite, finite * (1 + 2**-11), finite * (1 + 2**-9), torch.rand(500) * 1e-7, torch.rand(500) * 1e5]
+    )
+    special = torch.tensor(
+        [float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 2.0**-25, 1.5 * 2.0**-25, -0.0]
+    )
     x = torch.cat([nudged, special])
     got = torch.from_numpy(probe(name, x.numpy(), threads=1024))
     want = x.to(dtype).float()

@@ -27,9 +27,7 @@ def hold(param, grad, first, second, **changes) -> None:
     exact = reference.adam_step(*(tensor.double() for tensor in before), 4, lr=LR, **rule)
     own = reference.adam_step(*(tensor.to(param.dtype) for tensor in before), 4, lr=LR, **rule)
     count = torch.tensor(3.0, device=param.device)
-    ops.adam_step(
-        param, grad, first, second, count, torch.tensor(LR, dtype=torch.float64, device=param.device), **rule
-    )
+    ops.adam_step(param, grad, first, second, count, torch.tensor(LR, dtype=torch.float64, device=param.device), **rule)
     assert count.item() == 4
     assert_accurate(param, exact[0], own[0])
     assert_accurate(first, exact[1], own[1].to(first.dtype))

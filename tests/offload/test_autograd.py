@@ -78,9 +78,7 @@ def test_backward_of_a_part(offload):
         hidden = model[:3](x)
         loss = model[3:](hidden).square().mean()
     last = list(model[3:].parameters())
-    assert_bit_equal(
-        list(torch.autograd.grad(loss, last)), list(torch.autograd.grad(model(x).square().mean(), last))
-    )
+    assert_bit_equal(list(torch.autograd.grad(loss, last)), list(torch.autograd.grad(model(x).square().mean(), last)))
     del loss, hidden
     offload.synchronize()
     assert offload.stats()["slots"] == 0

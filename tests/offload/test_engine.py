@@ -422,20 +422,25 @@ folder = tempfile.mkdtemp()
 
 def test_file_size_limit_is_told_before_training():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
     pykern.ActivationOffload("file", path=folder, capacity=1 << 24)
 except OSError as error:
     print(error)
 """
+    )
     message = in_a_process(code)
     assert "cannot preallocate 16777216 bytes" in message
     assert "File too large" in message
 
 
 def test_failed_growth_loses_nothing():
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 engine_module.FILE_GROWTH = 1 << 16
 offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=folder)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -448,11 +453,14 @@ assert stats["kept"]["capacity"] > 0 and stats["offloads"] > 0, stats
 assert len(caught) == 1, caught
 print(caught[0].message)
 """
+    )
     assert "File too large; activations that can't be moved stay in memory" in in_a_process(code)
 
 
 def test_failed_writes_lose_nothing():
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=folder, capacity=1 << 20)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 with warnings.catch_warnings(record=True) as caught:
@@ -468,6 +476,7 @@ assert len(caught) == 1, caught
 assert offload.stats()["kept"]["capacity"] > 0
 print(caught[0].message)
 """
+    )
     message = in_a_process(code)
     assert "writing" in message
     assert "of the spill file in" in message
@@ -488,17 +497,22 @@ def test_failed_read_is_one_clear_error(tmp_path):
 
 def test_ends_with_activations_in_flight():
     """Exit while writes are queued and a graph is alive, without a hang or a crash."""
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=folder, debug_delays=0)
 with offload:
     loss = loss_of(model, x)
 print("end")
 """
+    )
     assert in_a_process(code) == "end\n"
 
 
 def test_forked_child_ends():
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 offload = pykern.ActivationOffload("memory", min_bytes=0, keep_last=0)
 assert_bit_equal(gradients(model, x, offload), plain)
 with offload:
@@ -513,4 +527,5 @@ assert status == 0, status
 loss.backward()
 print("end")
 """
+    )
     assert in_a_process(code) == "end\n"

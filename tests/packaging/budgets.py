@@ -53,7 +53,9 @@ class Usage:
 
 @functools.cache
 def nvcc() -> str | None:
-    return next(filter(None, map(shutil.which, (os.environ.get("CUDACXX") or "nvcc", "/usr/local/cuda/bin/nvcc"))), None)
+    return next(
+        filter(None, map(shutil.which, (os.environ.get("CUDACXX") or "nvcc", "/usr/local/cuda/bin/nvcc"))), None
+    )
 
 
 @functools.cache
@@ -95,7 +97,7 @@ def closure(source: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def measured() -> dict[str, dict[str, Usage]]:
-    """Usage by kernel and architecture. What was compiled before, from the same text by the same nvcc, is remembered."""
+    """Usage by kernel and architecture. What the same nvcc compiled before, from the same text, is remembered."""
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     kernels: dict[str, dict[str, Usage]] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -132,9 +134,7 @@ def compiled(source: Path, architecture: str, cubin: Path) -> dict[str, Usage]:
     code = opcodes(cubin) if disassembler() else {}
     names = dict(zip(usages, readable(list(usages))))
     assert len(set(names.values())) == len(names), f"{source}: kernels of one name"
-    return {
-        names[symbol]: Usage(**{**values, "opcodes": code.get(symbol, {})}) for symbol, values in usages.items()
-    }
+    return {names[symbol]: Usage(**{**values, "opcodes": code.get(symbol, {})}) for symbol, values in usages.items()}
 
 
 def parse(told: str, ptx: str) -> dict[str, dict]:

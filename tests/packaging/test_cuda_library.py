@@ -117,8 +117,12 @@ def test_stream_of_a_cpu_only_torch():
 def test_stream_is_found_in_a_torch_loaded_without_rtld_global(tmp_path):
     """As Python loads torch; a weak symbol would not be found."""
     source, library = tmp_path / "stand_in.c", tmp_path / "libtorch_cuda.so"
-    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return device + !stream; }\n")
-    subprocess.run(["c++", "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source], check=True)
+    source.write_text(
+        "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return device + !stream; }\n"
+    )
+    subprocess.run(
+        ["c++", "-x", "c", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source], check=True
+    )
     result = python("-c", STREAM, str(library), cwd=ROOT)
     assert result.stdout.strip() == "libtorch_cuda", result.stderr
 
@@ -170,7 +174,9 @@ def torch_as(monkeypatch):
 @needs_library
 def test_torch_of_rocm(torch_as):
     torch_as(None, hip="7.0")
-    assert _native.cuda_unavailable_reason == f"torch {torch.__version__} is built for ROCm, and pykern's kernels for CUDA"
+    assert (
+        _native.cuda_unavailable_reason == f"torch {torch.__version__} is built for ROCm, and pykern's kernels for CUDA"
+    )
 
 
 @needs_library
@@ -251,5 +257,7 @@ def test_op_without_a_kernel_fails_by_name(op, monkeypatch):
 
 def test_devices_of_other_kinds_are_refused():
     with torch._subclasses.FakeTensorMode():
-        with pytest.raises(NotImplementedError, match="group_advantages: rewards is on xpu:0, but pykern has no xpu kernels"):
+        with pytest.raises(
+            NotImplementedError, match="group_advantages: rewards is on xpu:0, but pykern has no xpu kernels"
+        ):
             pykern.group_advantages(torch.empty(2, device="xpu"), torch.empty(2, dtype=torch.int64, device="xpu"))

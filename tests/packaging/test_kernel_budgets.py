@@ -11,7 +11,8 @@ from .kernel_kinds import DOUBLES, KINDS, LOCAL_MEMORY, MATRIX, MEMORY, OTHER
 
 pytestmark = pytest.mark.skipif(not budgets.nvcc(), reason="no nvcc here to compile the kernels with")
 needs_disassembler = pytest.mark.skipif(
-    not budgets.disassembler(), reason="no cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)"
+    not budgets.disassembler(),
+    reason="no cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)",
 )
 
 AGAIN = "look at them, then run 'python -m tests.packaging.budgets --write'"
@@ -23,7 +24,11 @@ LOCAL = re.compile(r"LDL|STL")
 @pytest.fixture(scope="module")
 def usages():
     """(kernel, architecture, usage) of all kernels."""
-    return [(kernel, architecture, usage) for kernel, entry in budgets.measured().items() for architecture, usage in entry.items()]
+    return [
+        (kernel, architecture, usage)
+        for kernel, entry in budgets.measured().items()
+        for architecture, usage in entry.items()
+    ]
 
 
 def allowed(patterns, kernel):
@@ -31,7 +36,9 @@ def allowed(patterns, kernel):
 
 
 def failing(usages, fails):
-    return [f"{kernel} [{architecture}]: {told}" for kernel, architecture, usage in usages if (told := fails(kernel, usage))]
+    return [
+        f"{kernel} [{architecture}]: {told}" for kernel, architecture, usage in usages if (told := fails(kernel, usage))
+    ]
 
 
 def test_table_names_every_kernel_and_no_other(usages):
@@ -68,7 +75,9 @@ def test_no_kernel_computes_in_doubles_without_a_reason(usages):
 
 def test_every_kernel_has_a_kind(usages):
     kinds = {kernel: allowed(KINDS, kernel) for kernel, _, _ in usages}
-    assert not [kernel for kernel, kind in kinds.items() if kind not in (MEMORY, MATRIX, OTHER)], "add them to kernel_kinds.py"
+    assert not [kernel for kernel, kind in kinds.items() if kind not in (MEMORY, MATRIX, OTHER)], (
+        "add them to kernel_kinds.py"
+    )
 
 
 def test_every_declaration_has_a_kernel(usages):

@@ -44,7 +44,9 @@ def pretending(checkout, statement):
 
 
 def test_no_python(checkout):
-    assert make(checkout, "PYTHON=no-such-python").startswith("pykern: no no-such-python was found; install Python 3.10")
+    assert make(checkout, "PYTHON=no-such-python").startswith(
+        "pykern: no no-such-python was found; install Python 3.10"
+    )
 
 
 def test_old_python(checkout):

@@ -17,7 +17,8 @@ from .binary import LIBRARY, ROOT
 
 def python(*arguments, cwd, **environment):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": str(cwd), **environment}, capture_output=True, text=True
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": str(cwd), **environment},
+        capture_output=True, text=True
     )  # fmt: skip
 
 
@@ -29,7 +30,9 @@ def package(tmp_path):
 
 
 def import_error(package, prelude=""):
-    result = python("-c", f"{prelude}\ntry:\n    import pykern\nexcept ImportError as error:\n    print(error)", cwd=package)
+    result = python(
+        "-c", f"{prelude}\ntry:\n    import pykern\nexcept ImportError as error:\n    print(error)", cwd=package
+    )
     assert result.returncode == 0, result.stderr
     (line,) = result.stdout.strip().splitlines()
     return line

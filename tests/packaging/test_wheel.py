@@ -85,15 +85,25 @@ def cpu_wheel(unpacked, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tree_wheel(tmp_path_factory):
-    """Of the libraries that this tree's build has made, with CUDA kernels where there is an nvcc; nothing is compiled."""
+    """Of the libraries that this tree's build made, with CUDA kernels where there is an nvcc; nothing is compiled."""
     folder = tmp_path_factory.mktemp("tree_wheel")
-    cached = dict(re.findall(r"^(\w+):\w+=(.*)$", (ROOT / "build" / "cmake" / "CMakeCache.txt").read_text(), re.MULTILINE))
-    same = {name: cached[name] for name in ("PYKERN_SIMD_LEVELS", "PYKERN_CUDA_ARCHS", "PYKERN_EMULATOR", "PYKERN_TORCH_ROOT")}
-    same |= {"PYKERN_CUDA": "1" if CUDA_LIBRARY else "0", "MAX_JOBS": cached["PYKERN_JOBS"], "PYKERN_LOCAL_VERSION": "1"}
+    cached = dict(
+        re.findall(r"^(\w+):\w+=(.*)$", (ROOT / "build" / "cmake" / "CMakeCache.txt").read_text(), re.MULTILINE)
+    )
+    same = {
+        name: cached[name]
+        for name in ("PYKERN_SIMD_LEVELS", "PYKERN_CUDA_ARCHS", "PYKERN_EMULATOR", "PYKERN_TORCH_ROOT")
+    }
+    same |= {
+        "PYKERN_CUDA": "1" if CUDA_LIBRARY else "0",
+        "MAX_JOBS": cached["PYKERN_JOBS"],
+        "PYKERN_LOCAL_VERSION": "1",
+    }
     if CUDA_LIBRARY:
         same["CUDACXX"] = cached["CMAKE_CUDA_COMPILER"]
     succeed(
-        sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder, "build", "--build-base", folder / "build",
+        sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder,
+        "build", "--build-base", folder / "build",
         "bdist_wheel", "--bdist-dir", folder / "unpacked", "--dist-dir", folder / "dist", cwd=ROOT, **same,
     )  # fmt: skip
     (found,) = (folder / "dist").glob("*.whl")
@@ -280,7 +290,10 @@ def test_no_compiler(unpacked, tmp_path):
 
 def test_no_cmake(unpacked, tmp_path):
     (tmp_path / "c++").symlink_to(shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"))
-    assert build_error(unpacked, PATH=str(tmp_path), CXX="") == "pykern: cmake was not found; 'pip install cmake' brings it"
+    assert (
+        build_error(unpacked, PATH=str(tmp_path), CXX="")
+        == "pykern: cmake was not found; 'pip install cmake' brings it"
+    )
 
 
 def test_no_nvcc(unpacked, tmp_path):
@@ -295,7 +308,9 @@ def test_no_nvcc(unpacked, tmp_path):
 
 
 def test_unknown_emulator(unpacked):
-    assert "PYKERN_EMULATOR: expected a semicolon list of checked, address" in build_error(unpacked, PYKERN_EMULATOR="fast")
+    assert "PYKERN_EMULATOR: expected a semicolon list of checked, address" in build_error(
+        unpacked, PYKERN_EMULATOR="fast"
+    )
 
 
 def test_compile_error_ends_in_one_line(unpacked, tmp_path):

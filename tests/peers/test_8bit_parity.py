@@ -11,9 +11,7 @@ from pykern.reference import lowrank as reference
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_maps(signed):
     """Up to the rounding of the float32 steps by which the package makes them."""
-    torch.testing.assert_close(
-        reference.dynamic_map(signed), peer.create_dynamic_map(signed=signed), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(reference.dynamic_map(signed), peer.create_dynamic_map(signed=signed), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

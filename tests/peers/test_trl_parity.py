@@ -79,7 +79,16 @@ def test_policy_loss(loss_type, level, loss, aggregate, spread, beta):
     clips = {} if loss_type == "cispo" else {"clip_low": 0.2, "clip_high": high}
     kl = {"kl": "k3", "kl_coef": beta, "ref_logprobs": reference} if beta else {}
     ours, own = pykern.policy_loss(
-        logprobs, old, advantages, mask=mask, loss=loss, aggregate=aggregate, horizon=HORIZON, preset="trl", **clips, **kl
+        logprobs,
+        old,
+        advantages,
+        mask=mask,
+        loss=loss,
+        aggregate=aggregate,
+        horizon=HORIZON,
+        preset="trl",
+        **clips,
+        **kl,
     )
     ours.backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)

@@ -83,7 +83,15 @@ def test_policy_loss(peer, loss, aggregate, spread):
     theirs, metrics = verl_loss(peer, logprobs, old, advantages, mask, aggregate, 0.2, 0.28)
     (gradient,) = torch.autograd.grad(theirs, logprobs)
     ours, own = pykern.policy_loss(
-        logprobs, old, advantages, mask=mask, loss=loss, clip_low=0.2, clip_high=0.28, aggregate=aggregate, preset="verl"
+        logprobs,
+        old,
+        advantages,
+        mask=mask,
+        loss=loss,
+        clip_low=0.2,
+        clip_high=0.28,
+        aggregate=aggregate,
+        preset="verl",
     )
     ours.backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)

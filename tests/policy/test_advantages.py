@@ -51,7 +51,9 @@ def test_matches_definition(name, preset, dtype):
     keywords = extras(name, 157, dtype)
     actual = pykern.group_advantages(rewards, ids, estimator=name, preset=preset, **keywords)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_accurate(actual, exact(name, rewards, ids, preset, **keywords), units=1.0 if dtype != torch.float64 else 50.0)
+    assert_accurate(
+        actual, exact(name, rewards, ids, preset, **keywords), units=1.0 if dtype != torch.float64 else 50.0
+    )
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -153,7 +155,11 @@ def test_group_that_non_finite_rewards_leave_alone():
 def test_non_finite_baseline_reward_leaves_its_row_out():
     greedy = torch.tensor([0.5, float("nan")])
     actual, metrics = pykern.group_advantages(
-        torch.ones(2), torch.zeros(2, dtype=torch.int64), estimator="remax", baseline_rewards=greedy, return_metrics=True
+        torch.ones(2),
+        torch.zeros(2, dtype=torch.int64),
+        estimator="remax",
+        baseline_rewards=greedy,
+        return_metrics=True,
     )
     assert actual.tolist() == [0.5, 0.0]
     assert metrics["non_finite"] == 1
@@ -217,7 +223,10 @@ def test_lengths_in_three_ways():
 def test_group_without_tokens():
     rewards, ids = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
     for name in ("opo", "reinforce_pp", "reinforce_pp_baseline"):
-        assert pykern.group_advantages(rewards, ids, estimator=name, lengths=torch.tensor([0, 0])).tolist() == [0.0, 0.0]
+        assert pykern.group_advantages(rewards, ids, estimator=name, lengths=torch.tensor([0, 0])).tolist() == [
+            0.0,
+            0.0,
+        ]
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -113,9 +113,7 @@ def test_bias_masks_vocabulary_entries(dtype):
     given = [torch.randn(9) for _ in range(2)]
     results, grads = run(pykern.linear_token_logprobs, hidden, weight, targets, bias, given, entropy=True)
     few = torch.tensor([int(kept[:t].sum()) for t in targets])
-    wanted, wanted_grads = run(
-        pykern.linear_token_logprobs, hidden, weight[kept], few, bias[kept], given, entropy=True
-    )
+    wanted, wanted_grads = run(pykern.linear_token_logprobs, hidden, weight[kept], few, bias[kept], given, entropy=True)
     for r, want in zip(results, wanted):
         torch.testing.assert_close(r, want, rtol=1e-5, atol=1e-5)
     assert all(g.isfinite().all() for g in grads)

@@ -111,7 +111,8 @@ def test_gradcheck_of_cispo_with_its_weight_held(kl, aggregate):
 def test_masked_tokens_do_not_leak(loss):
     clean = batch(dtype=torch.float32, poisoned=False, per_token=True)
     dirty = {
-        name: tensor if name == "mask" else tensor.masked_fill(~clean["mask"], math.nan) for name, tensor in clean.items()
+        name: tensor if name == "mask" else tensor.masked_fill(~clean["mask"], math.nan)
+        for name, tensor in clean.items()
     }
     first = ours(*arguments(clean, loss=loss, kl="k3", rollout=True))
     second = ours(*arguments(dirty, loss=loss, kl="k3", rollout=True))
@@ -183,7 +184,10 @@ def test_small_kl_keeps_its_digits():
 def test_parts_of_a_batch_add_up():
     tensors = batch(8, 20)
     positional, named = arguments(tensors, kl="k3")
-    for aggregate, count in (("token-mean", tensors["mask"].sum()), ("seq-mean-token-mean", tensors["mask"].any(1).sum())):
+    for aggregate, count in (
+        ("token-mean", tensors["mask"].sum()),
+        ("seq-mean-token-mean", tensors["mask"].any(1).sum()),
+    ):
         whole = ours(positional, named | {"aggregate": aggregate})
         parts = []
         for rows in (slice(0, 3), slice(3, 8)):

@@ -338,9 +338,7 @@ def test_many_leading_dimensions():
     base = torch.randn(2, 3, 2, 2, 3, 2, 2, 9)
     logits = base[:, ::2, :, :, ::2].transpose(0, 3).transpose(2, 5)
     targets = torch.randint(9, logits.shape[:-1])
-    assert torch.equal(
-        pykern.token_logprobs(logits, targets), pykern.token_logprobs(logits.contiguous(), targets)
-    )
+    assert torch.equal(pykern.token_logprobs(logits, targets), pykern.token_logprobs(logits.contiguous(), targets))
 
 
 @CUDA_ONLY

@@ -43,7 +43,9 @@ def write_rows(path: Path, rows: list) -> Path:
 
 
 def questions(count: int) -> list[dict]:
-    return [{"question": f"What is {n} and {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(count)]
+    return [
+        {"question": f"What is {n} and {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(count)
+    ]
 
 
 def groups(count: int) -> list[dict]:

@@ -244,7 +244,9 @@ def test_a_broken_row_is_refused_and_touches_nothing(tmp_path, capsys, row, mess
 def test_an_earlier_run_is_left_as_it_was(tmp_path, capsys):
     train(tmp_path / "run")
     before = contents(tmp_path / "run")
-    assert "already holds a run; continue it with --resume" in refusal([*TINY_OPTIONS, "--out", tmp_path / "run"], capsys)
+    assert "already holds a run; continue it with --resume" in refusal(
+        [*TINY_OPTIONS, "--out", tmp_path / "run"], capsys
+    )
     assert contents(tmp_path / "run") == before
 
 
@@ -277,7 +279,9 @@ def test_no_space_for_the_spill_file_is_refused(tmp_path, capsys):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        line = refusal([*TINY_OPTIONS, "--offload", "file", "--spill-dir", tmp_path, "--out", tmp_path / "other"], capsys)
+        line = refusal(
+            [*TINY_OPTIONS, "--offload", "file", "--spill-dir", tmp_path, "--out", tmp_path / "other"], capsys
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -288,7 +292,9 @@ def test_no_space_for_the_spill_file_is_refused(tmp_path, capsys):
 
 def test_remax_on_given_groups_is_refused(tmp_path, capsys):
     path = write_rows(tmp_path / "g.jsonl", groups(6))
-    assert "--estimator remax: needs the policy's greedy response" in refusal(["--data", path, "--estimator", "remax"], capsys)
+    assert "--estimator remax: needs the policy's greedy response" in refusal(
+        ["--data", path, "--estimator", "remax"], capsys
+    )
 
 
 def test_settled_options_have_the_defaults_of_their_form():
@@ -343,7 +349,13 @@ def test_a_comparison_is_recorded_and_printed(compared):
         for side in ("pykern", "plain"):
             assert step[side]["seconds"] > 0 and step[side]["memory"]["peak"] > 10 << 20 and step[side]["tokens"] > 0
     assert record["table"].count("\n|") == 6 and "scaled_dot_product_attention" in record["table"]
-    for text in ("plain PyTorch", "tokens processed", "peak memory", "largest loss difference", "largest gradient difference"):
+    for text in (
+        "plain PyTorch",
+        "tokens processed",
+        "peak memory",
+        "largest loss difference",
+        "largest gradient difference",
+    ):
         assert text in printed
 
 

@@ -129,7 +129,9 @@ def test_shots_are_no_training_rows(tmp_path):
 def test_every_pass_over_the_data_has_its_own_order(tmp_path):
     loaded = load(write_rows(tmp_path / "q.jsonl", questions(20)))
     first, second = loaded.take(0, 20), loaded.take(20, 20)
-    assert sorted(e.prompt for e in first) == sorted(e.prompt for e in second) == sorted(e.prompt for e in loaded.training)
+    assert (
+        sorted(e.prompt for e in first) == sorted(e.prompt for e in second) == sorted(e.prompt for e in loaded.training)
+    )
     assert first != second
     assert loaded.take(15, 10) == first[15:] + second[:5]
 

@@ -37,15 +37,22 @@ def test_auto_is_the_gpu_where_all_kernels_are_there(usable_gpu):
 
 def test_offload_is_refused_on_a_gpu(usable_gpu):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS)
-    with pytest.raises(InputError, match="--device auto: activations on a GPU can't be offloaded yet; use --offload none"):
+    with pytest.raises(
+        InputError, match="--device auto: activations on a GPU can't be offloaded yet; use --offload none"
+    ):
         resolve(Config(offload="memory"), "auto")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-@pytest.mark.parametrize("family, op", [("attention", "prefix_attention_backward"), ("policy", "linear_token_logprobs"), ("lowrank", "adam_step")])
+@pytest.mark.parametrize(
+    "family, op",
+    [("attention", "prefix_attention_backward"), ("policy", "linear_token_logprobs"), ("lowrank", "adam_step")],
+)
 def test_missing_kernel_is_refused_by_name(usable_gpu, name, family, op):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS - {op})
-    with pytest.raises(InputError, match=f"--device {name}: the {family} family has no CUDA kernel for {op} yet; use --device cpu"):
+    with pytest.raises(
+        InputError, match=f"--device {name}: the {family} family has no CUDA kernel for {op} yet; use --device cpu"
+    ):
         resolve(Config(), name)
 
 
