@@ -30,6 +30,9 @@ inline void check_cpu(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
 }
 
+// How a family's shared checks ask for their device: check_cpu, or its CUDA kin.
+using DeviceCheck = void (*)(const Tensor& tensor, const char* name);
+
 inline void check_dim(const Tensor& tensor, int64_t dim, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
 }

@@ -7,8 +7,6 @@
 
 namespace pykern::lowrank {
 
-using DeviceCheck = void (*)(const Tensor& tensor, const char* name);
-
 inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
 // One float32 or float64 element.

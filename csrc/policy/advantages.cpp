@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "policy/arguments.h"
 
 namespace pykern {
 namespace {
@@ -171,33 +171,14 @@ void compute(const T* rewards, const int64_t* ids, const int64_t* lengths, const
   }
 }
 
-void check_row_values(const std::optional<Tensor>& tensor, int64_t rows, ScalarType type, const char* name) {
-  if (!tensor) return;
-  check_cpu(*tensor, name);
-  check_dim(*tensor, 1, name);
-  check_size(*tensor, 0, rows, name);
-  check_type(*tensor, type, name);
-  check_contiguous(*tensor, name);
-}
-
 std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, Tensor group_ids, std::optional<Tensor> lengths,
                                             std::optional<Tensor> baseline_rewards, int64_t baseline, int64_t scale,
                                             double eps, int64_t ddof, bool singleton_self) {
-  check_dim(rewards, 1, "rewards");
+  check_advantages(rewards, group_ids, lengths, baseline_rewards, baseline, scale, check_cpu);
   const int64_t rows = rewards.size(0);
   const ScalarType type = rewards.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "rewards: expected float32 or float64");
-  STD_TORCH_CHECK(baseline >= 0 && baseline <= 4 && scale >= 0 && scale <= 3, "baseline or scale: unknown");
   const Settings settings{static_cast<Baseline>(baseline), static_cast<Scale>(scale), eps, static_cast<int>(ddof),
                           singleton_self};
-  STD_TORCH_CHECK(lengths || (settings.baseline != Baseline::length_weighted && settings.scale != Scale::token_whiten),
-                  "lengths: this estimator needs them");
-  STD_TORCH_CHECK(baseline_rewards.has_value() == (settings.baseline == Baseline::given),
-                  "baseline_rewards: needed by a given baseline, and by no other");
-  check_row_values(rewards, rows, type, "rewards");
-  check_row_values(group_ids, rows, ScalarType::Long, "group_ids");
-  check_row_values(lengths, rows, ScalarType::Long, "lengths");
-  check_row_values(baseline_rewards, rows, type, "baseline_rewards");
   Tensor advantages = torch::stable::new_empty(rewards, {rows});
   Tensor counts = torch::stable::new_zeros(group_ids, {4});
   const int64_t* length_data = lengths ? input<int64_t>(*lengths) : nullptr;

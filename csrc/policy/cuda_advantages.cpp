@@ -4,39 +4,21 @@
 
 #include "common/cuda.h"
 #include "kernels/policy/advantages.h"
+#include "policy/arguments.h"
 
 namespace pykern {
 namespace {
 
-void check_row_values(const std::optional<Tensor>& tensor, int64_t rows, ScalarType type, const char* name) {
-  if (!tensor) return;
-  cuda::check_device(*tensor, name);
-  check_dim(*tensor, 1, name);
-  check_size(*tensor, 0, rows, name);
-  check_type(*tensor, type, name);
-  check_contiguous(*tensor, name);
-}
-
 std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, Tensor group_ids, std::optional<Tensor> lengths,
                                             std::optional<Tensor> baseline_rewards, int64_t baseline, int64_t scale,
                                             double eps, int64_t ddof, bool singleton_self) {
-  check_dim(rewards, 1, "rewards");
+  check_advantages(rewards, group_ids, lengths, baseline_rewards, baseline, scale, cuda::check_device);
   const int64_t rows = rewards.size(0);
   const ScalarType type = rewards.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "rewards: expected float32 or float64");
   STD_TORCH_CHECK(rows <= kMaxAdvantageRows, "rewards: expected at most ", kMaxAdvantageRows, " rows, got ", rows);
-  STD_TORCH_CHECK(baseline >= 0 && baseline <= 4 && scale >= 0 && scale <= 3, "baseline or scale: unknown");
   const auto baseline_kind = static_cast<Baseline>(baseline);
   const auto scale_kind = static_cast<Scale>(scale);
   const bool whitens = scale_kind == Scale::token_whiten;
-  STD_TORCH_CHECK(lengths || (baseline_kind != Baseline::length_weighted && !whitens),
-                  "lengths: this estimator needs them");
-  STD_TORCH_CHECK(baseline_rewards.has_value() == (baseline_kind == Baseline::given),
-                  "baseline_rewards: needed by a given baseline, and by no other");
-  check_row_values(rewards, rows, type, "rewards");
-  check_row_values(group_ids, rows, ScalarType::Long, "group_ids");
-  check_row_values(lengths, rows, ScalarType::Long, "lengths");
-  check_row_values(baseline_rewards, rows, type, "baseline_rewards");
 
   const cuda::DeviceGuard guard(rewards);
   Tensor advantages = cuda::empty(rewards, {rows}, type);

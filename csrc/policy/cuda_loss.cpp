@@ -5,34 +5,10 @@
 
 #include "common/cuda.h"
 #include "kernels/policy/loss.h"
+#include "policy/arguments.h"
 
 namespace pykern {
 namespace {
-
-// In the order of the floats that pykern/policy/loss.py passes.
-enum Setting : int {
-  kRatioLow,
-  kRatioHigh,
-  kDualClip,
-  kLogRatioLimit,
-  kSequenceLogRatioLimit,
-  kKlCoef,
-  kKlLogRatioLimit,
-  kKlLimit,
-  kRolloutClip,
-  kDenominator,
-  kHorizon,
-  kSettings
-};
-
-void check_tokens(const std::optional<Tensor>& tensor, const Tensor& logprobs, ScalarType type, const char* name) {
-  if (!tensor) return;
-  cuda::check_device(*tensor, name);
-  check_type(*tensor, type, name);
-  check_contiguous(*tensor, name);
-  check_dim(*tensor, logprobs.dim(), name);
-  for (int64_t dim = 0; dim < logprobs.dim(); ++dim) check_size(*tensor, dim, logprobs.size(dim), name);
-}
 
 int64_t count_sequences(const Tensor& logprobs, const std::optional<Tensor>& cu_seqlens) {
   if (!cu_seqlens) {
@@ -54,21 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logprobs, Tensor old_logprobs,
                                            bool sequence_ratio, bool weight_clip, int64_t kl, int64_t aggregate,
                                            std::vector<double> settings, bool with_gradient) {
   const ScalarType type = logprobs.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "logprobs: expected float32 or float64");
-  STD_TORCH_CHECK(settings.size() == kSettings, "settings: expected ", int(kSettings), " values");
-  STD_TORCH_CHECK(kl >= 0 && kl <= 3 && aggregate >= 0 && aggregate <= 4, "kl or aggregate: unknown");
-  STD_TORCH_CHECK(kl == 0 || ref_logprobs, "ref_logprobs: the KL estimate needs them");
-  check_tokens(logprobs, logprobs, type, "logprobs");
-  check_tokens(old_logprobs, logprobs, type, "old_logprobs");
-  check_tokens(ref_logprobs, logprobs, type, "ref_logprobs");
-  check_tokens(rollout_logprobs, logprobs, type, "rollout_logprobs");
-  check_tokens(mask, logprobs, ScalarType::Bool, "mask");
+  check_loss(logprobs, old_logprobs, mask, ref_logprobs, rollout_logprobs, kl, aggregate, settings, cuda::check_device);
   const int64_t tokens = logprobs.numel(), sequences = count_sequences(logprobs, cu_seqlens);
-  const bool per_token = advantages.dim() != 1 || advantages.size(0) != sequences;
-  if (per_token) check_tokens(advantages, logprobs, type, "advantages");
-  cuda::check_device(advantages, "advantages");
-  check_type(advantages, type, "advantages");
-  check_contiguous(advantages, "advantages");
+  const bool per_token = check_loss_advantages(advantages, logprobs, sequences, cuda::check_device);
 
   const cuda::DeviceGuard guard(logprobs);
   if (tokens == 0 || sequences == 0) {

@@ -7,8 +7,8 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/parallel.h"
+#include "policy/arguments.h"
 
 namespace pykern {
 namespace {
@@ -16,36 +16,11 @@ namespace {
 // In the order of AGGREGATES in pykern/policy/loss.py.
 enum class Aggregate : int64_t { token_mean, token_sum, sequence_sum, sequence_mean, sequence_sum_norm };
 
-// In the order of the floats that pykern/policy/loss.py passes.
-enum Setting : int {
-  kRatioLow,
-  kRatioHigh,
-  kDualClip,
-  kLogRatioLimit,
-  kSequenceLogRatioLimit,
-  kKlCoef,
-  kKlLogRatioLimit,
-  kKlLimit,
-  kRolloutClip,
-  kDenominator,  // zero: count the tokens or sequences of this call
-  kHorizon,
-  kSettings
-};
-
 // Policy loss, KL loss, then means over the tokens; see METRICS in pykern/policy/loss.py.
 constexpr int64_t kMetrics = 10;
 
 // A long sequence is cut, unless its ratio needs all of it; short ones share a task.
 constexpr int64_t kSegmentTokens = 8192;
-
-void check_tokens(const std::optional<Tensor>& tensor, const Tensor& logprobs, ScalarType type, const char* name) {
-  if (!tensor) return;
-  check_cpu(*tensor, name);
-  check_type(*tensor, type, name);
-  check_contiguous(*tensor, name);
-  check_dim(*tensor, logprobs.dim(), name);
-  for (int64_t dim = 0; dim < logprobs.dim(); ++dim) check_size(*tensor, dim, logprobs.size(dim), name);
-}
 
 std::vector<int64_t> sequence_starts(const Tensor& logprobs, const std::optional<Tensor>& cu_seqlens) {
   std::vector<int64_t> starts;
@@ -157,22 +132,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logprobs, Tensor old_logprobs,
                                            bool sequence_ratio, bool weight_clip, int64_t kl, int64_t aggregate,
                                            std::vector<double> settings, bool with_gradient) {
   const ScalarType type = logprobs.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "logprobs: expected float32 or float64");
-  STD_TORCH_CHECK(settings.size() == kSettings, "settings: expected ", int(kSettings), " values");
-  STD_TORCH_CHECK(kl >= 0 && kl <= 3 && aggregate >= 0 && aggregate <= 4, "kl or aggregate: unknown");
-  STD_TORCH_CHECK(kl == 0 || ref_logprobs, "ref_logprobs: the KL estimate needs them");
-  check_tokens(logprobs, logprobs, type, "logprobs");
-  check_tokens(old_logprobs, logprobs, type, "old_logprobs");
-  check_tokens(ref_logprobs, logprobs, type, "ref_logprobs");
-  check_tokens(rollout_logprobs, logprobs, type, "rollout_logprobs");
-  check_tokens(mask, logprobs, ScalarType::Bool, "mask");
+  check_loss(logprobs, old_logprobs, mask, ref_logprobs, rollout_logprobs, kl, aggregate, settings, check_cpu);
   const std::vector<int64_t> starts = sequence_starts(logprobs, cu_seqlens);
   const auto sequences = static_cast<int64_t>(starts.size()) - 1;
-  const bool per_token = advantages.dim() != 1 || advantages.size(0) != sequences;
-  if (per_token) check_tokens(advantages, logprobs, type, "advantages");
-  check_cpu(advantages, "advantages");
-  check_type(advantages, type, "advantages");
-  check_contiguous(advantages, "advantages");
+  const bool per_token = check_loss_advantages(advantages, logprobs, sequences, check_cpu);
 
   Tensor loss = torch::stable::new_empty(logprobs, {});
   Tensor metrics = torch::stable::new_empty(logprobs, {kMetrics});
