@@ -99,4 +99,5 @@ def test_every_op_has_a_case():
     }
     not_built = {name for name in timed_by if timed_by[name] not in labels}
     assert not not_built
-    assert sorted(timed_by) == emulated_ops()
+    # The library's own list where there is one: a wheel is tested without the emulator.
+    assert sorted(timed_by) == sorted(pykern._native.cuda_ops or emulated_ops())
