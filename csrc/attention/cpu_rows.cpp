@@ -28,7 +28,8 @@ Tensor gather_rows(Tensor source, Tensor rows) {
   if (out.numel() == 0) return out;
   const char* from = input<char>(source);
   char* to = output<char>(out);
-  const int64_t rows_per_task = ceil_div(131072, row_bytes);
+  // One run of rows for each thread, so that a thread meets its part of the memory again at the next call.
+  const int64_t rows_per_task = std::max(ceil_div(131072, row_bytes), ceil_div(count, max_threads()));
   parallel_tasks(ceil_div(count, rows_per_task), [&](int64_t task, int) {
     const int64_t end = std::min((task + 1) * rows_per_task, count);
     for (int64_t n = task * rows_per_task; n < end; ++n) {
