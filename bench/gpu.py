@@ -123,7 +123,7 @@ def sanitizer_steps(folder: Path) -> list[Step]:
         return []
     cases = [sys.executable, "-m", "tests.kernel_cases"]
     return [
-        Step(f"compute-sanitizer {name}", [tool, f"--tool={name}", "--error-exitcode=99", *cases], 120, folder)
+        Step(f"compute-sanitizer {name}", [tool, f"--tool={name}", "--error-exitcode=99", *cases], 200, folder)
         for name in SANITIZERS
     ]
 
