@@ -49,6 +49,21 @@ KINDS: dict[str, str] = {
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
+WIDE_STORES = (
+    "attention: gather_rows_kernel<Pack*",
+    "attention: gather_rows_backward_kernel<*, true>",
+    "lowrank: adam_packs_kernel<*",
+    "lowrank: adam_8bit_kernel<*, true>",
+    "lowrank: weight_update_kernel<*, true, *>",
+    "offload: staging_copy_kernel<*",
+    "offload: staging_code_kernel<false, *",
+    "policy: policy_loss_gradient_kernel<*",
+    "policy: policy_loss_kernel<*",
+    "policy: token_logprobs_backward_kernel<*",
+)
+"""Kernels whose results are as large as what they read: their machine code stores sixteen bytes at a time. nvcc may
+take an ordinary wide store apart."""
+
 LOCAL_MEMORY: dict[str, str] = {}
 """Kernels that may spill or have a stack frame, and why."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import budgets
-from .kernel_kinds import DOUBLES, KINDS, LOCAL_MEMORY, MATRIX, MEMORY, OTHER
+from .kernel_kinds import DOUBLES, KINDS, LOCAL_MEMORY, MATRIX, MEMORY, OTHER, WIDE_STORES
 
 pytestmark = pytest.mark.skipif(not budgets.nvcc(), reason="no nvcc here to compile the kernels with")
 needs_disassembler = pytest.mark.skipif(
@@ -17,6 +17,7 @@ needs_disassembler = pytest.mark.skipif(
 
 AGAIN = "look at them, then run 'python -m tests.packaging.budgets --write'"
 WIDE_LOAD = re.compile(r"LDG\..*128|LDGSTS\..*128|UBLKCP|UTMALDG")
+WIDE_STORE = re.compile(r"STG\..*128")
 MATRIX_UNIT = re.compile(r"HMMA|HGMMA|DMMA|OMMA|UTC\w*MMA")
 LOCAL = re.compile(r"LDL|STL")
 
@@ -82,7 +83,7 @@ def test_every_kernel_has_a_kind(usages):
 
 def test_every_declaration_has_a_kernel(usages):
     names = {kernel for kernel, _, _ in usages}
-    patterns = [*KINDS, *LOCAL_MEMORY, *DOUBLES]
+    patterns = [*KINDS, *WIDE_STORES, *LOCAL_MEMORY, *DOUBLES]
     assert not [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
@@ -113,6 +114,15 @@ def test_no_kernel_uses_local_memory_without_a_reason(usages):
 def test_kernels_bound_by_memory_load_sixteen_bytes(usages):
     def fails(kernel, usage):
         return allowed(KINDS, kernel) == MEMORY and not any(map(WIDE_LOAD.match, usage.opcodes))
+
+    assert not failing(usages, fails)
+
+
+@needs_disassembler
+def test_kernels_with_large_results_store_sixteen_bytes(usages):
+    def fails(kernel, usage):
+        stores = any(fnmatchcase(kernel, pattern) for pattern in WIDE_STORES)
+        return stores and not any(map(WIDE_STORE.match, usage.opcodes))
 
     assert not failing(usages, fails)
 
