@@ -90,9 +90,18 @@ def test_steps_report_failure_and_time_out():
         gpu.Step("bad", [sys.executable, "-c", "import sys; sys.exit(7)"], 60),
         gpu.Step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 2),
     ]
-    gpu.run_together(steps)
+    gpu.run_together(steps, time.monotonic() + 60)
     assert [step.status for step in steps] == ["passed", "failed (7)", "ran out of 2 s"]
     assert steps[0].output == "well\n" and steps[2].seconds < 20
+
+
+def test_steps_end_with_the_whole_run(capsys):
+    late = gpu.Step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 60)
+    gpu.run_together([late], time.monotonic() + gpu.SHORTEST_STEP + 1)
+    assert late.status.startswith("ran out of") and late.seconds < 30
+    never = gpu.Step("never", ["true"], 60)
+    gpu.run_together([never], time.monotonic() + 1)
+    assert never.status == "not run" and "no time is left" in capsys.readouterr().out
 
 
 def test_summary_counts_tests_and_compares(tmp_path):
