@@ -1,4 +1,4 @@
-"""One run on a machine with a GPU: tests, golden vectors, sanitizers and benches, as JSON and a table.
+"""One run on a machine with a GPU: tests, golden vectors, benches and sanitizers, as JSON and a table.
 
 `make gpu OUT=folder` calls it; it needs no network, and ends within nine minutes: what there is no time for is not
 run, and says so. A step that fails or runs out of time is reported in its line, and the others still run. Exit status
@@ -228,13 +228,13 @@ def main(arguments: list[str]) -> int:
         tests = test_step(out, folder)
         golden = Step("golden vectors", [sys.executable, "-m", "tests.emulator.golden", "--record"], 120, folder)
         run_together([tests, golden], deadline)
-        sanitizers = sanitizer_steps(folder)
-        run_together(sanitizers, deadline)
         # By themselves: nothing else may use the GPU or the processor.
         benches = bench_steps(out, options.seconds, folder)
         for bench in benches:
             run_together([bench], deadline)
-        steps += [tests, golden, *sanitizers, *benches]
+        sanitizers = sanitizer_steps(folder)
+        run_together(sanitizers, deadline)
+        steps += [tests, golden, *benches, *sanitizers]
         with zipfile.ZipFile(out / "golden.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted((folder / "tests" / "emulator" / "golden").glob("*")):
                 archive.write(path, path.name)
