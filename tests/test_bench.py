@@ -104,6 +104,25 @@ def test_steps_end_with_the_whole_run(capsys):
     assert never.status == "not run" and "no time is left" in capsys.readouterr().out
 
 
+def test_gpu_run_reports_what_failed(monkeypatch, tmp_path, capsys):
+    """The whole run with its steps replaced; the golden vectors, which are not, fail without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    good = ["true"]
+    monkeypatch.setattr(gpu, "build_step", lambda architecture: gpu.Step(f"build {architecture}", good, 10))
+    monkeypatch.setattr(gpu, "test_step", lambda out, folder: gpu.Step("tests on cuda", good, 10, folder))
+    monkeypatch.setattr(gpu, "bench_steps", lambda out, seconds, folder: [gpu.Step("bench policy", good, 10, folder)])
+    monkeypatch.setattr(gpu, "sanitizer_steps", lambda folder: [gpu.Step("memcheck", good, 10, folder)])
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 1
+    record = json.loads((tmp_path / "out" / "summary.json").read_text())
+    statuses = {step["name"]: step["status"] for step in record["steps"]}
+    assert statuses.pop("golden vectors").startswith("failed")
+    assert statuses == dict.fromkeys(("build 90a", "tests on cuda", "bench policy", "memcheck"), "passed")
+    assert record["device"] == "some GPU" and (tmp_path / "out" / "golden.zip").exists()
+    assert "memcheck" in capsys.readouterr().out
+
+
 def test_summary_counts_tests_and_compares(tmp_path):
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"></testsuite></testsuites>'
