@@ -104,6 +104,7 @@ def test_steps_end_with_the_whole_run(capsys):
     assert never.status == "not run" and "no time is left" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(pykern.choose_device().type == "cuda", reason="asks for a machine without a GPU")
 def test_gpu_run_reports_what_failed(monkeypatch, tmp_path, capsys):
     """The whole run with its steps replaced; the golden vectors, which are not, fail without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
