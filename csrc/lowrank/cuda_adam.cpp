@@ -17,16 +17,8 @@ void run_adam(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, co
   const cuda::DeviceGuard guard(param);
   const Stream stream = cuda::current_stream(param);
   const Tensor rule = lowrank::new_rule(param);
-  lowrank::AdamRuleParams resolve = lowrank::rule_params(rule, step);
-  resolve.lr = cuda::input<void>(lr);
-  resolve.lr_is_double = lowrank::is_double(lr);
-  resolve.beta1 = beta1;
-  resolve.beta2 = beta2;
-  resolve.eps = eps;
-  resolve.weight_decay = weight_decay;
-  resolve.decay_after = decay_after;
-  resolve.corrected_eps = corrected_eps;
-  resolve.maximize = maximize;
+  const lowrank::AdamRuleParams resolve = lowrank::rule_params(rule, step, &lr, beta1, beta2, eps, weight_decay,
+                                                               decay_after, corrected_eps, maximize);
   cuda::check_launch(lowrank::launch_adam_rule(resolve, stream), "adam_step");
   if (param.numel() == 0) return;
 
@@ -52,12 +44,8 @@ Tensor run_phase(const Tensor& low, const Tensor& exp_avg, const Tensor& exp_avg
   const Stream stream = cuda::current_stream(low);
   const Tensor direction = cuda::empty(low, low.sizes(), low.scalar_type());
   const Tensor rule = lowrank::new_rule(low);
-  lowrank::AdamRuleParams resolve = lowrank::rule_params(rule, step);
-  resolve.beta1 = beta1;
-  resolve.beta2 = beta2;
-  resolve.eps = eps;
-  resolve.corrected_eps = corrected_eps;
-  resolve.maximize = maximize;
+  const lowrank::AdamRuleParams resolve =
+      lowrank::rule_params(rule, step, nullptr, beta1, beta2, eps, 0.0, false, corrected_eps, maximize);
   cuda::check_launch(lowrank::launch_adam_rule(resolve, stream), "low_rank_adam_phase");
   if (low.numel() == 0) return direction;
 

@@ -124,18 +124,10 @@ void run_low_rank(const Tensor& param, const Tensor& grad, const Tensor& project
   const cuda::DeviceGuard guard(param);
   const Stream stream = cuda::current_stream(param);
   const Tensor rule = lowrank::new_rule(param);
-  lowrank::AdamRuleParams resolve = lowrank::rule_params(rule, step);
-  resolve.lr = cuda::input<void>(lr);
-  resolve.lr_is_double = lowrank::is_double(lr);
+  lowrank::AdamRuleParams resolve = lowrank::rule_params(rule, step, &lr, beta1, beta2, eps, weight_decay, decay_after,
+                                                         corrected_eps, maximize);
   resolve.residual_norm = cuda::input<void>(residual_norm);
   resolve.norm_is_double = residual_norm && lowrank::is_double(*residual_norm);
-  resolve.beta1 = beta1;
-  resolve.beta2 = beta2;
-  resolve.eps = eps;
-  resolve.weight_decay = weight_decay;
-  resolve.decay_after = decay_after;
-  resolve.corrected_eps = corrected_eps;
-  resolve.maximize = maximize;
   cuda::check_launch(lowrank::launch_adam_rule(resolve, stream), "low_rank_adam_step");
   if (param.numel() == 0) return;
 

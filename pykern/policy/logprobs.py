@@ -116,7 +116,7 @@ def linear_token_logprobs(
 
     Raises:
         TypeError, ValueError: an argument of unexpected type, shape or value.
-        NotImplementedError: CUDA tensors, where the CUDA kernels are not loaded.
+        NotImplementedError: CUDA tensors, for which there is no kernel of it yet.
     """
     name = "linear_token_logprobs"
     _check_floating(name, "hidden", hidden)
