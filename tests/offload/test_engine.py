@@ -367,7 +367,8 @@ def test_full_storage_keeps_tensors(storage):
             assert_bit_equal(gradients(model, x, offload), plain)
     stats = offload.stats()
     assert stats["kept"]["capacity"] > 0
-    assert stats["offloads"] > 0
+    # A copy that the backward asks for before it has been made is handed back, and never ends.
+    assert stats["offloads"] + stats["forwards"] > 0
     assert stats["peak_slot_bytes"] <= stats["extent_bytes"] <= 102_400
 
 
@@ -449,7 +450,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(3):
         assert_bit_equal(gradients(model, x, offload), plain)
 stats = offload.stats()
-assert stats["kept"]["capacity"] > 0 and stats["offloads"] > 0, stats
+assert stats["kept"]["capacity"] > 0 and stats["offloads"] + stats["forwards"] > 0, stats
 assert len(caught) == 1, caught
 print(caught[0].message)
 """
