@@ -127,13 +127,13 @@ def attention() -> Iterator[Case]:
         for dtype in (torch.bfloat16, torch.float32):
             yield f"gather_rows {count}x{width} {str(dtype)[6:]}", lambda n=count, w=width, d=dtype: rows(n, w, d)
 
-    def tiles(tile: int) -> list[Tensor]:
-        tree = pykern.PrefixTree.from_groups([7, 130], [[3, 9, 0], [40, 41]])
-        end = tree.subtree_end.to(torch.get_default_device())
-        return [torch.ops.pykern.prefix_attention_tiles.default(end, tile)]
+    def tiles(prefix: int) -> list[Tensor]:
+        tree = pykern.PrefixTree.from_groups([7, prefix], [[3, 9, 0], [40, 41]])
+        tensors = (tensor.to(torch.get_default_device()) for tensor in (tree.subtree_end, tree.position))
+        return list(torch.ops.pykern.prefix_attention_tiles.default(*tensors))
 
-    for tile in (1, 17, 64, 1000):
-        yield f"prefix_attention_tiles {tile}", lambda t=tile: tiles(t)
+    for prefix in (0, 17, 130, 1000):
+        yield f"prefix_attention_tiles {prefix}", lambda p=prefix: tiles(p)
 
 
 def offload() -> Iterator[Case]:
