@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .host import host_vector
 from .rows import gather_rows, invert_rows
-from .tree import PrefixTree, _host_vector
+from .tree import PrefixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,9 @@ def pack(
         raise ValueError(
             f"responses: expected a list for each of the {len(prompts)} prompts, got {len(responses)} lists"
         )
-    heads = [_host_vector(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+    heads = [host_vector(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
     tails = [
-        [_host_vector(response, f"responses[{index}][{number}]") for number, response in enumerate(group)]
+        [host_vector(response, f"responses[{index}][{number}]") for number, response in enumerate(group)]
         for index, group in enumerate(responses)
     ]
     for index, (head, group) in enumerate(zip(heads, tails, strict=True)):
