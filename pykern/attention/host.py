@@ -14,7 +14,10 @@ _KIND_NAMES = {_INTEGERS: "integers", _NUMBERS: "numbers"}
 
 def host_vector(values: Sequence[int] | Tensor, name: str, kinds: str = _INTEGERS) -> np.ndarray:
     """One dimension of numbers: int64, or the dtype they came in where `kinds` allows other than integers."""
-    array = _host_array(values)
+    try:
+        array = _host_array(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected one dimension, got lists of unequal lengths") from error
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
     if array.size and array.dtype.kind not in kinds:
@@ -39,6 +42,16 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def inverse_of_rows(rows: np.ndarray, source_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `invert_rows` returns, several times as fast on the host."""
+    counts = np.bincount(rows, minlength=source_rows)
+    # numpy's stable sort takes linear time for 16 bits only.
+    order = np.argsort(rows.astype(np.uint16), kind="stable")
+    for shift in range(16, max(source_rows - 1, 0).bit_length(), 16):
+        order = order[np.argsort((rows >> shift).astype(np.uint16)[order], kind="stable")]
+    return order, np.concatenate([[0], np.cumsum(counts)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +155,12 @@ def _flat_at_once(vectors: list) -> tuple[np.ndarray, np.ndarray] | None:
             return None
         flat = np.concatenate(vectors)
     elif kinds and kinds <= {list, tuple}:
-        flat = np.array(list(chain.from_iterable(vectors)))
         # Booleans among integers would become integers.
         if len({isinstance(vector[0], bool) for vector in vectors if len(vector)}) > 1:
+            return None
+        try:
+            flat = np.array(list(chain.from_iterable(vectors)))
+        except (TypeError, ValueError):
             return None
     else:
         return None
@@ -154,4 +170,4 @@ def _flat_at_once(vectors: list) -> tuple[np.ndarray, np.ndarray] | None:
     return (flat if len(flat) else flat.astype(np.int64)), lengths
 
 
-__all__ = ["GivenSequences", "host_vector", "host_vectors", "ranges"]
+__all__ = ["GivenSequences", "host_vector", "host_vectors", "inverse_of_rows", "ranges"]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .host import host_vector
-from .rows import gather_rows, invert_rows
+from .host import host_vector, inverse_of_rows
+from .rows import gather_rows
 from .tree import PrefixTree
 
 
@@ -110,15 +110,15 @@ def pack(
         last_prompt_row = prompt_stops + cu_seqlens[responses_before_group] - 1
         predictor_rows = np.where(step == 0, np.repeat(last_prompt_row, lengths), np.repeat(begins, lengths) + step - 1)
 
-    rows = torch.from_numpy(predictor_rows.astype(np.int64))
+    rows = predictor_rows.astype(np.int64)
     return PackedBatch(
         token_ids,
         tree,
-        rows,
+        torch.from_numpy(rows),
         torch.from_numpy(targets),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         torch.from_numpy(group_ids.astype(np.int64)),
-        *invert_rows(rows, tree.num_tokens),
+        *map(torch.from_numpy, inverse_of_rows(rows, tree.num_tokens)),
     )
 
 

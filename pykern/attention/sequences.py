@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .host import GivenSequences, host_vector, ranges
-from .rows import gather_rows, invert_rows
+from .host import GivenSequences, host_vector, inverse_of_rows, ranges
+from .rows import gather_rows
 from .tree import PrefixTree
 from .trie import SortedSequences
 
@@ -202,21 +202,23 @@ def pack_part(
     target_index = (np.cumsum(uses > 0) - 1)[target_rows]
     parents = np.empty(tree.num_tokens, dtype=np.int64)
     parents[target_rows] = rows.sequence_rows[own - 1]
-    predictor_rows = torch.from_numpy(parents[distinct])
+    predictor_rows = parents[distinct]
 
-    weights = np.ones(len(own), dtype=np.float32) if scales is None else scales[places]
-    summed = np.bincount(target_index, weights=weights, minlength=len(distinct))
+    if scales is None:
+        weights, summed = np.ones(len(own), dtype=np.float32), uses[distinct]
+    else:
+        weights = scales[places]
+        summed = np.bincount(target_index, weights=weights, minlength=len(distinct))
     _, which, counts = np.unique(rows.last_rows, return_inverse=True, return_counts=True)
-    index = torch.from_numpy(target_index)
     columns = given.columns[places]
     return PackedSequences(
         token_ids,
         tree,
-        predictor_rows,
-        token_ids[torch.from_numpy(distinct)],
-        *invert_rows(predictor_rows, tree.num_tokens),
-        index,
-        *invert_rows(index, len(distinct)),
+        torch.from_numpy(predictor_rows),
+        torch.from_numpy(rows.tokens[distinct]),
+        *map(torch.from_numpy, inverse_of_rows(predictor_rows, tree.num_tokens)),
+        torch.from_numpy(target_index),
+        *map(torch.from_numpy, inverse_of_rows(target_index, len(distinct))),
         torch.from_numpy(summed.astype(np.float32)),
         torch.from_numpy(weights),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
