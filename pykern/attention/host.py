@@ -59,16 +59,16 @@ class GivenSequences:
     """Token sequences as they were given: G sequences, M tokens in all, the widest of W columns.
 
     tokens: int64 [M], sequence after sequence. starts, lengths: int64 [G], where each begins and its tokens.
-    columns: int64 [M], the place of each token in its own list, or its column in a padded matrix.
-    selected: bool [G, W], which places of a padded matrix are tokens; None for lists.
+    selected: bool [G, W], which places of a padded matrix are tokens, and selected_columns: int64 [M], the column of
+        each; None for lists.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    columns: np.ndarray
     width: int
-    selected: np.ndarray | None
+    selected: np.ndarray | None = None
+    selected_columns: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -79,8 +79,7 @@ class GivenSequences:
             raise ValueError(f"attention_mask: expected it beside a padded matrix only, but {name} are lists; drop it")
         if not padded:
             tokens, lengths = host_vectors(sequences, name)
-            columns = ranges(np.zeros(len(lengths), dtype=np.int64), lengths)
-            return cls(tokens, np.cumsum(lengths) - lengths, lengths, columns, int(lengths.max(initial=0)), None)
+            return cls(tokens, np.cumsum(lengths) - lengths, lengths, int(lengths.max(initial=0)))
 
         matrix = _host_array(sequences)
         if matrix.dtype.kind not in _INTEGERS:
@@ -90,7 +89,12 @@ class GivenSequences:
             selected = _zeros_and_ones(_matrix_like(attention_mask, matrix.shape, "attention_mask"), "attention_mask")
         lengths = selected.sum(axis=1)
         tokens = matrix[selected].astype(np.int64)
-        return cls(tokens, np.cumsum(lengths) - lengths, lengths, selected.nonzero()[1], matrix.shape[1], selected)
+        columns = selected.nonzero()[1]
+        return cls(tokens, np.cumsum(lengths) - lengths, lengths, matrix.shape[1], selected, columns)
+
+    def columns(self, places: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        """Where tokens[places], which are of these sequences, were given: in their lists, or columns of the matrix."""
+        return places - self.starts[sequences] if self.selected is None else self.selected_columns[places]
 
     def values(self, values: Sequence | Tensor, name: str) -> np.ndarray:
         """[M]: the number of each token, given as the tokens were: a vector per sequence, or a padded matrix."""

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from .host import GivenSequences
-from .sequences import PackedSequences, pack_part, token_values
+from .sequences import PackedSequences, pack_part, sort_sequences, token_values
 from .trie import SortedSequences
 
 
@@ -82,6 +82,7 @@ def plan_microbatches(
     too_long: str = "raise",
     multiple_of: int = 1,
     attention_mask: Tensor | None = None,
+    share_within: Sequence[int] | Tensor | None = None,
 ) -> MicrobatchPlan:
     """Spreads sequences over micro-batches, so that those with a common prefix lie together.
 
@@ -90,7 +91,7 @@ def plan_microbatches(
     branches, largest parts first into the first micro-batch with room (first-fit decreasing), and the prefix is
     repeated in each. What remains of one set fills up with the next.
 
-    sequences, attention_mask: as for `pack_sequences`.
+    sequences, attention_mask, share_within: as for `pack_sequences`.
     max_tokens: packed tokens of a micro-batch, what bounds its memory.
     max_length: tokens of one sequence, what bounds positions; `max_tokens` by default.
     too_long: what becomes of a longer sequence, "raise" (ValueError) or "leave_out".
@@ -98,7 +99,7 @@ def plan_microbatches(
         splitting the largest ones; ValueError with fewer sequences than that takes.
     """
     given = GivenSequences.of(sequences, attention_mask)
-    ordered = SortedSequences.of(given.tokens, given.starts, given.lengths)
+    ordered = sort_sequences(given, share_within)
     return _plan(ordered, max_tokens, max_length, too_long, multiple_of)[0]
 
 
@@ -112,6 +113,7 @@ def fill_microbatches(
     attention_mask: Tensor | None = None,
     loss_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
     weights: Sequence[float] | Sequence[Sequence[float] | Tensor] | Tensor | None = None,
+    share_within: Sequence[int] | Tensor | None = None,
 ) -> tuple[list[PackedSequences], MicrobatchPlan]:
     """`plan_microbatches`, and each of its micro-batches as `pack_sequences` would make it.
 
@@ -120,7 +122,7 @@ def fill_microbatches(
     """
     given = GivenSequences.of(sequences, attention_mask)
     trained, scales = token_values(given, loss_mask, weights)
-    ordered = SortedSequences.of(given.tokens, given.starts, given.lengths)
+    ordered = sort_sequences(given, share_within)
     plan, parts = _plan(ordered, max_tokens, max_length, too_long, multiple_of)
     return [pack_part(given, part, trained, scales) for part in parts], plan
 
@@ -220,9 +222,11 @@ def _first_fit_decreasing(bundles: list[_Bundle], capacity: int) -> list[_Bundle
         return bundles
     bundles = sorted(bundles, key=lambda bundle: -bundle.tokens)
     joined: list[_Bundle] = []
-    # A binary tree over the joined bundles, each node the most room below it, so that the first with room is found
-    # in as many steps as the tree is deep.
-    leaves = 1 << (len(bundles) - 1).bit_length()
+    # No two of the joined bundles would fit into one, which bounds their number. A binary tree over them, each node
+    # the most room below it, finds the first with room in as many steps as it is deep.
+    total = sum(bundle.tokens for bundle in bundles)
+    most = min(len(bundles), 2 * total // max(capacity, 1) + 1)
+    leaves = 1 << (most - 1).bit_length()
     room = [capacity] * (2 * leaves)
     for bundle in bundles:
         node = 1

@@ -136,6 +136,7 @@ def pack_sequences(
     attention_mask: Tensor | None = None,
     loss_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
     weights: Sequence[float] | Sequence[Sequence[float] | Tensor] | Tensor | None = None,
+    share_within: Sequence[int] | Tensor | None = None,
 ) -> PackedSequences:
     """Packs the token trie of the sequences: what any of them have in common at their beginning is stored once.
 
@@ -147,12 +148,25 @@ def pack_sequences(
     loss_mask: zeros and ones in the shape of `sequences`: which tokens the loss is defined on. By default all but the
         first of each sequence, which has no token before it that could predict it.
     weights: numbers in the shape of `sequences`, or one for each sequence; those of the targets are kept.
+    share_within: one integer for each sequence; those with different ones share nothing. For tokens that don't say all
+        of what the model reads, such as placeholders of images. By default all may share.
 
     Raises ValueError where the loss mask has the first token of a sequence.
     """
     given = GivenSequences.of(sequences, attention_mask)
     trained, scales = token_values(given, loss_mask, weights)
-    return pack_part(given, SortedSequences.of(given.tokens, given.starts, given.lengths), trained, scales)
+    return pack_part(given, sort_sequences(given, share_within), trained, scales)
+
+
+def sort_sequences(given: GivenSequences, share_within: Sequence[int] | Tensor | None) -> SortedSequences:
+    groups = None
+    if share_within is not None:
+        groups = host_vector(share_within, "share_within")
+        if len(groups) != len(given.lengths):
+            raise ValueError(
+                f"share_within: expected one for each of the {len(given.lengths)} sequences, got {len(groups)}"
+            )
+    return SortedSequences.of(given.tokens, given.starts, given.lengths, groups)
 
 
 def token_values(given: GivenSequences, loss_mask, weights) -> tuple[np.ndarray, np.ndarray | None]:
@@ -192,8 +206,9 @@ def pack_part(
     taken = ranges(given.starts[sequence_ids], lengths)
     own = np.flatnonzero(trained[taken])
     places = taken[own]
-    sequence_of = np.repeat(np.arange(len(lengths)), lengths)[own]
-    cu_seqlens = np.concatenate([[0], np.cumsum(np.bincount(sequence_of, minlength=len(lengths)))])
+    own_sequences = np.repeat(np.arange(len(lengths)), lengths)[own]
+    target_sequences = sequence_ids[own_sequences]
+    cu_seqlens = np.concatenate([[0], np.cumsum(np.bincount(own_sequences, minlength=len(lengths)))])
 
     # In a trie a row and the token after it make one row, that token's own.
     target_rows = rows.sequence_rows[own]
@@ -210,7 +225,7 @@ def pack_part(
         weights = scales[places]
         summed = np.bincount(target_index, weights=weights, minlength=len(distinct))
     _, which, counts = np.unique(rows.last_rows, return_inverse=True, return_counts=True)
-    columns = given.columns[places]
+    columns = given.columns(places, target_sequences)
     return PackedSequences(
         token_ids,
         tree,
@@ -224,7 +239,7 @@ def pack_part(
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         torch.from_numpy(sequence_ids),
         torch.from_numpy(counts[which].astype(np.int64)),
-        torch.from_numpy(sequence_ids[sequence_of]),
+        torch.from_numpy(target_sequences),
         torch.from_numpy(columns),
         (len(given.lengths), given.width),
         (int(columns.min()), int(columns.max()) + 1) if len(columns) else (0, 0),

@@ -39,15 +39,19 @@ class SortedSequences:
     shared: np.ndarray
 
     @classmethod
-    def of(cls, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> "SortedSequences":
+    def of(
+        cls, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, groups: np.ndarray | None = None
+    ) -> "SortedSequences":
+        """groups: int64 [S]; if given, sequences of different groups count as having nothing in common."""
         keys = _byte_keys(tokens, starts, lengths)
         order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+        if groups is not None:
+            order = order[np.argsort(groups[order], kind="stable")]
         starts, lengths = starts[order], lengths[order]
-        shared = [0] * len(order)
-        views = [tokens[start : start + length] for start, length in zip(starts.tolist(), lengths.tolist())]
-        for place in range(1, len(views)):
-            shared[place] = _common_prefix(views[place - 1], views[place])
-        return cls(tokens, order, starts, lengths, np.asarray(shared, dtype=np.int64))
+        shared = _shared_with_previous(tokens, starts, lengths)
+        if groups is not None:
+            shared[1:][np.diff(groups[order]) != 0] = 0
+        return cls(tokens, order, starts, lengths, shared)
 
     def part(self, places: np.ndarray) -> "SortedSequences":
         """The sequences at `places` of the sorted order, ascending."""
@@ -94,7 +98,8 @@ class SortedSequences:
                     open_runs[-1] = (position, first, kept)
             if new:
                 open_runs.append((shared, row, row + new))
-            sequence_rows[out : out + shared] = sequence_rows[before : before + shared]
+            if shared:
+                sequence_rows[out : out + shared] = sequence_rows[before : before + shared]
             sequence_rows[out + shared : out + length] = every_row[row : row + new]
             before = out
 
@@ -121,6 +126,21 @@ def _byte_keys(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> l
         data = (tokens - least).astype(f">u{size}").tobytes()
     begins, stops = (starts * size).tolist(), ((starts + lengths) * size).tolist()
     return [data[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
+
+
+def _shared_with_previous(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    shared = np.zeros(len(lengths), dtype=np.int64)
+    common = np.minimum(lengths[:-1], lengths[1:])
+    # The first tokens of all at once; only those that share all of these are looked at one by one.
+    heads = np.minimum(common, 64)
+    begins = np.cumsum(heads) - heads
+    different = np.flatnonzero(tokens[ranges(starts[:-1], heads)] != tokens[ranges(starts[1:], heads)])
+    first = np.append(different, heads.sum())[np.searchsorted(different, begins)]
+    shared[1:] = np.minimum(first - begins, heads)
+    for place in (np.flatnonzero((shared[1:] == 64) & (common > 64)) + 1).tolist():
+        above, below = (tokens[starts[at] + 64 : starts[at] + lengths[at]] for at in (place - 1, place))
+        shared[place] += _common_prefix(above, below)
+    return shared
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pykern
 from pykern import PrefixTree, fill_microbatches, plan_microbatches
-from tests.attention.test_sequences import CHECKED, TOKENS, assert_packed, padded, rollouts
+from tests.attention.rollouts import CHECKED, TOKENS, assert_packed, padded, rollouts
 
 
 def prefixes(sequences):
@@ -115,6 +115,15 @@ def test_turns_within_turns_to_any_depth():
     assert sorted(number for part in plan.microbatches for number in part) == chain
     (batch,), whole = fill_microbatches(sequences, max_tokens=6000)
     assert whole.tokens == [6000] == [batch.tree.num_tokens]
+
+
+def test_groups_that_share_nothing_fill_more():
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5]] * 2
+    assert plan_microbatches(sequences, max_tokens=5).tokens == [5]
+    caps = {"max_tokens": 5, "share_within": [0, 0, 7, 7]}
+    batches, plan = fill_microbatches(sequences, **caps)
+    assert plan.microbatches == plan_microbatches(sequences, **caps).microbatches == [[0, 1], [2, 3]]
+    assert [batch.tree.num_tokens for batch in batches] == plan.tokens == [5, 5]
 
 
 def test_identical_rollouts_cost_nothing_and_stay_together():

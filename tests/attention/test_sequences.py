@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import log_softmax, scaled_dot_product_attention
 
@@ -14,64 +14,8 @@ from pykern import join_turns, pack_sequences
 from pykern.attention.host import inverse_of_rows
 from pykern.attention.rows import invert_rows
 from pykern.reference.attention import visibility
+from tests.attention.rollouts import CHECKED, TOKENS, assert_packed, padded, rollouts
 from tests.support import assert_accurate
-
-CHECKED = settings(max_examples=150, deadline=None, derandomize=True)
-
-# Few tokens and short sequences: prefixes, duplicates and empty sequences come up often.
-TOKENS = st.lists(st.integers(-1, 1), max_size=6)
-
-
-@st.composite
-def rollouts(draw):
-    sequences = draw(st.lists(TOKENS, max_size=9))
-    masks = [[False, *draw(st.lists(st.booleans(), min_size=len(s) - 1, max_size=len(s) - 1))][: len(s)] if s else []
-             for s in sequences]  # fmt: skip
-    weights = [[draw(st.integers(0, 8)) / 4 for _ in sequence] for sequence in sequences]
-    return sequences, masks, weights
-
-
-def targets_of(sequences, masks):
-    """(sequence, column) of every target, sequence after sequence."""
-    return [(s, t) for s, mask in enumerate(masks) for t, trained in enumerate(mask) if trained]
-
-
-def assert_packed(batch, sequences, masks, weights, numbers):
-    """Everything that a PackedSequences says about sequences[number] for the numbers it holds."""
-    visible = visibility(batch.tree.subtree_end)
-    contexts = [tuple(batch.token_ids[row].tolist()) for row in visible]
-    held = [sequences[number] for number in numbers]
-    assert sorted(contexts) == sorted({tuple(s[: t + 1]) for s in held for t in range(len(s))})
-    assert batch.sequence_ids.tolist() == list(numbers)
-    assert batch.copies.tolist() == [held.count(sequence) for sequence in held]
-    unpacked = batch.token_ids[batch.tree.sequence_rows].split(batch.tree.cu_seqlens.diff().tolist())
-    assert [part.tolist() for part in unpacked] == held
-
-    expected = targets_of(held, [masks[number] for number in numbers])
-    assert batch.target_sequences.tolist() == [numbers[s] for s, _ in expected]
-    assert batch.target_columns.tolist() == [t for _, t in expected]
-    counts = [sum(masks[number]) for number in numbers]
-    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(counts)]
-    assert batch.weights.tolist() == [weights[numbers[s]][t] for s, t in expected]
-    for (s, t), which in zip(expected, batch.target_index.tolist(), strict=True):
-        assert contexts[batch.predictor_rows[which]] == tuple(held[s][:t])
-        assert batch.targets[which] == held[s][t]
-
-    distinct = {tuple(held[s][: t + 1]) for s, t in expected}
-    assert len(batch.targets) == len(batch.predictor_rows) == len(distinct)
-    assert batch.multiplicity.tolist() == torch.bincount(batch.target_index, minlength=len(distinct)).tolist()
-    sums = torch.zeros(len(distinct)).index_add(0, batch.target_index, batch.weights)
-    assert torch.equal(batch.target_weights, sums)
-    for order, offsets, rows, source in (
-        (batch.predictor_order, batch.predictor_offsets, batch.predictor_rows, batch.tree.num_tokens),
-        (batch.target_order, batch.target_offsets, batch.target_index, len(distinct)),
-    ):
-        for part, whole in zip((order, offsets), invert_rows(rows, source), strict=True):
-            assert torch.equal(part, whole)
-    for name in ("token_ids", "predictor_rows", "targets", "target_index", "sequence_ids", "copies", "target_columns"):
-        assert getattr(batch, name).dtype == torch.int64
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.weights.dtype == batch.target_weights.dtype == torch.float32
 
 
 @CHECKED
@@ -88,6 +32,20 @@ def test_by_default_all_but_first_tokens_count_once_each(sequences):
     masks = [[False, *[True] * (len(sequence) - 1)] if sequence else [] for sequence in sequences]
     ones = [[1.0] * len(sequence) for sequence in sequences]
     assert_packed(pack_sequences(sequences), sequences, masks, ones, range(len(sequences)))
+
+
+@CHECKED
+@given(st.lists(st.tuples(TOKENS, st.integers(-1, 1)), max_size=8))
+def test_groups_that_share_nothing(drawn):
+    sequences, groups = [tokens for tokens, _ in drawn], [group for _, group in drawn]
+    batch = pack_sequences(sequences, share_within=torch.tensor(groups, dtype=torch.int64))
+    # As if every group had tokens of its own.
+    apart = pack_sequences([[token + 10 * group for token in tokens] for tokens, group in drawn])
+    assert torch.equal(batch.tree.subtree_end, apart.tree.subtree_end)
+    assert torch.equal(batch.tree.sequence_rows, apart.tree.sequence_rows)
+    for name in ("predictor_rows", "target_index", "copies", "target_sequences", "target_columns"):
+        assert torch.equal(getattr(batch, name), getattr(apart, name)), name
+    assert batch.token_ids[batch.tree.sequence_rows].tolist() == list(itertools.chain(*sequences))
 
 
 def test_a_row_where_rollouts_part_has_several_targets():
@@ -110,16 +68,6 @@ def test_lists_arrays_and_tensors_are_one(make):
     for packed in (alike, mixed):
         assert packed.token_ids.tolist() == [1, 2, 3, 7, 8]
         assert packed.targets.tolist() == [2, 8] and packed.target_index.tolist() == [0, 0, 1]
-
-
-def padded(sequences, width, side):
-    tokens = torch.full((len(sequences), width), 99)
-    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        begin = width - len(sequence) if side == "left" else 0
-        tokens[row, begin : begin + len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-        mask[row, begin : begin + len(sequence)] = 1
-    return tokens, mask
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -319,6 +267,7 @@ BATCH = pack_sequences([[1, 2, 3], [1, 2, 4]])
         (lambda: pack_sequences([[], [1, 2]], loss_mask=[[], [1, 1]]), ValueError, r"loss_mask\[1\]: expected 0 for"),
         (lambda: pack_sequences([[1, 2]], loss_mask=[[0, 2]]), ValueError, "loss_mask: expected zeros and ones, got 2"),
         (lambda: pack_sequences([[1, 2]], weights=[1, 2]), ValueError, "weights: expected one for each of the 1 seq"),
+        (lambda: pack_sequences([[1, 2]], share_within=[]), ValueError, "share_within: expected one for each of the 1"),
         (lambda: pack_sequences([[1, 2]], weights=[["a", "b"]]), TypeError, r"weights\[0\]: expected numbers"),
         (
             lambda: BATCH.expand(torch.zeros(5)),
