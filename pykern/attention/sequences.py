@@ -268,9 +268,8 @@ def join_turns(
     flat, lengths = given.tokens, given.lengths
     above = host_vector(parents, "parents")
     count = len(lengths)
-    if len(above) != count:
-        raise ValueError(f"parents: expected one for each of the {count} turns, got {len(above)}")
-    _check_indices(above, -1, count, "parents", "-1 (none) or a turn")
+    # Refuses parents that make no forest; a turn in a circle would otherwise be in no sequence.
+    PrefixTree.from_parents(lengths, above)
     if all(np.ndim(value) == 0 for value in loss_mask):
         each = host_vector(loss_mask, "loss_mask", "biuf")
         if len(each) != count:
@@ -284,7 +283,9 @@ def join_turns(
         last_turns = np.flatnonzero(~followed)
     else:
         last_turns = host_vector(ends, "ends")
-        _check_indices(last_turns, 0, count, "ends", "a turn")
+        wrong = last_turns[(last_turns < 0) | (last_turns >= count)]
+        if len(wrong):
+            raise ValueError(f"ends: expected a turn from 0 to {count - 1}, got {wrong[0]}")
 
     stops = (given.starts + lengths).tolist()
     pieces = [slice(start, stop) for start, stop in zip(given.starts.tolist(), stops, strict=True)]
@@ -292,22 +293,13 @@ def join_turns(
     sequences, masks = [], []
     for turn in last_turns.tolist():
         path = []
-        at = turn
-        while at >= 0:
-            path.append(pieces[at])
-            at = parent_list[at]
-            if len(path) > count:
-                raise ValueError(f"parents: expected every turn to lead to a first one, but turn {turn} never does")
+        while turn >= 0:
+            path.append(pieces[turn])
+            turn = parent_list[turn]
         path.reverse()
         sequences.append(torch.from_numpy(np.concatenate([flat[piece] for piece in path])))
         masks.append(torch.from_numpy(np.concatenate([trained[piece] for piece in path])))
     return sequences, masks
-
-
-def _check_indices(indices: np.ndarray, least: int, count: int, name: str, what: str) -> None:
-    wrong = np.flatnonzero((indices < least) | (indices >= count))
-    if len(wrong):
-        raise ValueError(f"{name}: expected {what} below {count}, got {indices[wrong[0]]} at {wrong[0]}")
 
 
 __all__ = ["PackedSequences", "join_turns", "pack_sequences"]
