@@ -38,6 +38,7 @@ class PackedBatch:
         """[N, C]: the row of `hidden` [T, C] that predicts each response token; see `gather_rows`."""
         return gather_rows(hidden, self.predictor_rows, order=self.predictor_order, offsets=self.predictor_offsets)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
         return PackedBatch(
@@ -52,6 +53,8 @@ class PackedBatch:
         )
 
 
+# What is made in inference mode could never be saved for a backward.
+@torch.inference_mode(False)
 def pack(
     prompts: Sequence[Sequence[int] | Tensor],
     responses: Sequence[Sequence[Sequence[int] | Tensor]],

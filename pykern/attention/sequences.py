@@ -110,6 +110,7 @@ class PackedSequences:
         places = (self.target_sequences, self.target_columns - first_column)
         return values.new_full(shape, fill).index_put(places, values)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> "PackedSequences":
         """The same batch on `device`."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -193,6 +194,8 @@ def token_values(given: GivenSequences, loss_mask, weights) -> tuple[np.ndarray,
     return trained, given.values(weights, "weights").astype(np.float32)
 
 
+# What is made in inference mode could never be saved for a backward.
+@torch.inference_mode(False)
 def pack_part(
     given: GivenSequences, part: SortedSequences, trained: np.ndarray, scales: np.ndarray | None
 ) -> PackedSequences:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .host import host_vector, host_vectors
-from .tiles import tile_bounds
+from .tiles import tree_tiles
 from .trie import SortedSequences, TrieRows
 
 _INT32_MAX = 2**31 - 1
@@ -58,7 +58,7 @@ class PrefixTree:
         object.__setattr__(self, "subtree_end", ends)
         object.__setattr__(self, "position", position)
         object.__setattr__(self, "_last_rows", None)
-        object.__setattr__(self, "_tiles", {})
+        self._set_tiles(*tree_tiles(ends, position))
 
     # --- constructors -----------------------------------------------------------------------------
 
@@ -68,11 +68,17 @@ class PrefixTree:
         if len(ends) > _INT32_MAX:
             raise ValueError(f"tree: expected at most {_INT32_MAX} tokens, got {len(ends)}; split the batch")
         tree = object.__new__(cls)
-        object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
-        object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
-        object.__setattr__(tree, "_last_rows", last_rows)
-        object.__setattr__(tree, "_tiles", {})
+        # What is made in inference mode could never be saved for a backward.
+        with torch.inference_mode(False):
+            object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
+            object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
+            object.__setattr__(tree, "_last_rows", last_rows)
+            tree._set_tiles(*tree_tiles(tree.subtree_end, tree.position))
         return tree
+
+    def _set_tiles(self, bounds: Tensor, order: Tensor) -> None:
+        object.__setattr__(self, "bounds", bounds)
+        object.__setattr__(self, "order", order)
 
     @classmethod
     def from_groups(cls, prefix_lens: Sequence[int], response_lens: Sequence[Sequence[int]]) -> "PrefixTree":
@@ -171,9 +177,10 @@ class PrefixTree:
         tree = cls._trusted(rows.subtree_end, rows.position, rows.last_rows)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         # The rows of the sequences are at hand; later they would have to be gathered from the tree.
-        maps = torch.from_numpy(rows.sequence_rows), torch.from_numpy(cu_seqlens.astype(np.int32))
-        object.__setattr__(tree, "_sequences", maps)
-        return tree, torch.from_numpy(rows.tokens)
+        with torch.inference_mode(False):
+            maps = torch.from_numpy(rows.sequence_rows), torch.from_numpy(cu_seqlens.astype(np.int32))
+            object.__setattr__(tree, "_sequences", maps)
+            return tree, torch.from_numpy(rows.tokens)
 
     # --- what it holds ------------------------------------------------------------------------------
 
@@ -233,19 +240,14 @@ class PrefixTree:
         ends = self.subtree_end.cpu().to(torch.int64)
         return int((ends - torch.arange(len(ends))).clamp(min=0).sum())
 
-    def tiles(self, tile_size: int) -> Tensor:
-        """int32 [ceil(T / tile_size), 2], the bounds of `subtree_end` in each tile of keys, which tell an attention
-        kernel what to skip (see `pykern.attention.tiles`). Made once per tile size; don't write to it.
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(subtree_end, position, bounds, order): all that `prefix_attention` reads of a tree, as plain tensors.
 
-        On a GPU it is made on the stream of the first call; other streams have to wait for that one, as for the
-        tree's own tensors.
+        `bounds` and `order` (see `pykern.attention.tiles.tree_tiles`) tell kernels what to skip and where to begin.
+        They are made once, with the tree, and serve every layer, the forward and the backward.
         """
-        bounds = self._tiles.get(tile_size)
-        if bounds is None:
-            # What is made in inference mode could never be saved for a backward.
-            with torch.inference_mode(False):
-                bounds = self._tiles[tile_size] = tile_bounds(self.subtree_end, tile_size)
-        return bounds
+        return self.subtree_end, self.position, self.bounds, self.order
 
     def flops(self, num_heads: int, head_dim: int, value_dim: int | None = None, *, backward: bool = False) -> int:
         """Floating-point operations of `prefix_attention` on this tree, visible pairs only.
@@ -264,10 +266,14 @@ class PrefixTree:
         if device == self.subtree_end.device:
             return self
         tree = object.__new__(PrefixTree)
-        object.__setattr__(tree, "subtree_end", self.subtree_end.to(device))
-        object.__setattr__(tree, "position", self.position.to(device))
+        with torch.inference_mode(False):
+            subtree_end, position, bounds, order = (tensor.to(device) for tensor in self.tensors)
+        object.__setattr__(tree, "subtree_end", subtree_end)
+        object.__setattr__(tree, "position", position)
         object.__setattr__(tree, "_last_rows", self._last_rows)
-        object.__setattr__(tree, "_tiles", {})
+        if "_sequences" in self.__dict__:
+            object.__setattr__(tree, "_sequences", self._sequences)
+        tree._set_tiles(bounds, order)
         return tree
 
 

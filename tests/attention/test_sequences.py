@@ -124,6 +124,16 @@ def test_expand_sums_its_gradient_in_order(device, dtype):
         assert torch.equal(grad.cpu(), sums)
 
 
+def test_packed_in_inference_mode(device):
+    """As a trainer does that packs where it has sampled."""
+    with torch.inference_mode():
+        batch = pack_sequences([[1, 2, 3], [1, 2, 4]]).to(device)
+    hidden = torch.ones(4, 3, device=device, requires_grad=True)
+    batch.expand(batch.gather(hidden)[:, 0] * batch.target_weights).sum().backward()
+    assert hidden.grad[:, 0].tolist() == [4, 2, 0, 0]
+    assert not any(t.is_inference() for t in (batch.token_ids, batch.tree.sequence_rows, *batch.tree.tensors))
+
+
 def test_the_loss_is_that_of_the_rollouts_alone():
     """A one-layer model in float64: log-probabilities, loss and gradients, packed and rollout by rollout."""
     generator = torch.Generator().manual_seed(0)
