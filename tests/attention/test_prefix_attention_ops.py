@@ -16,10 +16,7 @@ def test_opcheck_forward(dtype):
     q, k, v, _ = make_inputs(tree, 4, 2, 6, 5, dtype)
     heads_first = q.transpose(0, 1).contiguous().transpose(0, 1)
     for queries in (q, heads_first):
-        check_op(
-            torch.ops.pykern.prefix_attention_forward.default,
-            (queries, k, v, *tree.tensors, None, None, 0.3, 0, 0.0, False, False),
-        )
+        check_op(torch.ops.pykern.prefix_attention_forward.default, (queries, k, v, *tree.tensors, None, None, 0.3, 0, 0.0, False, False))
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
