@@ -97,6 +97,14 @@ def test_a_group_too_large_is_split_and_its_prompt_repeated():
     assert plan.tokens == [100, 100, 100]
 
 
+@pytest.mark.parametrize("count", [1, 2, 9, 100])
+def test_halves_that_just_do_not_fit(count):
+    """The most micro-batches that sequences of so many tokens can need."""
+    plan = plan_microbatches([[number] * 51 for number in range(count)], max_tokens=100)
+    assert plan.microbatches == [[number] for number in range(count)]
+    assert len(plan_microbatches([[number] * 50 for number in range(count)], max_tokens=100).tokens) == (count + 1) // 2
+
+
 def test_splits_follow_the_branches():
     # Two subtrees of 10 + 2 * 30 under a root of 20: each whole in its own, though 100 would hold more leaves.
     head, left, right = [1] * 20, [2] * 10, [3] * 10
