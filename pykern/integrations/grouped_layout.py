@@ -1,4 +1,4 @@
-"""Where the tokens of a grouped batch lie: from the lengths to masks, indices and tree; tokens copied between layouts."""
+"""Where the tokens of a grouped batch lie: lengths to masks, indices and tree; tokens copied between layouts."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -193,8 +193,10 @@ class CopyTokens(torch.autograd.Function):
 
 
 def copy_tokens(shape: Sequence[int], *copies: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Zeros [*shape, ...], two dimensions of tokens, with the tokens of each (tensor, indices of it, indices of the result)
-    copied into them; indices [tokens, 2]."""
+    """Zeros [*shape, ...], two dimensions of tokens, into which tokens of tensors [rows, columns, ...] are copied.
+
+    copies: (tensor, indices of it, indices of the result), the indices int64 [tokens, 2], on any device.
+    """
     device = copies[0][0].device
     tensors, sources, targets = [], [], []
     for x, source, target in copies:
@@ -209,7 +211,7 @@ def _flat(indices: Tensor, columns: int) -> Tensor:
 
 
 def repeat_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """Row i of `x`, counts[i] times. The gradient is a sum in a fixed order, which that of an indexing on a GPU is not."""
+    """Row i of `x`, counts[i] times. Its gradient, unlike that of indexing on a GPU, is a sum in a fixed order."""
     return torch.cat([row.expand(count, *x.shape[1:]) for row, count in zip(x.split(1), counts, strict=True)])
 
 

@@ -59,6 +59,7 @@ _WITHOUT_EFFECT = frozenset(
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "position_ids",
         "return_dict",
         "use_cache",
@@ -78,8 +79,8 @@ class PrefixGrouper:
         samples of different numbers of suffixes, at least one each. With None, `init` is to be called before use.
     device: where the index tensors and masks are made (torch's default device if None). Every method computes on the
         device of the tensors it is given.
-    padding_mode: "right" or "left" pads the samples to the longest; a mask [b, seq], True for tokens, puts the tokens of
-        each sample where it is True, in their order.
+    padding_mode: "right" or "left" pads the samples to the longest; a mask [b, seq] puts the tokens of each sample
+        where it is True, in their order.
 
     Everything is differentiable, tokens of padding come out as zeros and their gradients are zero.
 
@@ -198,11 +199,12 @@ class PrefixGrouper:
         """Takes the output of a model apart again: the inverse of `concat_input`, but for where padding is.
 
         output: [b, seq, ...], such as logits or hidden states.
-        include_prefix_last: n moves the last n columns of the prefixes in front of every suffix of their sample. With 1,
-            `suffix_output[:, :-1]` predicts the tokens of the suffixes, and `suffix_mask[:, 1:]` is their mask.
+        include_prefix_last: n moves the last n columns of the prefixes in front of every suffix of their sample. With
+            1, `suffix_output[:, :-1]` predicts the tokens of the suffixes, and `suffix_mask[:, 1:]` is their mask.
 
         Returns prefix_output [b, longest prefix - n, ...], padded on the left; prefix_mask, its mask; suffix_output
-        [suffixes, longest suffix + n, ...], padded on the right (but for prefixes shorter than n); suffix_mask, its mask.
+        [suffixes, longest suffix + n, ...], padded on the right, and on the left where a prefix is shorter than n;
+        suffix_mask, its mask.
         Targets have to be padded on the right too: `convert_padding`.
         """
         if isinstance(include_prefix_last, bool) or not isinstance(include_prefix_last, int):
@@ -296,12 +298,13 @@ class PrefixGrouper:
     def forward(self, attn_func: Callable | None, /, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
         """Causal attention in which every suffix sees its prefix and itself, but no other suffix.
 
-        q: [b, Hq, seq, D]; k: [b, Hk, seq, D]; v: [b, Hk, seq, Dv]; Hk may be fewer heads than Hq. No mask is passed.
+        q: [b, Hq, seq, D]; k: [b, Hk, seq, D]; v: [b, Hk, seq, Dv]; Hk may be fewer heads than Hq. No mask is passed,
+            so a window has to be, if there is one.
         Returns [b, seq, Hq, Dv].
 
         One call of `prefix_attention` on the tree computes it, without a copy of a prefix, wherever the keywords say
-        what is wanted, as they do in calls of transformers' attention functions (and so in verl) and of Flash Attention.
-        Read are `scale`, `scaling` or `softmax_scale` (1 / sqrt(D) if absent or None); `window`, `sliding_window` or
+        what is wanted, as in calls of transformers' attention functions (and so in verl) and of Flash Attention. Read
+        are `scale`, `scaling` or `softmax_scale` (1 / sqrt(D) if absent or None); `window`, `sliding_window` or
         `window_size`; `softcap`; `sinks` or `s_aux`; `alibi_slopes`. `attn_func` then isn't called, so what it would do
         of its own, beyond its keywords, is not done. Under autocast, q, k and v are cast to autocast's dtype.
 
@@ -331,8 +334,8 @@ class PrefixGrouper:
                 return self._attend(q, k, v, options)
             why = "no keyword says what it computes" if obstacle is None else f"prefix_attention can't take {obstacle}"
             warnings.warn(
-                f"PrefixGrouper.forward: attn_func is called, twice and on repeated prefixes, as {why}; for one call of "
-                "prefix_attention pass its options by keyword (scale=None at least), or set "
+                f"PrefixGrouper.forward: attn_func is called, twice and on repeated prefixes, as {why}; for one call "
+                "of prefix_attention pass its options by keyword (scale=None at least), or set "
                 "PrefixGrouper.use_attn_func = False (True: no warning)",
                 stacklevel=2,
             )
@@ -370,8 +373,8 @@ class PrefixGrouper:
                 raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
             if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != columns:
                 raise ValueError(
-                    f"{name}: expected [{batch}, heads, {columns}, head size], for a padding mask of {batch} x {columns}, "
-                    f"got shape {tuple(x.shape)}"
+                    f"{name}: expected [{batch}, heads, {columns}, head size], as the padding mask is "
+                    f"[{batch}, {columns}], got shape {tuple(x.shape)}"
                 )
 
     # --- what group_info holds --------------------------------------------------------------------
@@ -411,7 +414,7 @@ class PrefixGrouper:
 
 
 def _read_options(args: tuple, kwargs: dict) -> tuple[dict, bool, str | None]:
-    """The options of prefix_attention, whether a keyword named one, and what prefix_attention can't take, if anything."""
+    """The options of prefix_attention, whether a keyword named one, and what it can't take, if anything."""
     options, named = {}, False
     obstacle = f"{len(args)} further positional arguments" if args else None
     for name, value in kwargs.items():

@@ -408,7 +408,7 @@ REFUSED = [
     (
         lambda: make().forward(None, *[torch.zeros(3, 2, 9, 8)] * 3),
         ValueError,
-        "q: expected [3, heads, 16, head size], for a padding mask of 3 x 16, got shape (3, 2, 9, 8)",
+        "q: expected [3, heads, 16, head size], as the padding mask is [3, 16], got shape (3, 2, 9, 8)",
     ),
     (lambda: make().ungroup(None, None, None), TypeError, "q: expected a tensor, got NoneType"),
     (lambda: make().forward(3, None, None, None), TypeError, "attn_func: expected a function or None, got int"),
