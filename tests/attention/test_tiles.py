@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import pykern
-from pykern import reference
+from pykern.reference import attention as reference
 from pykern.attention.tiles import tree_tiles
 from tests.attention.trees import TREES, random_tree
 from tests.support import check_op, compile_whole
 
 
 def check(ends, position):
-    want = reference.attention.tree_tiles(ends, position)
+    want = reference.tree_tiles(ends, position)
     for got, expected in zip(tree_tiles(ends, position), want, strict=True):
         assert got.dtype == torch.int32 and got.is_contiguous()
         assert torch.equal(got, expected)
