@@ -1,0 +1,406 @@
+// Forward of prefix attention for compute capability 9.0a.
+//
+// A block stays on its multiprocessor and takes one tile of 128 queries after the other. One warp copies: the queries,
+// then every tile of keys and values that one of them sees, several stages ahead. Two warpgroups compute, each for 64
+// of the queries: while the tensor cores work at the product with the next keys and at that of the weights with the
+// values, the weights of the next keys are made; and the two take turns, so that one's products run during the other's
+// exponentials.
+#pragma once
+
+#include "kernels/attention/online_softmax.cuh"
+#include "kernels/attention/schedule_sm90.cuh"
+#include "kernels/ptx/sm90.cuh"
+
+namespace pykern {
+
+// Tiles in shared memory are panels of 64 elements by all rows: what the swizzle of 128 bytes spans.
+constexpr int kPanelSize = 64, kPanelRowBytes = 128;
+
+template <class Sizes>
+struct ForwardTiles {
+  static constexpr int kKeys = Sizes::kValue > 128 ? 64 : 128;
+  static constexpr int kKeyPanels = (Sizes::kKey + kPanelSize - 1) / kPanelSize;
+  static constexpr int kValuePanels = (Sizes::kValue + kPanelSize - 1) / kPanelSize;
+
+  static constexpr int kQueryPanelBytes = kForwardRows * kPanelRowBytes, kPanelBytes = kKeys * kPanelRowBytes;
+  static constexpr int kQueryBytes = kKeyPanels * kQueryPanelBytes;
+  static constexpr int kKeyBytes = kKeyPanels * kPanelBytes, kValueBytes = kValuePanels * kPanelBytes;
+
+  // A little of the 227 KiB is left for barriers and for the tiles' alignment.
+  static constexpr int kStagesThatFit = (225 * 1024 - kQueryBytes) / (kKeyBytes + kValueBytes);
+  static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
+  static_assert(kStages >= 2, "tiles too large for shared memory");
+  static constexpr int kFirstKeys = kQueryBytes, kFirstValues = kFirstKeys + kStages * kKeyBytes;
+  static constexpr int kSharedBytes = kFirstValues + kStages * kValueBytes;
+};
+
+struct ForwardSm90 : PrefixAttentionForward {
+  QuerySchedule schedule;
+  TensorMap query_map, key_map, value_map;
+};
+
+// Phases of `full` end when a copy has landed, those of `empty` when all computing warps have read it.
+template <int stages>
+struct ForwardBarriers {
+  uint64_t query_full, query_empty;
+  uint64_t key_full[stages], key_empty[stages];
+  uint64_t value_full[stages], value_empty[stages];
+  uint64_t value_copied;  // of values that are not full before padding has been taken out
+  // What the copying warp hands on with the queries and with the keys of a stage; after the last queries, token -1.
+  int query_token, query_head;
+  KeyTile key_tile[stages];
+};
+
+// Which stage comes next, and the parity of the phase of its barriers.
+template <int stages>
+struct StageTurn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+constexpr int kForwardWarpgroups = 2, kForwardThreads = 128 * (1 + kForwardWarpgroups);
+static_assert(kForwardRows == 64 * kForwardWarpgroups, "a warpgroup computes 64 rows");
+
+// --- the copying warp ------------------------------------------------------------------------------------------
+
+template <class Sizes>
+struct ForwardCopies {
+  using Tiles = ForwardTiles<Sizes>;
+  using Barriers = ForwardBarriers<Tiles::kStages>;
+  using Turn = StageTurn<Tiles::kStages>;
+
+  const ForwardSm90& params;
+  unsigned char* shared;
+  Barriers& barriers;
+  Turn keys, values;
+  uint32_t query_parity = 1, copied_parity = 0;
+
+  __device__ __forceinline__ void copy_queries(const QueryTile& tile) {
+    if (threadIdx.x % kWarpSize == 0) {
+      ptx::mbarrier_wait(&barriers.query_empty, query_parity);
+      barriers.query_token = tile.first;
+      barriers.query_head = tile.first_head;
+      ptx::mbarrier_arrive_expect_tx(&barriers.query_full, Tiles::kQueryBytes);
+#pragma unroll
+      for (int panel = 0; panel < Tiles::kKeyPanels; ++panel) {
+        ptx::tensor_load(shared + panel * Tiles::kQueryPanelBytes, params.query_map,
+                         {panel * kPanelSize, tile.first_head, tile.first}, &barriers.query_full);
+      }
+    }
+    query_parity ^= 1;
+  }
+
+  __device__ __forceinline__ void end() {
+    if (threadIdx.x % kWarpSize == 0) {
+      ptx::mbarrier_wait(&barriers.query_empty, query_parity);
+      barriers.query_token = -1;
+      ptx::mbarrier_arrive(&barriers.query_full);
+    }
+  }
+
+  __device__ __forceinline__ void copy_keys(const KeyTile& tile, int key_head) {
+    if (threadIdx.x % kWarpSize == 0) {
+      const int stage = keys.stage;
+      uint64_t* full = &barriers.key_full[stage];
+      ptx::mbarrier_wait(&barriers.key_empty[stage], keys.parity ^ 1);
+      barriers.key_tile[stage] = tile;
+      ptx::mbarrier_arrive_expect_tx(full, Tiles::kKeyBytes);
+      unsigned char* target = shared + Tiles::kFirstKeys + stage * Tiles::kKeyBytes;
+#pragma unroll
+      for (int panel = 0; panel < Tiles::kKeyPanels; ++panel) {
+        ptx::tensor_load(target + panel * Tiles::kPanelBytes, params.key_map,
+                         {panel * kPanelSize, key_head, tile.first()}, full);
+      }
+    }
+    keys.next();
+  }
+
+  __device__ __forceinline__ void copy_values(const KeyTile& tile, int key_head) {
+    const int lane = threadIdx.x % kWarpSize, stage = values.stage;
+    unsigned char* target = shared + Tiles::kFirstValues + stage * Tiles::kValueBytes;
+    uint64_t* full = &barriers.value_full[stage];
+    if (lane == 0) {
+      uint64_t* copied = tile.has_padding() ? &barriers.value_copied : full;
+      ptx::mbarrier_wait(&barriers.value_empty[stage], values.parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(copied, Tiles::kValueBytes);
+#pragma unroll
+      for (int panel = 0; panel < Tiles::kValuePanels; ++panel) {
+        ptx::tensor_load(target + panel * Tiles::kPanelBytes, params.value_map,
+                         {panel * kPanelSize, key_head, tile.first()}, copied);
+      }
+    }
+    if (tile.has_padding()) {
+      ptx::mbarrier_wait(&barriers.value_copied, copied_parity);
+      copied_parity ^= 1;
+      clear_padding(tile.first(), target);
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(full);
+    }
+    values.next();
+  }
+
+  // Values of keys that no query sees may be anything, but their weight of 0 times NaN were NaN.
+  __device__ __forceinline__ void clear_padding(int first_key, unsigned char* target) {
+#pragma unroll 1
+    for (int row = threadIdx.x % kWarpSize; row < Tiles::kKeys; row += kWarpSize) {
+      const int key = first_key + row;
+      if (key >= params.tokens || __ldg(params.subtree_end + key) > key) continue;
+#pragma unroll 1
+      for (int panel = 0; panel < Tiles::kValuePanels; ++panel) {
+        auto* chunks = reinterpret_cast<Pack<uint32_t>*>(target + panel * Tiles::kPanelBytes + row * kPanelRowBytes);
+#pragma unroll
+        for (int chunk = 0; chunk < kPanelRowBytes / 16; ++chunk) chunks[chunk] = Pack<uint32_t>{};
+      }
+    }
+  }
+};
+
+// A tile's values are asked for after the next tile's keys, which are needed sooner.
+template <class Sizes>
+__device__ __forceinline__ void copy_forward_tiles(const ForwardSm90& params, unsigned char* shared,
+                                                   ForwardBarriers<ForwardTiles<Sizes>::kStages>& barriers) {
+  ForwardCopies<Sizes> copies{params, shared, barriers, {}, {}};
+  QueryTile queries;
+  for (int turn = 0; params.schedule.find(params, turn, queries); ++turn) {
+    VisibleKeyTiles<ForwardTiles<Sizes>::kKeys> tiles(params, queries);
+    KeyTile tile{};
+    for (bool first = true; !tile.is_last(); first = false) {
+      const KeyTile next = tiles.next();
+      copies.copy_keys(next, queries.key_head);
+      if (first) {
+        copies.copy_queries(queries);
+      } else {
+        copies.copy_values(tile, queries.key_head);
+      }
+      tile = next;
+    }
+    copies.copy_values(tile, queries.key_head);
+  }
+  copies.end();
+}
+
+// --- the computing warpgroups ----------------------------------------------------------------------------------
+
+template <class Sizes>
+struct ForwardProducts {
+  using T = typename Sizes::T;
+  using Tiles = ForwardTiles<Sizes>;
+  static constexpr int kScores = Tiles::kKeys / 2, kSums = Sizes::kValue / 2, kSteps = Tiles::kKeys / 16;
+
+  uint64_t queries, keys, values;  // descriptors; of the first stage
+
+  __device__ __forceinline__ ForwardProducts(unsigned char* shared, int warpgroup) {
+    ptx::MatrixDescriptor matrix;
+    matrix.swizzle = ptx::Swizzle::bytes128;
+    matrix.stride = 8 * kPanelRowBytes;
+    matrix.address = ptx::shared_address(shared) + static_cast<uint32_t>(64 * kPanelRowBytes * warpgroup);
+    queries = encode(matrix);
+    matrix.address = ptx::shared_address(shared + Tiles::kFirstKeys);
+    keys = encode(matrix);
+    // Along a key's values: from panel to panel.
+    matrix.leading = Tiles::kPanelBytes;
+    matrix.address = ptx::shared_address(shared + Tiles::kFirstValues);
+    values = encode(matrix);
+  }
+
+  __device__ __forceinline__ void with_keys(float (&s)[kScores], int stage) const {
+    const uint64_t tile = ptx::advance(keys, static_cast<uint32_t>(stage * Tiles::kKeyBytes));
+#pragma unroll
+    for (int k = 0; k < Sizes::kKey; k += 16) {
+      const int panel = k / kPanelSize, offset = k % kPanelSize * 2;
+      ptx::wgmma<T>(s, ptx::advance(queries, static_cast<uint32_t>(panel * Tiles::kQueryPanelBytes + offset)),
+                    ptx::advance(tile, static_cast<uint32_t>(panel * Tiles::kPanelBytes + offset)), k > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void with_values(float (&o)[kSums], const uint32_t (&weights)[kSteps][4],
+                                              int stage) const {
+    const uint64_t tile = ptx::advance(values, static_cast<uint32_t>(stage * Tiles::kValueBytes));
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      ptx::wgmma<T, ptx::Major::mn>(o, weights[step],
+                                    ptx::advance(tile, static_cast<uint32_t>(16 * kPanelRowBytes * step)), true);
+    }
+    ptx::wgmma_commit();
+  }
+};
+
+// The query head of row `row` of a tile.
+__device__ __forceinline__ int head_of_row(const ForwardSm90& params, int first_head, int row) {
+  return first_head + (row & ((1 << params.schedule.packed_log2) - 1));
+}
+
+// The two rows of 128 that a thread computes: `row` and the one 8 further on.
+__device__ __forceinline__ QueryRows forward_rows(const ForwardSm90& params, const ScoreRule& rule, int first_token,
+                                                  int first_head, int row) {
+  QueryRows rows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = first_token + ((row + 8 * i) >> params.schedule.packed_log2);
+    rows.token[i] = token < rule.tokens ? token : -1;
+    const bool placed = token < rule.tokens && (rule.window > 0 || rule.slopes);
+    rows.position[i] = placed ? __ldg(rule.position + token) : 0;
+    rows.slope[i] =
+        rule.slopes ? __ldg(params.alibi_slopes + head_of_row(params, first_head, row + 8 * i)) * kLog2E : 0.0f;
+  }
+  return rows;
+}
+
+template <class T, int n>
+__device__ __forceinline__ void store_forward(const ForwardSm90& params, const QueryRows& rows, float factor,
+                                              const OnlineSoftmax& softmax, const float (&o)[n], int first_head,
+                                              int row) {
+  const bool keeps_statistics = threadIdx.x % 4 == 0;
+  float largest[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool exists = rows.token[i] >= 0;
+    const int head = head_of_row(params, first_head, row + 8 * i);
+    const SoftmaxRow result = softmax.finish(i, factor, params.sinks ? params.sinks + head : nullptr);
+    const int64_t at = int64_t{rows.token[i]} * params.query_heads + head;
+    if (exists && keeps_statistics) params.lse[at] = result.lse;
+    store_row<T>(exists ? static_cast<T*>(params.out) + at * params.value_size : nullptr, params.value_size, o, i,
+                 result);
+    largest[i] = exists && !result.empty ? softmax.base(i, factor) * kLn2 : -INFINITY;
+  }
+  if (params.max_logits) store_max_logits(params.max_logits, first_head, 1 << params.schedule.packed_log2, largest);
+}
+
+template <class Sizes>
+__device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsigned char* shared,
+                                                ForwardBarriers<ForwardTiles<Sizes>::kStages>& barriers) {
+  using Products = ForwardProducts<Sizes>;
+  using Turn = StageTurn<ForwardTiles<Sizes>::kStages>;
+  using T = typename Sizes::T;
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0) - 4, lane = threadIdx.x % 32;
+  const int warpgroup = warp / 4;
+  const ScoreRule rule(params);
+  const Products products(shared, warpgroup);
+  // Of named barriers, for whose turn it is to issue products; the first warpgroup begins.
+  const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup;
+  if (warpgroup == 1) ptx::barrier_arrive(other_turn, 256);
+
+  Turn keys, values;
+  uint32_t query_parity = 0;
+  for (;; query_parity ^= 1) {
+    ptx::mbarrier_wait(&barriers.query_full, query_parity);
+    const int first_token = barriers.query_token, first_head = barriers.query_head, row = 16 * warp + lane / 4;
+    if (first_token < 0) break;
+    const QueryRows rows = forward_rows(params, rule, first_token, first_head, row);
+    OnlineSoftmax softmax;
+    float s[Products::kScores], o[Products::kSums];
+    uint32_t weights[Products::kSteps][4];
+#pragma unroll
+    for (int i = 0; i < Products::kSums; ++i) o[i] = 0.0f;
+
+    ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
+    KeyTile tile = barriers.key_tile[keys.stage];
+    ptx::keep_in_place(s);
+    ptx::wgmma_fence();
+    products.with_keys(s, keys.stage);
+    ptx::wgmma_wait<0>();
+    ptx::keep_in_place(s);
+    bool values_in_use = false;
+    for (;;) {
+      if (lane == 0) {
+        ptx::mbarrier_arrive(&barriers.key_empty[keys.stage]);
+        if (tile.is_last()) ptx::mbarrier_arrive(&barriers.query_empty);
+      }
+      keys.next();
+      const int first_key = tile.first() + lane % 4 * 2;
+      if (tile.is_masked()) {
+        apply_rule<true>(rule, rows, first_key, s);
+      } else {
+        apply_rule<false>(rule, rows, first_key, s);
+      }
+      float rescale[2];
+      softmax.take(rule.factor, s, rescale);
+      ptx::wgmma_wait<0>();
+      ptx::keep_in_place(o);
+      if (values_in_use) {
+        if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
+        values.next();
+      }
+      values_in_use = true;
+#pragma unroll
+      for (int i = 0; i < Products::kSums; ++i) o[i] *= rescale[i / 2 % 2];
+#pragma unroll
+      for (int step = 0; step < Products::kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weights[step][i] = narrow_pair(s[8 * step + 2 * i], s[8 * step + 2 * i + 1], T{}).bits;
+        }
+        ptx::keep_in_place(weights[step]);
+      }
+      if (tile.is_last()) break;
+
+      ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
+      tile = barriers.key_tile[keys.stage];
+      ptx::barrier_sync(own_turn, 256);
+      ptx::keep_in_place(s);
+      ptx::keep_in_place(o);
+      ptx::wgmma_fence();
+      products.with_keys(s, keys.stage);
+      ptx::mbarrier_wait(&barriers.value_full[values.stage], values.parity);
+      ptx::wgmma_fence();
+      products.with_values(o, weights, values.stage);
+      ptx::barrier_arrive(other_turn, 256);
+      ptx::wgmma_wait<1>();
+      ptx::keep_in_place(s);
+    }
+    ptx::mbarrier_wait(&barriers.value_full[values.stage], values.parity);
+    ptx::keep_in_place(o);
+    ptx::wgmma_fence();
+    products.with_values(o, weights, values.stage);
+    ptx::wgmma_wait<0>();
+    ptx::keep_in_place(o);
+    if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
+    values.next();
+    store_forward<T>(params, rows, rule.factor, softmax, o, first_head, row);
+  }
+  // The turn that the other warpgroup has given last.
+  if (warpgroup == 0) ptx::barrier_sync(own_turn, 256);
+}
+
+template <class Sizes>
+__global__ void __launch_bounds__(kForwardThreads, 1)
+    prefix_attention_forward_sm90_kernel(const __grid_constant__ ForwardSm90 params) {
+  constexpr int kStages = ForwardTiles<Sizes>::kStages;
+  PYKERN_DYNAMIC_SHARED(shared);
+  PYKERN_SHARED(ForwardBarriers<kStages>, barriers);
+  if (threadIdx.x == 0) {
+    constexpr uint32_t kWarps = 4 * kForwardWarpgroups;
+    ptx::prefetch_tensor_map(params.query_map);
+    ptx::prefetch_tensor_map(params.key_map);
+    ptx::prefetch_tensor_map(params.value_map);
+    ptx::mbarrier_init(&barriers.query_full, 1);
+    ptx::mbarrier_init(&barriers.query_empty, kWarps);
+    ptx::mbarrier_init(&barriers.value_copied, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(&barriers.key_full[stage], 1);
+      ptx::mbarrier_init(&barriers.key_empty[stage], kWarps);
+      ptx::mbarrier_init(&barriers.value_full[stage], 1);
+      ptx::mbarrier_init(&barriers.value_empty[stage], kWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::decrease_registers<56>();
+    if (threadIdx.x < kWarpSize) copy_forward_tiles<Sizes>(params, shared, barriers);
+  } else {
+    ptx::increase_registers<224>();
+    compute_forward<Sizes>(params, shared, barriers);
+  }
+}
+
+}  // namespace pykern
