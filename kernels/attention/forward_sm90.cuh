@@ -82,7 +82,7 @@ struct ForwardCopies {
   Turn keys, values;
   uint32_t query_parity = 1, copied_parity = 0;
 
-  __device__ __forceinline__ void copy_queries(const QueryTile& tile) {
+  __device__ __forceinline__ void copy_queries(const ForwardQueries& tile) {
     if (threadIdx.x % kWarpSize == 0) {
       ptx::mbarrier_wait(&barriers.query_empty, query_parity);
       barriers.query_token = tile.first;
@@ -168,7 +168,7 @@ template <class Sizes>
 __device__ __forceinline__ void copy_forward_tiles(const ForwardSm90& params, unsigned char* shared,
                                                    ForwardBarriers<ForwardTiles<Sizes>::kStages>& barriers) {
   ForwardCopies<Sizes> copies{params, shared, barriers, {}, {}};
-  QueryTile queries;
+  ForwardQueries queries;
   for (int turn = 0; params.schedule.find(params, turn, queries); ++turn) {
     VisibleKeyTiles<ForwardTiles<Sizes>::kKeys> tiles(params, queries);
     KeyTile tile{};
@@ -324,6 +324,8 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
       }
       float rescale[2];
       softmax.take(rule.factor, s, rescale);
+      // The exponentials come before the wait, not behind it.
+      ptx::keep_in_place(s);
       ptx::wgmma_wait<0>();
       ptx::keep_in_place(o);
       if (values_in_use) {

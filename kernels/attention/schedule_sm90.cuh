@@ -7,7 +7,7 @@ namespace pykern {
 
 constexpr int kForwardRows = 128;  // of a tile of queries: packed heads of neighbouring tokens
 
-struct QueryTile {
+struct ForwardQueries {
   int first, stop;  // tokens, stop clipped
   int key_head, first_head;
 };
@@ -36,7 +36,7 @@ struct QuerySchedule {
 
   // The tile that comes `turn`-th for this block, or false after the last. Blocks take turns back and forth, so that
   // the one with the longest tile of a turn has the shortest of the next.
-  __device__ __forceinline__ bool find(const PrefixAttentionProblem& problem, int& turn, QueryTile& tile) const {
+  __device__ __forceinline__ bool find(const PrefixAttentionProblem& problem, int& turn, ForwardQueries& tile) const {
     const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
     for (;; ++turn) {
       const int index = turn * grid + (turn % 2 == 0 ? block : grid - 1 - block);
@@ -48,7 +48,7 @@ struct QuerySchedule {
   }
 
  private:
-  __device__ __forceinline__ void place(const PrefixAttentionProblem& problem, int index, QueryTile& tile) const {
+  __device__ __forceinline__ void place(const PrefixAttentionProblem& problem, int index, ForwardQueries& tile) const {
     const int group = problem.query_heads / problem.key_heads;
     const int section_tiles = blocks * section_heads * group, section = index / section_tiles;
     const int first_key_head = section * section_heads, heads_left = problem.key_heads - first_key_head;
@@ -86,7 +86,7 @@ struct KeyTile {
 template <int kKeys>
 class VisibleKeyTiles {
  public:
-  __device__ __forceinline__ VisibleKeyTiles(const PrefixAttentionProblem& problem, const QueryTile& queries)
+  __device__ __forceinline__ VisibleKeyTiles(const PrefixAttentionProblem& problem, const ForwardQueries& queries)
       : problem_(problem),
         queries_(queries),
         bounds_(token_bounds(problem, queries.first, queries.stop)),
@@ -155,7 +155,7 @@ class VisibleKeyTiles {
   }
 
   const PrefixAttentionProblem& problem_;
-  const QueryTile& queries_;
+  const ForwardQueries& queries_;
   // Aligned since a host compiler stores them as one.
   alignas(16) TokenBounds bounds_;  // of the queries
   int stop_;                     // tiles
