@@ -240,39 +240,47 @@ __device__ __forceinline__ int head_of_row(const ForwardSm90& params, int first_
 }
 
 // The two rows of 128 that a thread computes: `row` and the one 8 further on.
-__device__ __forceinline__ QueryRows forward_rows(const ForwardSm90& params, const ScoreRule& rule, int first_token,
-                                                  int first_head, int row) {
-  QueryRows rows;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
+struct ForwardRows {
+  int first_token, first_head, row;
+
+  __device__ __forceinline__ int token(const ForwardSm90& params, int i) const {
     const int token = first_token + ((row + 8 * i) >> params.schedule.packed_log2);
-    rows.token[i] = token < rule.tokens ? token : -1;
-    const bool placed = token < rule.tokens && (rule.window > 0 || rule.slopes);
-    rows.position[i] = placed ? __ldg(rule.position + token) : 0;
-    rows.slope[i] =
-        rule.slopes ? __ldg(params.alibi_slopes + head_of_row(params, first_head, row + 8 * i)) * kLog2E : 0.0f;
+    return token < params.tokens ? token : -1;
   }
-  return rows;
-}
+  __device__ __forceinline__ int head(const ForwardSm90& params, int i) const {
+    return first_head + ((row + 8 * i) & ((1 << params.schedule.packed_log2) - 1));
+  }
+  // Made anew for each tile of keys: registers are short in between.
+  __device__ __forceinline__ QueryRows describe(const ForwardSm90& params, const ScoreRule& rule) const {
+    QueryRows rows;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows.token[i] = token(params, i);
+      const bool placed = rows.token[i] >= 0 && (rule.window > 0 || rule.slopes);
+      rows.position[i] = placed ? __ldg(rule.position + rows.token[i]) : 0;
+      rows.slope[i] = rule.slopes ? __ldg(params.alibi_slopes + head(params, i)) * kLog2E : 0.0f;
+    }
+    return rows;
+  }
+};
 
 template <class T, int n>
-__device__ __forceinline__ void store_forward(const ForwardSm90& params, const QueryRows& rows, float factor,
-                                              const OnlineSoftmax& softmax, const float (&o)[n], int first_head,
-                                              int row) {
+__device__ __forceinline__ void store_forward(const ForwardSm90& params, const ForwardRows& rows, float factor,
+                                              const OnlineSoftmax& softmax, const float (&o)[n]) {
   const bool keeps_statistics = threadIdx.x % 4 == 0;
   float largest[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool exists = rows.token[i] >= 0;
-    const int head = head_of_row(params, first_head, row + 8 * i);
+    const int token = rows.token(params, i), head = rows.head(params, i);
+    const bool exists = token >= 0;
     const SoftmaxRow result = softmax.finish(i, factor, params.sinks ? params.sinks + head : nullptr);
-    const int64_t at = int64_t{rows.token[i]} * params.query_heads + head;
+    const int64_t at = int64_t{token} * params.query_heads + head;
     if (exists && keeps_statistics) params.lse[at] = result.lse;
     store_row<T>(exists ? static_cast<T*>(params.out) + at * params.value_size : nullptr, params.value_size, o, i,
                  result);
-    largest[i] = exists && !result.empty ? softmax.base(i, factor) * kLn2 : -INFINITY;
+    largest[i] = exists ? softmax.largest[i] * factor * kLn2 : -INFINITY;
   }
-  if (params.max_logits) store_max_logits(params.max_logits, first_head, 1 << params.schedule.packed_log2, largest);
+  if (params.max_logits) store_max_logits(params.max_logits, rows.first_head, 1 << params.schedule.packed_log2, largest);
 }
 
 template <class Sizes>
@@ -293,9 +301,8 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
   uint32_t query_parity = 0;
   for (;; query_parity ^= 1) {
     ptx::mbarrier_wait(&barriers.query_full, query_parity);
-    const int first_token = barriers.query_token, first_head = barriers.query_head, row = 16 * warp + lane / 4;
-    if (first_token < 0) break;
-    const QueryRows rows = forward_rows(params, rule, first_token, first_head, row);
+    const ForwardRows rows{barriers.query_token, barriers.query_head, 16 * warp + lane / 4};
+    if (rows.first_token < 0) break;
     OnlineSoftmax softmax;
     float s[Products::kScores], o[Products::kSums];
     uint32_t weights[Products::kSteps][4];
@@ -318,14 +325,20 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
       keys.next();
       const int first_key = tile.first() + lane % 4 * 2;
       if (tile.is_masked()) {
-        apply_rule<true>(rule, rows, first_key, s);
-      } else {
-        apply_rule<false>(rule, rows, first_key, s);
+        apply_rule<true>(rule, rows.describe(params, rule), first_key, s);
+      } else if (rule.transforms) {
+        apply_rule<false>(rule, rows.describe(params, rule), first_key, s);
       }
       float rescale[2];
-      softmax.take(rule.factor, s, rescale);
-      // The exponentials come before the wait, not behind it.
+      const bool rescales = softmax.take(rule.factor, s, rescale);
       ptx::keep_in_place(s);
+      ptx::keep_in_place(softmax.sum);
+      // Between the exponentials and the wait, since the compiler moves the wait up to the beginning of its block.
+      const bool last = tile.is_last();
+      if (!last) {
+        ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
+        tile = barriers.key_tile[keys.stage];
+      }
       ptx::wgmma_wait<0>();
       ptx::keep_in_place(o);
       if (values_in_use) {
@@ -333,8 +346,10 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
         values.next();
       }
       values_in_use = true;
+      if (rescales) {
 #pragma unroll
-      for (int i = 0; i < Products::kSums; ++i) o[i] *= rescale[i / 2 % 2];
+        for (int i = 0; i < Products::kSums; ++i) o[i] *= rescale[i / 2 % 2];
+      }
 #pragma unroll
       for (int step = 0; step < Products::kSteps; ++step) {
 #pragma unroll
@@ -343,10 +358,8 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
         }
         ptx::keep_in_place(weights[step]);
       }
-      if (tile.is_last()) break;
+      if (last) break;
 
-      ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
-      tile = barriers.key_tile[keys.stage];
       ptx::barrier_sync(own_turn, 256);
       ptx::keep_in_place(s);
       ptx::keep_in_place(o);
@@ -367,7 +380,7 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
     ptx::keep_in_place(o);
     if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
     values.next();
-    store_forward<T>(params, rows, rule.factor, softmax, o, first_head, row);
+    store_forward<T>(params, rows, rule.factor, softmax, o);
   }
   // The turn that the other warpgroup has given last.
   if (warpgroup == 0) ptx::barrier_sync(own_turn, 256);

@@ -23,28 +23,35 @@ struct SoftmaxRow {
   float lse;    // natural logarithm
 };
 
-// Of a thread's two rows.
+// Of a thread's two rows. Weights are relative to a reference that follows the largest logit by steps of 2^8 at least,
+// so that sums seldom have to be rescaled.
 struct OnlineSoftmax {
   float largest[2] = {-INFINITY, -INFINITY};  // logit so far, in the rule's units before its factor
-  float sum[2] = {0.0f, 0.0f};                // of weights, of this thread's columns only
+  float reference[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};  // of weights, of this thread's columns only
 
-  // Before any key a row's base is 0, so that no infinities are subtracted from each other.
+  // In log2. Before any key it is 0, so that no infinities are subtracted from each other.
   __device__ __forceinline__ float base(int row, float factor) const {
-    return largest[row] == -INFINITY ? 0.0f : largest[row] * factor;
+    return reference[row] == -INFINITY ? 0.0f : reference[row] * factor;
   }
 
-  // Logits become weights exp2(factor * logit - base). Sums of earlier weights, and of values that they weighted, are
-  // to be multiplied by `rescale` to be of the same base.
+  // Logits become weights exp2(factor * logit - base). Whether some row of the warp has a new reference: then sums of
+  // values that earlier weights have weighted are to be multiplied by `rescale`, which is 1 for other rows.
   template <int n>
-  __device__ __forceinline__ void take(float factor, float (&s)[n], float (&rescale)[2]) {
+  __device__ __forceinline__ bool take(float factor, float (&s)[n], float (&rescale)[2]) {
+    bool moves = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float before = largest[i];
 #pragma unroll
       for (int j = 0; j < n / 4; ++j) largest[i] = larger(largest[i], larger(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
       largest[i] = largest_of_row(largest[i]);
+      constexpr float kStep = 8.0f;
+      const bool moves_row = (largest[i] - reference[i]) * factor > kStep;
+      const float before = reference[i];
+      reference[i] = moves_row ? largest[i] : before;
       const float own_base = base(i, factor);
-      rescale[i] = fast_exp2(fmaf(before, factor, -own_base));
+      rescale[i] = moves_row ? fast_exp2(fmaf(before, factor, -own_base)) : 1.0f;
+      moves = moves || moves_row;
       sum[i] *= rescale[i];
 #pragma unroll
       for (int j = 0; j < n / 4; ++j) {
@@ -56,12 +63,13 @@ struct OnlineSoftmax {
         }
       }
     }
+    return __any_sync(kFullWarp, moves);
   }
 
   // All lanes call; `sink` is the logit of the row's sink, or null.
   __device__ __forceinline__ SoftmaxRow finish(int row, float factor, const float* sink) const {
     float total = sum_of_row(sum[row]), top = base(row, factor), weight = 1.0f;
-    // The largest logit has weight 1, so only a row without keys sums to 0; NaN is not 0.
+    // The largest logit has at least weight 1, so only a row without keys sums to 0; NaN is not 0.
     if (total == 0.0f) return {true, 0.0f, -INFINITY};
     if (sink) {
       const float sink_log2 = __ldg(sink) * kLog2E, before = top;
