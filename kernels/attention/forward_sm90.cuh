@@ -15,6 +15,10 @@ namespace pykern {
 
 // Tiles in shared memory are panels of 64 elements by all rows: what the swizzle of 128 bytes spans.
 constexpr int kPanelSize = 64, kPanelRowBytes = 128;
+// Warpgroups that compute, and what each takes of a tile of queries.
+constexpr int kForwardGroups = 2, kGroupRows = kForwardRows / kForwardGroups;
+constexpr int kForwardThreads = 128 * (1 + kForwardGroups);
+static_assert(kGroupRows == 64, "a warpgroup multiplies 64 rows");
 
 template <class Sizes>
 struct ForwardTiles {
@@ -22,15 +26,16 @@ struct ForwardTiles {
   static constexpr int kKeyPanels = (Sizes::kKey + kPanelSize - 1) / kPanelSize;
   static constexpr int kValuePanels = (Sizes::kValue + kPanelSize - 1) / kPanelSize;
 
-  static constexpr int kQueryPanelBytes = kForwardRows * kPanelRowBytes, kPanelBytes = kKeys * kPanelRowBytes;
+  // Each warpgroup has queries of its own.
+  static constexpr int kQueryPanelBytes = kGroupRows * kPanelRowBytes, kPanelBytes = kKeys * kPanelRowBytes;
   static constexpr int kQueryBytes = kKeyPanels * kQueryPanelBytes;
   static constexpr int kKeyBytes = kKeyPanels * kPanelBytes, kValueBytes = kValuePanels * kPanelBytes;
 
   // A little of the 227 KiB is left for barriers and for the tiles' alignment.
-  static constexpr int kStagesThatFit = (225 * 1024 - kQueryBytes) / (kKeyBytes + kValueBytes);
+  static constexpr int kStagesThatFit = (225 * 1024 - kForwardGroups * kQueryBytes) / (kKeyBytes + kValueBytes);
   static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
   static_assert(kStages >= 2, "tiles too large for shared memory");
-  static constexpr int kFirstKeys = kQueryBytes, kFirstValues = kFirstKeys + kStages * kKeyBytes;
+  static constexpr int kFirstKeys = kForwardGroups * kQueryBytes, kFirstValues = kFirstKeys + kStages * kKeyBytes;
   static constexpr int kSharedBytes = kFirstValues + kStages * kValueBytes;
 };
 
@@ -39,15 +44,15 @@ struct ForwardSm90 : PrefixAttentionForward {
   TensorMap query_map, key_map, value_map;
 };
 
-// Phases of `full` end when a copy has landed, those of `empty` when all computing warps have read it.
+// Phases of `full` end when a copy has landed, those of `empty` when all warps that compute with it have read it.
 template <int stages>
 struct ForwardBarriers {
-  uint64_t query_full, query_empty;
+  uint64_t query_full[kForwardGroups], query_empty[kForwardGroups];
   uint64_t key_full[stages], key_empty[stages];
   uint64_t value_full[stages], value_empty[stages];
   uint64_t value_copied;  // of values that are not full before padding has been taken out
   // What the copying warp hands on with the queries and with the keys of a stage; after the last queries, token -1.
-  int query_token, query_head;
+  int query_token[kForwardGroups], query_head[kForwardGroups];
   KeyTile key_tile[stages];
 };
 
@@ -65,9 +70,6 @@ struct StageTurn {
   }
 };
 
-constexpr int kForwardWarpgroups = 2, kForwardThreads = 128 * (1 + kForwardWarpgroups);
-static_assert(kForwardRows == 64 * kForwardWarpgroups, "a warpgroup computes 64 rows");
-
 // --- the copying warp ------------------------------------------------------------------------------------------
 
 template <class Sizes>
@@ -82,27 +84,29 @@ struct ForwardCopies {
   Turn keys, values;
   uint32_t query_parity = 1, copied_parity = 0;
 
-  __device__ __forceinline__ void copy_queries(const ForwardQueries& tile) {
+  // A token of -1: no more queries.
+  __device__ __forceinline__ void copy_queries(int token, int head) {
     if (threadIdx.x % kWarpSize == 0) {
-      ptx::mbarrier_wait(&barriers.query_empty, query_parity);
-      barriers.query_token = tile.first;
-      barriers.query_head = tile.first_head;
-      ptx::mbarrier_arrive_expect_tx(&barriers.query_full, Tiles::kQueryBytes);
 #pragma unroll
-      for (int panel = 0; panel < Tiles::kKeyPanels; ++panel) {
-        ptx::tensor_load(shared + panel * Tiles::kQueryPanelBytes, params.query_map,
-                         {panel * kPanelSize, tile.first_head, tile.first}, &barriers.query_full);
+      for (int group = 0; group < kForwardGroups; ++group) {
+        uint64_t* full = &barriers.query_full[group];
+        ptx::mbarrier_wait(&barriers.query_empty[group], query_parity);
+        const int first = token < 0 ? -1 : token + group * (kGroupRows >> params.schedule.packed_log2);
+        barriers.query_token[group] = first;
+        barriers.query_head[group] = head;
+        if (token < 0) {
+          ptx::mbarrier_arrive(full);
+          continue;
+        }
+        ptx::mbarrier_arrive_expect_tx(full, Tiles::kQueryBytes);
+#pragma unroll
+        for (int panel = 0; panel < Tiles::kKeyPanels; ++panel) {
+          ptx::tensor_load(shared + group * Tiles::kQueryBytes + panel * Tiles::kQueryPanelBytes, params.query_map,
+                           {panel * kPanelSize, head, first}, full);
+        }
       }
     }
     query_parity ^= 1;
-  }
-
-  __device__ __forceinline__ void end() {
-    if (threadIdx.x % kWarpSize == 0) {
-      ptx::mbarrier_wait(&barriers.query_empty, query_parity);
-      barriers.query_token = -1;
-      ptx::mbarrier_arrive(&barriers.query_full);
-    }
   }
 
   __device__ __forceinline__ void copy_keys(const KeyTile& tile, int key_head) {
@@ -176,7 +180,7 @@ __device__ __forceinline__ void copy_forward_tiles(const ForwardSm90& params, un
       const KeyTile next = tiles.next();
       copies.copy_keys(next, queries.key_head);
       if (first) {
-        copies.copy_queries(queries);
+        copies.copy_queries(queries.first, queries.first_head);
       } else {
         copies.copy_values(tile, queries.key_head);
       }
@@ -184,7 +188,7 @@ __device__ __forceinline__ void copy_forward_tiles(const ForwardSm90& params, un
     }
     copies.copy_values(tile, queries.key_head);
   }
-  copies.end();
+  copies.copy_queries(-1, 0);
 }
 
 // --- the computing warpgroups ----------------------------------------------------------------------------------
@@ -195,51 +199,56 @@ struct ForwardProducts {
   using Tiles = ForwardTiles<Sizes>;
   static constexpr int kScores = Tiles::kKeys / 2, kSums = Sizes::kValue / 2, kSteps = Tiles::kKeys / 16;
 
-  uint64_t queries, keys, values;  // descriptors; of the first stage
+  // The lower halves of descriptors, of the first stage. The upper halves are all the same, and no sum of addresses
+  // carries into them; sums of 64 bits would take more registers than there are.
+  uint32_t queries, keys, values;
 
-  __device__ __forceinline__ ForwardProducts(unsigned char* shared, int warpgroup) {
-    ptx::MatrixDescriptor matrix;
-    matrix.swizzle = ptx::Swizzle::bytes128;
-    matrix.stride = 8 * kPanelRowBytes;
-    matrix.address = ptx::shared_address(shared) + static_cast<uint32_t>(64 * kPanelRowBytes * warpgroup);
-    queries = encode(matrix);
-    matrix.address = ptx::shared_address(shared + Tiles::kFirstKeys);
-    keys = encode(matrix);
+  __device__ __forceinline__ ForwardProducts(unsigned char* shared, int group) {
+    queries = lower_half(shared + group * Tiles::kQueryBytes, 0);
+    keys = lower_half(shared + Tiles::kFirstKeys, 0);
     // Along a key's values: from panel to panel.
-    matrix.leading = Tiles::kPanelBytes;
-    matrix.address = ptx::shared_address(shared + Tiles::kFirstValues);
-    values = encode(matrix);
+    values = lower_half(shared + Tiles::kFirstValues, Tiles::kPanelBytes);
   }
 
   __device__ __forceinline__ void with_keys(float (&s)[kScores], int stage) const {
-    const uint64_t tile = ptx::advance(keys, static_cast<uint32_t>(stage * Tiles::kKeyBytes));
+    // As if they changed: else the descriptors of all steps would be kept in registers through the loop.
+    uint32_t lower[] = {queries};
+    ptx::keep_in_place(lower);
 #pragma unroll
     for (int k = 0; k < Sizes::kKey; k += 16) {
       const int panel = k / kPanelSize, offset = k % kPanelSize * 2;
-      ptx::wgmma<T>(s, ptx::advance(queries, static_cast<uint32_t>(panel * Tiles::kQueryPanelBytes + offset)),
-                    ptx::advance(tile, static_cast<uint32_t>(panel * Tiles::kPanelBytes + offset)), k > 0);
+      ptx::wgmma<T>(s, descriptor(lower[0], panel * Tiles::kQueryPanelBytes + offset),
+                    descriptor(keys, stage * Tiles::kKeyBytes + panel * Tiles::kPanelBytes + offset), k > 0);
     }
     ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void with_values(float (&o)[kSums], const uint32_t (&weights)[kSteps][4],
                                               int stage) const {
-    const uint64_t tile = ptx::advance(values, static_cast<uint32_t>(stage * Tiles::kValueBytes));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      ptx::wgmma<T, ptx::Major::mn>(o, weights[step],
-                                    ptx::advance(tile, static_cast<uint32_t>(16 * kPanelRowBytes * step)), true);
+      ptx::wgmma<T, ptx::Major::mn>(
+          o, weights[step], descriptor(values, stage * Tiles::kValueBytes + 16 * kPanelRowBytes * step), true);
     }
     ptx::wgmma_commit();
   }
+
+ private:
+  static constexpr ptx::MatrixDescriptor kMatrix{0, 0, 8 * kPanelRowBytes, 0, ptx::Swizzle::bytes128};
+
+  __device__ static __forceinline__ uint32_t lower_half(const unsigned char* tile, int leading) {
+    ptx::MatrixDescriptor matrix = kMatrix;
+    matrix.address = ptx::shared_address(tile);
+    matrix.leading = static_cast<uint32_t>(leading);
+    return static_cast<uint32_t>(encode(matrix));
+  }
+  __device__ static __forceinline__ uint64_t descriptor(uint32_t lower, int bytes) {
+    constexpr uint64_t kUpper = encode(kMatrix) >> 32 << 32;
+    return kUpper | (lower + (static_cast<uint32_t>(bytes) >> 4));
+  }
 };
 
-// The query head of row `row` of a tile.
-__device__ __forceinline__ int head_of_row(const ForwardSm90& params, int first_head, int row) {
-  return first_head + (row & ((1 << params.schedule.packed_log2) - 1));
-}
-
-// The two rows of 128 that a thread computes: `row` and the one 8 further on.
+// The two rows of 64 that a thread computes: `row` and the one 8 further on.
 struct ForwardRows {
   int first_token, first_head, row;
 
@@ -283,6 +292,8 @@ __device__ __forceinline__ void store_forward(const ForwardSm90& params, const F
   if (params.max_logits) store_max_logits(params.max_logits, rows.first_head, 1 << params.schedule.packed_log2, largest);
 }
 
+// One stream of tiles through all queries of the block. While the weights of a tile are made, the product of those
+// before with their values is under way, and that of the next tile's keys comes with it, be they other queries' keys.
 template <class Sizes>
 __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsigned char* shared,
                                                 ForwardBarriers<ForwardTiles<Sizes>::kStages>& barriers) {
@@ -290,100 +301,111 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
   using Turn = StageTurn<ForwardTiles<Sizes>::kStages>;
   using T = typename Sizes::T;
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0) - 4, lane = threadIdx.x % 32;
-  const int warpgroup = warp / 4;
+  const int group = warp / 4;
   const ScoreRule rule(params);
-  const Products products(shared, warpgroup);
+  const Products products(shared, group);
   // Of named barriers, for whose turn it is to issue products; the first warpgroup begins.
-  const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup;
-  if (warpgroup == 1) ptx::barrier_arrive(other_turn, 256);
+  const int own_turn = 1 + group, other_turn = 2 - group;
+  if (group == 1) ptx::barrier_arrive(other_turn, 256);
 
   Turn keys, values;
   uint32_t query_parity = 0;
-  for (;; query_parity ^= 1) {
-    ptx::mbarrier_wait(&barriers.query_full, query_parity);
-    const ForwardRows rows{barriers.query_token, barriers.query_head, 16 * warp + lane / 4};
-    if (rows.first_token < 0) break;
-    OnlineSoftmax softmax;
-    float s[Products::kScores], o[Products::kSums];
-    uint32_t weights[Products::kSteps][4];
-#pragma unroll
-    for (int i = 0; i < Products::kSums; ++i) o[i] = 0.0f;
-
+  const auto next_queries = [&] {
+    ptx::mbarrier_wait(&barriers.query_full[group], query_parity);
+    query_parity ^= 1;
+    return barriers.query_token[group] >= 0;
+  };
+  const auto next_rows = [&] {
+    return ForwardRows{barriers.query_token[group], barriers.query_head[group], 16 * (warp % 4) + lane / 4};
+  };
+  const auto next_tile = [&] {
     ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
-    KeyTile tile = barriers.key_tile[keys.stage];
-    ptx::keep_in_place(s);
-    ptx::wgmma_fence();
-    products.with_keys(s, keys.stage);
-    ptx::wgmma_wait<0>();
-    ptx::keep_in_place(s);
-    bool values_in_use = false;
-    for (;;) {
-      if (lane == 0) {
-        ptx::mbarrier_arrive(&barriers.key_empty[keys.stage]);
-        if (tile.is_last()) ptx::mbarrier_arrive(&barriers.query_empty);
-      }
-      keys.next();
-      const int first_key = tile.first() + lane % 4 * 2;
-      if (tile.is_masked()) {
-        apply_rule<true>(rule, rows.describe(params, rule), first_key, s);
-      } else if (rule.transforms) {
-        apply_rule<false>(rule, rows.describe(params, rule), first_key, s);
-      }
-      float rescale[2];
-      const bool rescales = softmax.take(rule.factor, s, rescale);
-      ptx::keep_in_place(s);
-      ptx::keep_in_place(softmax.sum);
-      // Between the exponentials and the wait, since the compiler moves the wait up to the beginning of its block.
-      const bool last = tile.is_last();
-      if (!last) {
-        ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
-        tile = barriers.key_tile[keys.stage];
-      }
-      ptx::wgmma_wait<0>();
-      ptx::keep_in_place(o);
-      if (values_in_use) {
-        if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
-        values.next();
-      }
-      values_in_use = true;
-      if (rescales) {
-#pragma unroll
-        for (int i = 0; i < Products::kSums; ++i) o[i] *= rescale[i / 2 % 2];
-      }
-#pragma unroll
-      for (int step = 0; step < Products::kSteps; ++step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          weights[step][i] = narrow_pair(s[8 * step + 2 * i], s[8 * step + 2 * i + 1], T{}).bits;
-        }
-        ptx::keep_in_place(weights[step]);
-      }
-      if (last) break;
+    return barriers.key_tile[keys.stage];
+  };
 
-      ptx::barrier_sync(own_turn, 256);
+  if (!next_queries()) return;
+  ForwardRows rows = next_rows();
+  KeyTile tile = next_tile();
+  OnlineSoftmax softmax;
+  float s[Products::kScores], o[Products::kSums];
+  uint32_t weights[Products::kSteps][4];
+#pragma unroll
+  for (int i = 0; i < Products::kSums; ++i) o[i] = 0.0f;
+  ptx::keep_in_place(s);
+  ptx::wgmma_fence();
+  products.with_keys(s, keys.stage);
+  ptx::wgmma_wait<0>();
+  ptx::keep_in_place(s);
+  bool values_in_use = false;
+  for (;;) {
+    const bool last = tile.is_last();
+    __syncwarp();  // all lanes have read what was handed on with the tile
+    if (lane == 0) {
+      ptx::mbarrier_arrive(&barriers.key_empty[keys.stage]);
+      if (last) ptx::mbarrier_arrive(&barriers.query_empty[group]);
+    }
+    keys.next();
+    const int first_key = tile.first() + lane % 4 * 2;
+    if (tile.is_masked()) {
+      apply_rule<true>(rule, rows.describe(params, rule), first_key, s);
+    } else if (rule.transforms) {
+      apply_rule<false>(rule, rows.describe(params, rule), first_key, s);
+    }
+    float rescale[2];
+    const bool rescales = softmax.take(rule.factor, s, rescale);
+    ptx::keep_in_place(s);
+    ptx::keep_in_place(softmax.sum);
+    // Between the exponentials and the wait, since the compiler moves the wait up to the beginning of its block.
+    const bool more = !last || next_queries();
+    if (more) tile = next_tile();
+    ptx::wgmma_wait<0>();
+    ptx::keep_in_place(o);
+    if (values_in_use) {
+      if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
+      values.next();
+    }
+    if (rescales) {
+#pragma unroll
+      for (int i = 0; i < Products::kSums; ++i) o[i] *= rescale[i / 2 % 2];
+    }
+#pragma unroll
+    for (int step = 0; step < Products::kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[step][i] = narrow_pair(s[8 * step + 2 * i], s[8 * step + 2 * i + 1], T{}).bits;
+      }
+      ptx::keep_in_place(weights[step]);
+    }
+
+    ptx::barrier_sync(own_turn, 256);
+    if (more) {
       ptx::keep_in_place(s);
-      ptx::keep_in_place(o);
       ptx::wgmma_fence();
       products.with_keys(s, keys.stage);
-      ptx::mbarrier_wait(&barriers.value_full[values.stage], values.parity);
-      ptx::wgmma_fence();
-      products.with_values(o, weights, values.stage);
-      ptx::barrier_arrive(other_turn, 256);
-      ptx::wgmma_wait<1>();
-      ptx::keep_in_place(s);
     }
     ptx::mbarrier_wait(&barriers.value_full[values.stage], values.parity);
     ptx::keep_in_place(o);
     ptx::wgmma_fence();
     products.with_values(o, weights, values.stage);
+    ptx::barrier_arrive(other_turn, 256);
+    ptx::wgmma_wait<1>();
+    ptx::keep_in_place(s);
+    values_in_use = !last;
+    if (!last) continue;
+
     ptx::wgmma_wait<0>();
     ptx::keep_in_place(o);
     if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
     values.next();
     store_forward<T>(params, rows, rule.factor, softmax, o);
+    if (!more) break;
+    rows = next_rows();
+    softmax = OnlineSoftmax();
+#pragma unroll
+    for (int i = 0; i < Products::kSums; ++i) o[i] = 0.0f;
   }
   // The turn that the other warpgroup has given last.
-  if (warpgroup == 0) ptx::barrier_sync(own_turn, 256);
+  if (group == 0) ptx::barrier_sync(own_turn, 256);
 }
 
 template <class Sizes>
@@ -393,13 +415,15 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   PYKERN_DYNAMIC_SHARED(shared);
   PYKERN_SHARED(ForwardBarriers<kStages>, barriers);
   if (threadIdx.x == 0) {
-    constexpr uint32_t kWarps = 4 * kForwardWarpgroups;
+    constexpr uint32_t kWarps = 4 * kForwardGroups;
     ptx::prefetch_tensor_map(params.query_map);
     ptx::prefetch_tensor_map(params.key_map);
     ptx::prefetch_tensor_map(params.value_map);
-    ptx::mbarrier_init(&barriers.query_full, 1);
-    ptx::mbarrier_init(&barriers.query_empty, kWarps);
     ptx::mbarrier_init(&barriers.value_copied, 1);
+    for (int group = 0; group < kForwardGroups; ++group) {
+      ptx::mbarrier_init(&barriers.query_full[group], 1);
+      ptx::mbarrier_init(&barriers.query_empty[group], 4);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(&barriers.key_full[stage], 1);
       ptx::mbarrier_init(&barriers.key_empty[stage], kWarps);

@@ -27,7 +27,7 @@ const char* launch_forward(const PrefixAttentionForward& problem, Stream stream)
   params.schedule = QuerySchedule(problem);
   const int packed = 1 << params.schedule.packed_log2;
   const char* error = make_map<T>(params.query_map, problem.q, problem.key_size, problem.query_heads, problem.tokens,
-                                  packed, kForwardRows / packed);
+                                  packed, kGroupRows / packed);
   if (!error) {
     error = make_map<T>(params.key_map, problem.k, problem.key_size, problem.key_heads, problem.tokens, 1,
                         Tiles::kKeys);
