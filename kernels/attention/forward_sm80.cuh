@@ -7,7 +7,6 @@
 
 #include "kernels/attention/head_sizes.h"
 #include "kernels/attention/paths_sm80.cuh"
-#include "kernels/attention/shared_tile.cuh"
 
 namespace pykern {
 
@@ -19,7 +18,7 @@ struct ForwardTiling {
   // is just enough for one on 8.0; the sums of larger heads leave no registers for them.
   static constexpr int kRowTiles = kKey <= 128 ? 2 : 1;
   static constexpr int kWarps = kRows / (16 * kRowTiles), kThreads = kWarps * kWarpSize;
-  static constexpr int kKeys = kKey == 128 || kKey == 256 ? 32 : 64;
+  static constexpr int kKeys = kKey == 32 || kKey == 64 || kKey == 192 ? 64 : 32;
   // Queries in registers leave their shared memory to a second stage of keys and values. At 128 there is no room for
   // them; with one stage, values arrive during the first product and the next keys during the second.
   static constexpr bool kQueriesInRegisters = kKey != 128;
@@ -39,7 +38,7 @@ struct ForwardTiling {
 
 // Which queries the rows of a tile are.
 struct QueryTile {
-  int first, stop;  // tokens; no more than 128, within one block of query_order
+  int first, stop;  // tokens, no more than 128; the last tile reaches beyond the tokens
   int head_bits;    // a token has 1 << head_bits neighbouring rows
   int first_head, key_head;
 
@@ -54,9 +53,9 @@ struct QueryTile {
     block /= parts;
     key_head = static_cast<int>(block % problem.key_heads);
     first_head = (key_head * static_cast<int>(parts) + part) << head_bits;
-    const int tile_tokens = kOrderTokens >> head_bits, tokens = static_cast<int>(problem.tokens);
+    const int tile_tokens = kOrderTokens >> head_bits;
     first = problem.query_order[block / problem.key_heads] * kOrderTokens + tile * tile_tokens;
-    stop = first + tile_tokens < tokens ? first + tile_tokens : tokens;
+    stop = first + tile_tokens;
   }
 
   __device__ __forceinline__ int token(int row) const { return first + (row >> head_bits); }
@@ -75,21 +74,31 @@ class VisibleTiles {
     // Whether it concerns any of the queries [first, last].
     __device__ __forceinline__ bool concerns(int, int last) const { return first_key <= last; }
 
-    template <int n>
-    __device__ __forceinline__ void apply(const ScoreRule& rule, const QueryRows& rows, int first_column,
-                                          float (&s)[n]) const {
-      if (masked) {
-        apply_rule<true>(rule, rows, first_key + first_column, s);
-      } else {
-        apply_rule<false>(rule, rows, first_key + first_column, s);
+    // Of the logits; else products stay as they are.
+    __device__ __forceinline__ bool changes(const ScoreRule& rule) const { return masked || rule.transforms; }
+    // Whether the rule asks for the rows' positions.
+    __device__ __forceinline__ bool asks_positions(const ScoreRule& rule) const {
+      return rule.slopes || rule.window > 0;
+    }
+
+    template <int m, int n>
+    __device__ __forceinline__ void apply(const ScoreRule& rule, const QueryRows (&rows)[m], int first_column,
+                                          float (&s)[m][n]) const {
+      // Eight keys at a time, so that what is read of keys stays in registers no longer than that.
+#pragma unroll
+      for (int j = 0; j < n; j += 4) {
+#pragma unroll
+        for (int tile = 0; tile < m; ++tile) {
+          auto& eight = reinterpret_cast<float(&)[4]>(s[tile][j]);
+          apply_rule<false>(rule, rows[tile], first_key + first_column + 2 * j, eight);
+          if (masked) mask_logits(rule, rows[tile], first_key + first_column + 2 * j, eight);
+        }
       }
     }
   };
 
   __device__ __forceinline__ VisibleTiles(const PrefixAttentionForward& params, int first_query, int stop_query)
-      : params_(params), first_query_(first_query), stop_query_(stop_query) {
-    if (params.window > 0) queries_ = token_bounds(params, first_query, stop_query);
-  }
+      : params_(params), first_query_(first_query), stop_query_(stop_query) {}
 
   __device__ __forceinline__ bool advance() {
     while (seen_ == 0) {
@@ -97,9 +106,12 @@ class VisibleTiles {
       if (group_ * keys >= stop_query_) return false;
       const int first = (group_ + static_cast<int>(threadIdx.x) % kWarpSize) * keys;
       Visible visible = Visible::none;
-      if (first < stop_query_) {
+      // No key is seen by all of a tile that reaches beyond the tokens.
+      if (first < stop_query_ && first < params_.tokens) {
         const TokenBounds bounds = token_bounds(params_, first, first + keys);
-        visible = visible_keys(bounds, first, first + keys, queries_, first_query_, stop_query_, params_.window);
+        TokenBounds queries{};
+        if (params_.window > 0) queries = token_bounds(params_, first_query_, stop_query_);
+        visible = visible_keys(bounds, first, first + keys, queries, first_query_, stop_query_, params_.window);
       }
       seen_ = __ballot_sync(kFullWarp, visible != Visible::none);
       by_all_ = __ballot_sync(kFullWarp, visible == Visible::all);
@@ -112,26 +124,30 @@ class VisibleTiles {
 
   __device__ __forceinline__ Tile tile() const { return tile_; }
 
-  // The row of a key of the tile, or -1.
-  __device__ __forceinline__ auto key_rows() const {
-    return [this](int key) {
-      const int row = tile_.first_key + key;
-      return row < params_.tokens ? row : -1;
+  // For copy_rows: where the keys' rows of a tensor lie, `stride` bytes apart.
+  __device__ __forceinline__ auto sources(const unsigned char* data, uint32_t stride) const {
+    const unsigned char* const first = data + uint64_t{static_cast<uint32_t>(tile_.first_key)} * stride;
+    const int keys_left = static_cast<int>(params_.tokens) - tile_.first_key;
+    return [=](int key) {
+      return RowSource{first + uint64_t{static_cast<uint32_t>(key)} * stride, key < keys_left};
     };
   }
-  // The same, without values that no query sees: those may be NaN, which even a weight of 0 doesn't remove.
-  __device__ __forceinline__ auto value_rows() const {
-    return [this](int key) {
+
+  // Whether some values of the tile may be seen by no query. They may be NaN, which not even a weight of 0 removes.
+  __device__ __forceinline__ bool has_unseen() const { return tile_.masked; }
+  template <class Sources>
+  __device__ __forceinline__ auto without_unseen(Sources sources) const {
+    return [this, sources](int key) {
+      RowSource source = sources(key);
       const int row = tile_.first_key + key;
-      if (!tile_.masked) return row;
-      return row < params_.tokens && __ldg(params_.subtree_end + row) > row ? row : -1;
+      source.exists = source.exists && __ldg(params_.subtree_end + row) > row;
+      return source;
     };
   }
 
  private:
   const PrefixAttentionForward& params_;
   int first_query_, stop_query_;
-  TokenBounds queries_{};
   int group_ = -kWarpSize;
   unsigned seen_ = 0, by_all_ = 0;
   Tile tile_{};
@@ -143,19 +159,19 @@ constexpr float kReferenceSlack = 8.0f;
 
 // What a thread knows of the softmax of its two rows in a tile of 16.
 struct SoftmaxRows {
-  float reference[2], sum[2], largest[2];  // the sum over the thread's columns alone
+  float reference[2], sum[2];  // the sum over the thread's columns alone
 
   __device__ __forceinline__ SoftmaxRows() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      reference[i] = largest[i] = -INFINITY;
+      reference[i] = -INFINITY;
       sum[i] = 0.0f;
     }
   }
 
   // Logits become weights. Returns whether earlier sums must be multiplied by `scale`.
   template <int n>
-  __device__ __forceinline__ bool weigh(float factor, float (&s)[n], float (&scale)[2]) {
+  __device__ __forceinline__ bool weigh(float factor, float (&s)[n], float (&largest)[2], float (&scale)[2]) {
     bool rescale = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -227,8 +243,6 @@ class ForwardTile {
   template <class Tiles>
   __device__ __forceinline__ void run() {
     const ScoreRule rule(params_);
-    QueryRows rows[kRowTiles];
-    describe_rows(rows);
     const int last_row = first_row_ + 16 * kRowTiles - 1;
     const int first_query = queries_.token(first_row_), last_query = queries_.token(last_row);
 
@@ -266,11 +280,16 @@ class ForwardTile {
         if (more) copy_keys(tiles, 0);
       }
       if (concerned) {
+        if (tile.changes(rule)) {
+          // Anew for every tile: in registers all the time they would cost more.
+          QueryRows rows[kRowTiles];
+          describe_rows(tile.asks_positions(rule), rows);
+          tile.apply(rule, rows, 2 * (lane_ % 4), s);
+        }
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          tile.apply(rule, rows[m], 2 * (lane_ % 4), s[m]);
           float scale[2];
-          const bool rescale = softmax_[m].weigh(rule.factor, s[m], scale);
+          const bool rescale = softmax_[m].weigh(rule.factor, s[m], largest_, scale);
           if (__any_sync(kFullWarp, rescale)) {
 #pragma unroll
             for (int j = 0; j < kValue / 8; ++j) {
@@ -292,15 +311,15 @@ class ForwardTile {
   // Of accumulators: row i of tile m of the thread, within the block's tile.
   __device__ __forceinline__ int row_of(int m, int i) const { return first_row_ + 16 * m + 8 * i + lane_ / 4; }
 
-  __device__ __forceinline__ void describe_rows(QueryRows (&rows)[kRowTiles]) const {
+  __device__ __forceinline__ void describe_rows(bool with_positions, QueryRows (&rows)[kRowTiles]) const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = row_of(m, i), token = queries_.token(row);
-        const bool exists = token < queries_.stop;
+        const bool exists = token < params_.tokens;
         rows[m].token[i] = exists ? token : -1;
-        rows[m].position[i] = exists ? params_.position[token] : 0;
+        rows[m].position[i] = exists && with_positions ? params_.position[token] : 0;
         rows[m].slope[i] = params_.alibi_slopes ? params_.alibi_slopes[queries_.head(row)] * kLog2E : 0.0f;
       }
     }
@@ -316,30 +335,31 @@ class ForwardTile {
 
   __device__ __forceinline__ void copy_queries() const {
     const T* const data = static_cast<const T*>(params_.q.data);
-    copy_rows<kKey, Tiling::kRows, kThreads>(
-        shared_ + Tiling::kStageBytes, params_.key_size, [&](int row) -> const void* {
-          const int token = queries_.token(row);
-          if (token >= queries_.stop) return nullptr;
-          return data + token * params_.q.token_stride + queries_.head(row) * params_.q.head_stride;
-        });
+    copy_rows<kKey, Tiling::kRows, kThreads>(shared_ + Tiling::kStageBytes, params_.key_size, [&](int row) {
+      const int token = queries_.token(row);
+      const T* const source = data + token * params_.q.token_stride + queries_.head(row) * params_.q.head_stride;
+      return RowSource{reinterpret_cast<const unsigned char*>(source), token < params_.tokens};
+    });
   }
 
-  template <int columns, class Rows>
-  __device__ __forceinline__ void copy_heads(unsigned char* target, const AttentionHeads& heads, int size,
-                                             Rows rows) const {
+  template <class Tiles>
+  __device__ __forceinline__ auto sources(const Tiles& tiles, const AttentionHeads& heads) const {
     const T* const data = static_cast<const T*>(heads.data) + queries_.key_head * heads.head_stride;
-    copy_rows<columns, kKeys, kThreads>(target, size, [&](int key) -> const void* {
-      const int row = rows(key);
-      return row < 0 ? nullptr : data + row * heads.token_stride;
-    });
+    return tiles.sources(reinterpret_cast<const unsigned char*>(data),
+                         static_cast<uint32_t>(heads.token_stride) * static_cast<uint32_t>(sizeof(T)));
   }
   template <class Tiles>
   __device__ __forceinline__ void copy_keys(const Tiles& tiles, int stage) const {
-    copy_heads<kKey>(keys(stage), params_.k, params_.key_size, tiles.key_rows());
+    copy_rows<kKey, kKeys, kThreads>(keys(stage), params_.key_size, sources(tiles, params_.k));
   }
   template <class Tiles>
   __device__ __forceinline__ void copy_values(const Tiles& tiles, int stage) const {
-    copy_heads<kValue>(values(stage), params_.v, params_.value_size, tiles.value_rows());
+    const auto rows = sources(tiles, params_.v);
+    if (tiles.has_unseen()) {
+      copy_rows<kValue, kKeys, kThreads>(values(stage), params_.value_size, tiles.without_unseen(rows));
+    } else {
+      copy_rows<kValue, kKeys, kThreads>(values(stage), params_.value_size, rows);
+    }
   }
 
   // --- products --------------------------------------------------------------------------------------------
@@ -409,13 +429,12 @@ class ForwardTile {
     // From here on a warp has the rows it has computed to itself.
     __syncthreads();
     unsigned char* const staged = shared_ + first_row_ * OutTile::kRowBytes;
-    float largest[kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = row_of(m, i), token = queries_.token(row), head = queries_.head(row);
-        const bool exists = token < queries_.stop;
+        const bool exists = token < params_.tokens;
         float sum = softmax_[m].sum[i];
         sum += __shfl_xor_sync(kFullWarp, sum, 1);
         sum += __shfl_xor_sync(kFullWarp, sum, 2);
@@ -434,7 +453,6 @@ class ForwardTile {
           params_.lse[int64_t{token} * params_.query_heads + head] =
               sees_nothing ? -INFINITY : (top + log2f(sum)) * kLn2;
         }
-        largest[m][i] = exists ? softmax_[m].largest[i] * (factor * kLn2) : -INFINITY;
 #pragma unroll
         for (int j = 0; j < kValue / 8; ++j) {
           // Adding 0 leaves no negative zero, of which it depends on tiles whether a sum is one.
@@ -445,24 +463,27 @@ class ForwardTile {
         }
       }
     }
-    if (params_.max_logits) report_largest(largest);
+    if (params_.max_logits) report_largest(factor);
     __syncwarp();
     store(staged);
   }
 
-  // Rows of one head lie 1 << head_bits apart.
-  __device__ __forceinline__ void report_largest(float (&largest)[kRowTiles][2]) const {
-    const int heads = 1 << queries_.head_bits;
+  // Rows of one head lie 1 << head_bits apart, at most 16, so all row tiles of a thread have its two heads.
+  __device__ __forceinline__ void report_largest(float factor) {
+    const int heads = 1 << queries_.head_bits, row = lane_ / 4;
+    for (int distance = heads; distance < 8; distance *= 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        largest_[i] = larger(largest_[i], __shfl_xor_sync(kFullWarp, largest_[i], 4 * distance));
+      }
+    }
+    if (heads < 16) largest_[0] = larger(largest_[0], largest_[1]);
+    if (lane_ % 4 != 0 || row >= heads) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (kRowTiles == 2) largest[0][i] = larger(largest[0][i], largest[1][i]);
-      for (int distance = heads; distance < 8; distance *= 2) {
-        largest[0][i] = larger(largest[0][i], __shfl_xor_sync(kFullWarp, largest[0][i], 4 * distance));
+      if (8 * i < heads && largest_[i] > -INFINITY) {
+        atomic_largest(params_.max_logits + queries_.head(row + 8 * i), largest_[i] * (factor * kLn2));
       }
-      const int row = 8 * i + lane_ / 4;
-      if (heads < 16 && i == 1) largest[0][1] = larger(largest[0][0], largest[0][1]);
-      const bool speaks = lane_ % 4 == 0 && (heads < 16 ? i == 1 && lane_ / 4 < heads : true);
-      if (speaks && largest[0][i] > -INFINITY) atomic_largest(params_.max_logits + queries_.head(row), largest[0][i]);
     }
   }
 
@@ -475,7 +496,7 @@ class ForwardTile {
 #pragma unroll 4
     for (int below = lane_ / kAcross; below < 16 * kRowTiles; below += kStep) {
       const int row = first_row_ + below, token = queries_.token(row);
-      if (token >= queries_.stop) break;
+      if (token >= params_.tokens) break;
       T* const target = out + (int64_t{token} * params_.query_heads + queries_.head(row)) * params_.value_size;
 #pragma unroll
       for (int right = chunk; right < OutTile::kChunks; right += kAcross) {
@@ -493,6 +514,7 @@ class ForwardTile {
   uint32_t query_fragments_[Tiling::kQueriesInRegisters ? kSteps : 1][kRowTiles][4];
   float out_[kRowTiles][kValue / 8][4];
   SoftmaxRows softmax_[kRowTiles];
+  float largest_[2] = {-INFINITY, -INFINITY};  // of the logits in rows i of all row tiles
 };
 
 template <class Sizes, bool along_paths>
@@ -501,7 +523,7 @@ __global__ void __launch_bounds__(ForwardTiling<Sizes>::kThreads, ForwardTiling<
   constexpr int kKeys = ForwardTiling<Sizes>::kKeys;
   PYKERN_DYNAMIC_SHARED(shared);
   const QueryTile queries(params, blockIdx.x);
-  if (queries.first >= queries.stop) return;
+  if (queries.first >= params.tokens) return;
   ForwardTile<Sizes> tile(params, queries, shared);
   tile.template run<std::conditional_t<along_paths, PathTiles<kKeys>, VisibleTiles<kKeys>>>();
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/attention/scores.cuh"
+#include "kernels/attention/shared_tile.cuh"
 
 namespace pykern {
 
@@ -100,23 +101,31 @@ class PathTiles {
     // Whether it concerns any of the queries [first, last].
     __device__ __forceinline__ bool concerns(int first, int last) const { return begin <= last && first < stop; }
 
-    template <int n>
-    __device__ __forceinline__ void apply(const ScoreRule& rule, const QueryRows& rows, int first_column,
-                                          float (&s)[n]) const {
+    // Every tile is masked: one and the same code for all packings.
+    __device__ __forceinline__ bool changes(const ScoreRule&) const { return true; }
+    __device__ __forceinline__ bool asks_positions(const ScoreRule&) const { return true; }
+
+    template <int m, int n>
+    __device__ __forceinline__ void apply(const ScoreRule& rule, const QueryRows (&rows)[m], int first_column,
+                                          float (&s)[m][n]) const {
       const int first = first_key + first_column;
-      transform_products(rule, rows, [&](int column) { return first + column; }, s);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        // A row of another run, as row -1, sees nothing.
-        int last = rows.token[i] >= begin && rows.token[i] < stop ? rows.position[i] : -1;
-        last = last < last_key ? last : last_key;
-        const int out_of_window = rule.window > 0 ? rows.position[i] - rule.window : -1;
+      for (int tile = 0; tile < m; ++tile) {
+        transform_products(rule, rows[tile], [&](int column) { return first + column; }, s[tile]);
 #pragma unroll
-        for (int j = 0; j < n / 4; ++j) {
+        for (int i = 0; i < 2; ++i) {
+          // A row of another run, as row -1, sees nothing.
+          const int token = rows[tile].token[i], position = rows[tile].position[i];
+          int last = token >= begin && token < stop ? position : -1;
+          last = last < last_key ? last : last_key;
+          const int before = rule.window > 0 ? position - rule.window : -1;
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int position = first + 8 * j + c;
-            if (position > last || position <= out_of_window) s[4 * j + 2 * i + c] = -INFINITY;
+          for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const int key = first + 8 * j + c;
+              if (key > last || key <= before) s[tile][4 * j + 2 * i + c] = -INFINITY;
+            }
           }
         }
       }
@@ -127,8 +136,8 @@ class PathTiles {
       : params_(params),
         first_query_(first_query),
         lowest_(0),
-        tile_{0, 0, stop_query, 0},
-        segment_(params, stop_query - 1) {}
+        tile_{0, 0, stop_query < params.tokens ? stop_query : static_cast<int>(params.tokens), 0},
+        segment_(params, tile_.begin - 1) {}
 
   __device__ __forceinline__ bool advance() {
     tile_.first_key -= keys;
@@ -143,16 +152,23 @@ class PathTiles {
 
   __device__ __forceinline__ const Tile& tile() const { return tile_; }
 
-  // The row of a key of the tile, or -1: a function to be asked in falling order.
-  __device__ __forceinline__ auto key_rows() const {
-    return [this, segment = segment_](int key) mutable {
+  // For copy_rows: where the keys' rows of a tensor lie, `stride` bytes apart.
+  __device__ __forceinline__ auto sources(const unsigned char* data, uint32_t stride) const {
+    return [this, data, stride, segment = segment_](int key) mutable {
       const int position = tile_.first_key + key;
-      if (position > tile_.last_key) return -1;
-      segment.climb(params_, position);
-      return segment.row(params_, position);
+      const bool exists = position <= tile_.last_key;
+      if (exists) segment.climb(params_, position);
+      const int row = exists ? segment.row(params_, position) : -1;
+      return RowSource{data + uint64_t{static_cast<uint32_t>(row)} * stride, row >= 0};
     };
   }
-  __device__ __forceinline__ auto value_rows() const { return key_rows(); }
+
+  // Whether some values of the tile are seen by no query.
+  __device__ __forceinline__ bool has_unseen() const { return false; }
+  template <class Sources>
+  __device__ __forceinline__ Sources without_unseen(Sources sources) const {
+    return sources;
+  }
 
  private:
   // The run that ends with a query.

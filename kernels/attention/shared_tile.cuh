@@ -54,10 +54,16 @@ __device__ __forceinline__ LaneAddress<columns> lane_columns_first(int lane) {
   return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
 }
 
+// Sixteen bytes of a row and those behind them, or zeros.
+struct RowSource {
+  const unsigned char* data;
+  bool exists;
+};
+
 // Starts to copy `rows` rows of `size` elements (a multiple of 8, at most `columns`) with zeros behind them.
-// `source_of(row)` points to a row's first element, or is null for a row of zeros; it is asked in falling order.
+// source_of(row) is where a row begins; it is asked in falling order.
 template <int columns, int rows, int threads, class SourceOf>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, int size, const SourceOf& source_of) {
+__device__ __forceinline__ void copy_rows(unsigned char* tile, int size, SourceOf source_of) {
   using Tile = SharedTile<columns>;
   // Neighbouring threads take neighbouring chunks, as many as a power of two allows.
   constexpr int kAcross = Tile::kChunks & -Tile::kChunks;
@@ -67,12 +73,11 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, int size, const S
   unsigned char* const target = tile + Tile::offset(first_row, chunk);
 #pragma unroll
   for (int row = rows - kStep; row >= 0; row -= kStep) {
-    const void* const source = source_of(first_row + row);
+    const RowSource source = source_of(first_row + row);
 #pragma unroll
     for (int right = 0; right < Tile::kChunks; right += kAcross) {
-      const int bytes = source && 8 * (chunk + right) < size ? 16 : 0;
-      ptx::cp_async<16>(target + row * Tile::kRowBytes + 16 * right,
-                        static_cast<const unsigned char*>(source) + 16 * (chunk + right), bytes);
+      ptx::cp_async<16>(target + row * Tile::kRowBytes + 16 * right, source.data + 16 * (chunk + right),
+                        source.exists && 8 * (chunk + right) < size ? 16 : 0);
     }
   }
 }

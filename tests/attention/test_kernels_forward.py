@@ -194,6 +194,17 @@ def test_max_logits_are_asked_for(place):
     assert all(torch.equal(a, b) for a, b in zip(without[:2], given[:2], strict=True))
 
 
+@pytest.mark.parametrize("tokens", [40, 150])
+def test_largest_logit_is_negative(place, tokens):
+    """Rows beyond the last token are zeros, whose logits would be larger."""
+    tree = pykern.PrefixTree.from_groups([tokens], [[]])
+    q, k, v = inputs_of(tree)
+    q, k = -q.abs() - 1, k.abs() + 1
+    for softcap in (None, 20.0):
+        *_, max_logits = check(tree, (q, k, v), place, softcap=softcap)
+        assert (max_logits < 0).all()
+
+
 # --- what must not be read --------------------------------------------------------------------------
 
 
