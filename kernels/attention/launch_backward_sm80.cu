@@ -2,7 +2,6 @@
 
 namespace pykern {
 
-const char* launch_prefix_attention_delta(const PrefixAttentionBackward&, Stream) { return "not there yet"; }
 const char* launch_prefix_attention_backward_sm80(const PrefixAttentionBackward&, Stream) { return "not there yet"; }
 
 }  // namespace pykern

@@ -15,6 +15,8 @@ KINDS: dict[str, str] = {
     "attention: gather_rows_kernel<*": OTHER,
     "attention: gather_rows_backward_kernel<*, true>": MEMORY,
     "attention: gather_rows_backward_kernel<*, false>": OTHER,
+    "attention: prefix_attention_delta_kernel<*": MEMORY,
+    "attention: prefix_attention_sinks_kernel": OTHER,
     "attention: prefix_attention_bounds_kernel": OTHER,
     "attention: prefix_attention_work_kernel": OTHER,
     "attention: prefix_attention_order_kernel": OTHER,
