@@ -320,10 +320,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const KeysPlace place(call.params);
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::decrease_registers<kProducerRegisters>();
+    ptx::decrease_registers<40>();
     if (threadIdx.x < kWarpSize) produce_queries<Sizes>(call, place, tiles, shared);
   } else {
-    ptx::increase_registers<kConsumerRegisters>();
+    ptx::increase_registers<232>();
     consume_queries<Sizes>(call, place, tiles, shared, warpgroup - 1);
   }
 }

@@ -288,10 +288,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::decrease_registers<kProducerRegisters>();
+    ptx::decrease_registers<24>();
     if (threadIdx.x < kWarpSize) produce_keys<Sizes>(call, place, tiles, shared);
   } else {
-    ptx::increase_registers<kConsumerRegisters>();
+    ptx::increase_registers<240>();
     consume_keys<Sizes>(call, place, tiles, shared, warpgroup - 1);
   }
 }

@@ -18,7 +18,6 @@ struct PrefixAttentionBackwardSm90 {
 // Of the threads: a warpgroup that has tiles copied, of which one warp works, and two that multiply.
 constexpr int kConsumers = 2;
 constexpr int kBackwardThreads = (1 + kConsumers) * 128;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 // --- tiles: panels of 64 columns, 128 bytes a row, swizzled; a panel's rows lie one behind the other -----------
 
@@ -187,7 +186,7 @@ struct Ring {
 __device__ __forceinline__ int shift_of(int power_of_two) { return __ffs(power_of_two) - 1; }
 
 // What a tile holds for the two consumer warpgroups, as the producer tells them.
-struct TileNote {
+struct alignas(16) TileNote {
   int32_t first_token;
   Visible visible[kConsumers];
   bool clears;  // has rows to be zeroed before a product reads them
