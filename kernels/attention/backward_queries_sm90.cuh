@@ -17,36 +17,41 @@ struct QueriesTiling {
   static constexpr int kKey = Sizes::kKey, kValue = Sizes::kValue;
   static constexpr bool kLarge = kKey > 128 || kValue > 128;
   static constexpr int kKeys = kLarge ? 64 : 128;  // of a tile
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // Values are needed for less long than keys, so that they do with fewer stages where memory is short.
   static constexpr int kKeyStages = 2, kValueStages = kValue > 128 ? 1 : 2;
   static constexpr int kQueryBytes = tile_bytes(kRowsOfBlock, kKey), kGradBytes = tile_bytes(kRowsOfBlock, kValue);
   static constexpr int kKeyBytes = tile_bytes(kKeys, kKey), kValueBytes = tile_bytes(kKeys, kValue);
 
+  // What there is of a key beside its vectors; a column each.
+  struct Columns {
+    int32_t end[kKeys];       // 0 where there is no key
+    int32_t position[kKeys];  // written only with a window or slopes
+  };
   struct Shared {
     Ring<kKeyStages> keys;
     Ring<kValueStages> values;
     uint64_t resident;
     TileNote notes[kKeyStages];
+    Columns columns[kKeyStages];
   };
   static constexpr int kTileBytes =
       kQueryBytes + kGradBytes + kKeyStages * kKeyBytes + kValueStages * kValueBytes;
   static constexpr int kSharedBytes = kTileBytes + static_cast<int>(sizeof(Shared));
+  static_assert(kSharedBytes <= kSharedLimit, "a block has no more shared memory");
 };
 
 // Where a block works.
 struct QueriesPlace {
-  int key_head, first_head, first_token, heads, heads_shift;
+  int first_head, first_token;
 
-  __device__ __forceinline__ explicit QueriesPlace(const PrefixAttentionBackward& params) {
-    const int block = static_cast<int>(blockIdx.x);
-    heads = packed_heads(params.query_heads, params.key_heads);
-    heads_shift = shift_of(heads);
-    // A block of the order is, for all `query_heads / heads` sets of heads, `heads` tiles.
-    const int within = block % params.query_heads;
-    first_head = within / heads * heads;
-    key_head = first_head / (params.query_heads / params.key_heads);
-    first_token = params.query_order[block / params.query_heads] * kOrderTokens +
-                  (within % heads) * (kRowsOfBlock >> heads_shift);
+  __device__ __forceinline__ explicit QueriesPlace(const PrefixAttentionBackwardSm90& call) {
+    const PrefixAttentionBackward& params = call.params;
+    const int block = static_cast<int>(blockIdx.x), order = block / params.query_heads;
+    // A block of the order is `heads` tiles for each set of packed heads.
+    const int within = block - order * params.query_heads, tile = within & ((1 << call.heads_shift) - 1);
+    first_head = within - tile;
+    first_token = params.query_order[order] * kOrderTokens + tile * (kRowsOfBlock >> call.heads_shift);
   }
 };
 
@@ -60,13 +65,14 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
   const int lane = threadIdx.x % kWarpSize, tokens = static_cast<int>(params.tokens);
   if (lane == 0) {
     ptx::mbarrier_arrive_expect_tx(&shared.resident, Tiling::kQueryBytes + Tiling::kGradBytes);
-    load_tile<kRowsOfBlock, Sizes::kKey>(tiles, call.q, place.first_head, place.first_token, place.heads_shift,
+    load_tile<kRowsOfBlock, Sizes::kKey>(tiles, call.q, place.first_head, place.first_token, call.heads_shift,
                                          &shared.resident);
     load_tile<kRowsOfBlock, Sizes::kValue>(tiles + Tiling::kQueryBytes, call.grad_out, place.first_head,
-                                           place.first_token, place.heads_shift, &shared.resident);
+                                           place.first_token, call.heads_shift, &shared.resident);
   }
 
-  const int own_tokens = 64 >> place.heads_shift;
+  const int key_head = place.first_head / call.group;
+  const int own_tokens = 64 >> call.heads_shift;
   int first[kConsumers], stop[kConsumers], last = 0;
   TokenBounds queries[kConsumers];
 #pragma unroll
@@ -80,8 +86,8 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
 
   unsigned char* key_tiles = tiles + Tiling::kQueryBytes + Tiling::kGradBytes;
   unsigned char* value_tiles = key_tiles + Tiling::kKeyStages * Tiling::kKeyBytes;
-  RingPlace<Tiling::kKeyStages> at;
-  RingPlace<Tiling::kValueStages> values_at;
+  const bool positions = params.window > 0 || params.alibi_slopes != nullptr;
+  int tile = 0;
   for (int base = 0; base < last; base += kWarpSize * kKeys) {
     // A lane looks at a tile.
     const int own = base + lane * kKeys;
@@ -110,28 +116,37 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
       for (int w = 0; w < kConsumers; ++w) {
         note.visible[w] = static_cast<Visible>(__shfl_sync(kFullWarp, visible[w], source));
       }
-      if (lane == 0) {
-        shared.keys.wait_empty(at);
-        shared.notes[at.stage] = note;
-        uint64_t* full = &shared.keys.full[at.stage];
-        ptx::mbarrier_arrive_expect_tx(full, Tiling::kKeyBytes);
-        load_tile<kKeys, Sizes::kKey>(key_tiles + at.stage * Tiling::kKeyBytes, call.k, place.key_head,
-                                      note.first_token, 0, full);
-        shared.values.wait_empty(values_at);
-        full = &shared.values.full[values_at.stage];
-        ptx::mbarrier_arrive_expect_tx(full, Tiling::kValueBytes);
-        load_tile<kKeys, Sizes::kValue>(value_tiles + values_at.stage * Tiling::kValueBytes, call.v, place.key_head,
-                                        note.first_token, 0, full);
+      shared.keys.wait_empty(tile);
+      int stage = shared.keys.stage(tile);
+      typename Tiling::Columns& columns = shared.columns[stage];
+#pragma unroll
+      for (int i = 0; i < kKeys / kWarpSize; ++i) {
+        const int column = lane + kWarpSize * i, key = note.first_token + column;
+        columns.end[column] = key < tokens ? __ldg(params.subtree_end + key) : 0;
+        if (positions) columns.position[column] = key < tokens ? __ldg(params.position + key) : 0;
       }
       __syncwarp();
-      at.advance();
-      values_at.advance();
+      if (lane == 0) {
+        shared.notes[stage] = note;
+        uint64_t* full = &shared.keys.full[stage];
+        ptx::mbarrier_arrive_expect_tx(full, Tiling::kKeyBytes);
+        load_tile<kKeys, Sizes::kKey>(key_tiles + stage * Tiling::kKeyBytes, call.k, key_head,
+                                      note.first_token, 0, full);
+        shared.values.wait_empty(tile);
+        stage = shared.values.stage(tile);
+        full = &shared.values.full[stage];
+        ptx::mbarrier_arrive_expect_tx(full, Tiling::kValueBytes);
+        load_tile<kKeys, Sizes::kValue>(value_tiles + stage * Tiling::kValueBytes, call.v, key_head,
+                                        note.first_token, 0, full);
+      }
+      ++tile;
     }
   }
+  shared.keys.wait_empty(tile);
   if (lane == 0) {
-    shared.keys.wait_empty(at);
-    shared.notes[at.stage].last = true;
-    ptx::mbarrier_arrive(&shared.keys.full[at.stage]);
+    const int stage = shared.keys.stage(tile);
+    shared.notes[stage].last = true;
+    ptx::mbarrier_arrive(&shared.keys.full[stage]);
   }
 }
 
@@ -154,8 +169,8 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = 64 * group + thread / kWarpSize * 16 + lane / 4 + 8 * i;
-    const int token = place.first_token + (row >> place.heads_shift);
-    const int head = place.first_head + (row & (place.heads - 1));
+    const int token = place.first_token + (row >> call.heads_shift);
+    const int head = place.first_head + (row & ((1 << call.heads_shift) - 1));
     const bool exists = token < tokens;
     const int64_t index = int64_t{token} * params.query_heads + head;
     lse[i] = exists ? __ldg(params.lse + index) * kLog2E : -INFINITY;
@@ -178,20 +193,17 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
   unsigned char* value_tiles = key_tiles + Tiling::kKeyStages * Tiling::kKeyBytes;
   const uint64_t query_rows = rows_of(query_tile), grad_rows = rows_of(query_tile + Tiling::kQueryBytes);
   ptx::mbarrier_wait(&shared.resident, 0);
-  RingPlace<Tiling::kValueStages> values_at;
-  for (RingPlace<Tiling::kKeyStages> at;; at.advance(), values_at.advance()) {
-    shared.keys.wait_full(at);
-    const TileNote& note = shared.notes[at.stage];
+  for (int tile = 0;; ++tile) {
+    shared.keys.wait_full(tile);
+    const TileNote& note = shared.notes[shared.keys.stage(tile)];
     if (note.last) break;
-    unsigned char* keys = key_tiles + at.stage * Tiling::kKeyBytes;
-    unsigned char* values = value_tiles + values_at.stage * Tiling::kValueBytes;
+    const typename Tiling::Columns& columns = shared.columns[shared.keys.stage(tile)];
+    unsigned char* keys = key_tiles + shared.keys.stage(tile) * Tiling::kKeyBytes;
+    unsigned char* values = value_tiles + shared.values.stage(tile) * Tiling::kValueBytes;
     // Not between the two products: a wait there would have the compiler serialise them.
-    shared.values.wait_full(values_at);
+    shared.values.wait_full(tile);
     if (note.clears) {
-      const auto unseen = [&](int row) {
-        const int key = note.first_token + row;
-        return key < tokens && __ldg(params.subtree_end + key) <= key;
-      };
+      const auto unseen = [&](int row) { return columns.end[row] <= note.first_token + row; };
       clear_rows<kKeys, Sizes::kKey>(keys, 128 * group + thread, 128 * kConsumers, unseen);
       clear_rows<kKeys, Sizes::kValue>(values, 128 * group + thread, 128 * kConsumers, unseen);
       ptx::fence_proxy_async();
@@ -199,7 +211,7 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
     }
     const Visible visible = note.visible[group];
     if (visible == Visible::none) {
-      shared.values.release(values_at);
+      shared.values.release(tile);
     } else {
       ptx::keep_in_place(s);
       ptx::keep_in_place(grad_p);
@@ -211,25 +223,37 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
       ptx::wgmma_wait<1>();
       ptx::keep_in_place(s);
 
-      const int first_key = note.first_token + first_column;
+      const auto position_of = [&](int column) { return columns.position[first_column + column]; };
+      transform_products(rule, rows, position_of, s);
       if (visible == Visible::some) {
-        apply_rule<true>(rule, rows, first_key, s);
-      } else {
-        apply_rule<false>(rule, rows, first_key, s);
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int column = 8 * j + c, key = note.first_token + first_column + column;
+            const int32_t end = columns.end[first_column + column];
+            const int32_t position = params.window > 0 ? position_of(column) : 0;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              bool seen = key <= rows.token[i] && rows.token[i] < end;
+              if (params.window > 0) seen = seen && rows.position[i] - position < params.window;
+              if (!seen) s[4 * j + 2 * i + c] = -INFINITY;
+            }
+          }
+        }
       }
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) s[i] = fast_exp2(s[i] * rule.factor - lse[i / 2 % 2]);
       ptx::wgmma_wait<0>();
       ptx::keep_in_place(grad_p);
-      shared.values.release(values_at);
+      shared.values.release(tile);
 
       if (rule.softcap_log2 > 0.0f) {
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const int key = first_key + 8 * j + c;
-            const int32_t position = rule.slopes && key < tokens ? __ldg(params.position + key) : 0;
+            const int32_t position = rule.slopes ? position_of(8 * j + c) : 0;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int at_score = 4 * j + 2 * i + c;
@@ -254,7 +278,7 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
       ptx::wgmma_wait<0>();
       ptx::keep_in_place(grad_q);
     }
-    shared.keys.release(at);
+    shared.keys.release(tile);
   }
 
   // Nobody else reads this warpgroup's queries, so their memory takes the gradients.
@@ -262,7 +286,7 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
   ptx::fence_proxy_async();
   ptx::barrier_sync(2 + group, 128);
   if (thread == 0) {
-    const int first = place.first_token + ((64 * group) >> place.heads_shift);
+    const int first = place.first_token + ((64 * group) >> call.heads_shift);
     store_tile<kRowsOfBlock, Sizes::kKey>(call.grad_q, place.first_head, first, query_tile);
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
@@ -276,7 +300,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   using Tiling = QueriesTiling<Sizes>;
   PYKERN_DYNAMIC_SHARED(tiles);
   auto& shared = *reinterpret_cast<typename Tiling::Shared*>(tiles + Tiling::kTileBytes);
-  const QueriesPlace place(call.params);
+  const QueriesPlace place(call);
   // The last block of the order may have no tokens for all of its tiles.
   if (place.first_token >= call.params.tokens) return;
   if (threadIdx.x == 0) {
@@ -288,10 +312,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::decrease_registers<24>();
+    ptx::decrease_registers<Tiling::kProducerRegisters>();
     if (threadIdx.x < kWarpSize) produce_keys<Sizes>(call, place, tiles, shared);
   } else {
-    ptx::increase_registers<240>();
+    ptx::increase_registers<Tiling::kConsumerRegisters>();
     consume_keys<Sizes>(call, place, tiles, shared, warpgroup - 1);
   }
 }

@@ -13,11 +13,13 @@ struct PrefixAttentionBackwardSm90 {
   TensorMap q, grad_out, grad_q;  // with packed heads
   TensorMap k, v, grad_k, grad_v;
   PrefixAttentionBackward params;
+  int group, heads_shift;  // query heads of a key head, and the logarithm of packed heads
 };
 
 // Of the threads: a warpgroup that has tiles copied, of which one warp works, and two that multiply.
 constexpr int kConsumers = 2;
 constexpr int kBackwardThreads = (1 + kConsumers) * 128;
+constexpr int kSharedLimit = 227 * 1024;
 
 // --- tiles: panels of 64 columns, 128 bytes a row, swizzled; a panel's rows lie one behind the other -----------
 
@@ -144,24 +146,14 @@ __device__ __forceinline__ void store_tile(const TensorMap& map, int head, int f
 
 // --- rings of stages --------------------------------------------------------------------------------------------
 
-// Where a thread stands in a ring.
-template <int stages>
-struct RingPlace {
-  int stage = 0;
-  uint32_t turn = 0;  // parity of the turns through the ring
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      turn ^= 1u;
-    }
-  }
-};
-
-// A stage is full when its producer has arrived and its copies have landed, empty when all consumer warps have.
+// Tile t is in stage t % stages. A stage is full when its producer has arrived and its copies have landed, empty when
+// all consumer warps have arrived.
 template <int stages>
 struct Ring {
+  static_assert((stages & (stages - 1)) == 0, "a power of two, so that one counter says everything");
   uint64_t full[stages], empty[stages];
+
+  static __device__ __forceinline__ int stage(int tile) { return tile & (stages - 1); }
 
   // By one thread, before fence_mbarrier_init and a barrier.
   __device__ __forceinline__ void init() {
@@ -170,20 +162,18 @@ struct Ring {
       ptx::mbarrier_init(&empty[i], kConsumers * 4);
     }
   }
-  __device__ __forceinline__ void wait_empty(const RingPlace<stages>& place) {
-    ptx::mbarrier_wait(&empty[place.stage], place.turn ^ 1u);
+  __device__ __forceinline__ void wait_empty(int tile) {
+    ptx::mbarrier_wait(&empty[stage(tile)], static_cast<uint32_t>(tile / stages % 2 ^ 1));
   }
-  __device__ __forceinline__ void wait_full(const RingPlace<stages>& place) {
-    ptx::mbarrier_wait(&full[place.stage], place.turn);
+  __device__ __forceinline__ void wait_full(int tile) {
+    ptx::mbarrier_wait(&full[stage(tile)], static_cast<uint32_t>(tile / stages % 2));
   }
   // By every thread of a consumer warp: it reads the stage no more.
-  __device__ __forceinline__ void release(const RingPlace<stages>& place) {
+  __device__ __forceinline__ void release(int tile) {
     __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&empty[place.stage]);
+    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&empty[stage(tile)]);
   }
 };
-
-__device__ __forceinline__ int shift_of(int power_of_two) { return __ffs(power_of_two) - 1; }
 
 // What a tile holds for the two consumer warpgroups, as the producer tells them.
 struct alignas(16) TileNote {

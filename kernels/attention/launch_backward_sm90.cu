@@ -50,25 +50,26 @@ const char* make_maps(PrefixAttentionBackwardSm90& call) {
 }  // namespace
 
 const char* launch_prefix_attention_backward_sm90(const PrefixAttentionBackward& params, Stream stream) {
-  const auto blocks = static_cast<unsigned>((params.tokens + kOrderTokens - 1) / kOrderTokens);
+  // Tensor maps have no size of 0.
+  if (params.key_size == 0 || params.value_size == 0) return launch_prefix_attention_backward_sm80(params, stream);
   return with_head_sizes(params, [&](auto sizes) -> const char* {
     using Sizes = decltype(sizes);
-    if constexpr (Sizes::kKey > 128) {
-      return launch_prefix_attention_backward_sm80(params, stream);
-    } else {
-      PrefixAttentionBackwardSm90 call{};
-      call.params = params;
-      if (const char* error = make_maps<typename Sizes::T>(call)) return error;
-      const auto grid = [&](int heads, int shared) {
-        return Grid{blocks * static_cast<unsigned>(heads), kBackwardThreads, static_cast<size_t>(shared)};
-      };
-      if (const char* error = launch(prefix_attention_backward_keys_kernel<Sizes>,
-                                     grid(params.key_heads, KeysTiling<Sizes>::kSharedBytes), stream, call)) {
-        return error;
-      }
-      return launch(prefix_attention_backward_queries_kernel<Sizes>,
-                    grid(params.query_heads, QueriesTiling<Sizes>::kSharedBytes), stream, call);
-    }
+    using Keys = KeysTiling<Sizes>;
+    using Queries = QueriesTiling<Sizes>;
+    PrefixAttentionBackwardSm90 call{};
+    call.params = params;
+    call.group = params.query_heads / params.key_heads;
+    const int packed = packed_heads(params.query_heads, params.key_heads);
+    while (1 << call.heads_shift < packed) ++call.heads_shift;
+    if (const char* error = make_maps<typename Sizes::T>(call)) return error;
+    const auto grid = [&](int blocks_of_order, int shared) {
+      const int64_t blocks = (params.tokens + kOrderTokens - 1) / kOrderTokens * blocks_of_order;
+      return Grid{dim3(static_cast<unsigned>(blocks)), kBackwardThreads, static_cast<size_t>(shared)};
+    };
+    const Grid keys = grid(params.key_heads * (kOrderTokens / Keys::kKeys), Keys::kSharedBytes);
+    if (const char* error = launch(prefix_attention_backward_keys_kernel<Sizes>, keys, stream, call)) return error;
+    return launch(prefix_attention_backward_queries_kernel<Sizes>, grid(params.query_heads, Queries::kSharedBytes),
+                  stream, call);
   });
 }
 

@@ -51,29 +51,39 @@ __device__ __forceinline__ float accurate_tanh(float value) {
   return copysignf(1.0f - __fdividef(2.0f, power + 1.0f), value);
 }
 
-// Products become logits, up to rule.factor; with `masked`, -inf where the key is invisible to the row. `first_key` is
-// the key of s[0] for this thread, an even number. Without `masked` every key must exist.
-template <bool masked, int n>
-__device__ __forceinline__ void apply_rule(const ScoreRule& rule, const QueryRows& rows, int first_key,
-                                           float (&s)[n]) {
+// Products become logits, up to rule.factor. `key_position(column)` is the position of the key in column
+// 8 j + c from the thread's first; asked for only with slopes.
+template <int n, class KeyPosition>
+__device__ __forceinline__ void transform_products(const ScoreRule& rule, const QueryRows& rows,
+                                                   const KeyPosition& key_position, float (&s)[n]) {
   static_assert(n % 4 == 0, "scores come in fours");
-  if (rule.transforms) {
+  if (!rule.transforms) return;
 #pragma unroll
-    for (int j = 0; j < n / 4; ++j) {
+  for (int j = 0; j < n / 4; ++j) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int key = first_key + 8 * j + c;
-        const int32_t position = rule.slopes && (!masked || key < rule.tokens) ? __ldg(rule.position + key) : 0;
+    for (int c = 0; c < 2; ++c) {
+      const int32_t position = rule.slopes ? key_position(8 * j + c) : 0;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = s[4 * j + 2 * i + c];
-          score *= rule.scale;
-          if (rule.softcap_log2 > 0.0f) score = rule.softcap_log2 * accurate_tanh(score);
-          if (rule.slopes) score -= rows.slope[i] * static_cast<float>(rows.position[i] - position);
-        }
+      for (int i = 0; i < 2; ++i) {
+        float& score = s[4 * j + 2 * i + c];
+        score *= rule.scale;
+        if (rule.softcap_log2 > 0.0f) score = rule.softcap_log2 * accurate_tanh(score);
+        if (rule.slopes) score -= rows.slope[i] * static_cast<float>(rows.position[i] - position);
       }
     }
   }
+}
+
+// The same where columns are neighbouring keys; with `masked`, -inf where the key is invisible to the row. `first_key`
+// is the key of s[0] for this thread, an even number. Without `masked` every key must exist.
+template <bool masked, int n>
+__device__ __forceinline__ void apply_rule(const ScoreRule& rule, const QueryRows& rows, int first_key,
+                                           float (&s)[n]) {
+  const auto key_position = [&](int column) {
+    const int key = first_key + column;
+    return !masked || key < rule.tokens ? __ldg(rule.position + key) : 0;
+  };
+  transform_products(rule, rows, key_position, s);
   if (masked) {
 #pragma unroll
     for (int j = 0; j < n / 4; ++j) {
