@@ -490,7 +490,7 @@ __device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm
 // which balances tiles of very different length better than a persistent grid with a fixed share.
 template <class Sizes>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    prefix_attention_backward_keys_kernel(const __grid_constant__ PrefixAttentionBackwardSm90 call) {
+    prefix_attention_backward_keys_sm90_kernel(const __grid_constant__ PrefixAttentionBackwardSm90 call) {
   using Tiling = KeysTiling<Sizes>;
   PYKERN_DYNAMIC_SHARED(tiles);
   auto& shared = *reinterpret_cast<typename Tiling::Shared*>(tiles + Tiling::kTileBytes);

@@ -296,7 +296,7 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
 // A block for each tile of rows, longest first, as the kernel for keys has it.
 template <class Sizes>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    prefix_attention_backward_queries_kernel(const __grid_constant__ PrefixAttentionBackwardSm90 call) {
+    prefix_attention_backward_queries_sm90_kernel(const __grid_constant__ PrefixAttentionBackwardSm90 call) {
   using Tiling = QueriesTiling<Sizes>;
   PYKERN_DYNAMIC_SHARED(tiles);
   auto& shared = *reinterpret_cast<typename Tiling::Shared*>(tiles + Tiling::kTileBytes);

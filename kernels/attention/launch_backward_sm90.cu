@@ -67,8 +67,8 @@ const char* launch_prefix_attention_backward_sm90(const PrefixAttentionBackward&
       return Grid{dim3(static_cast<unsigned>(blocks)), kBackwardThreads, static_cast<size_t>(shared)};
     };
     const Grid keys = grid(params.key_heads * (kOrderTokens / Keys::kKeys), Keys::kSharedBytes);
-    if (const char* error = launch(prefix_attention_backward_keys_kernel<Sizes>, keys, stream, call)) return error;
-    return launch(prefix_attention_backward_queries_kernel<Sizes>, grid(params.query_heads, Queries::kSharedBytes),
+    if (const char* error = launch(prefix_attention_backward_keys_sm90_kernel<Sizes>, keys, stream, call)) return error;
+    return launch(prefix_attention_backward_queries_sm90_kernel<Sizes>, grid(params.query_heads, Queries::kSharedBytes),
                   stream, call);
   });
 }
