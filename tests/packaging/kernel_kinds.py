@@ -17,6 +17,7 @@ KINDS: dict[str, str] = {
     "attention: gather_rows_backward_kernel<*, false>": OTHER,
     "attention: prefix_attention_delta_kernel<*": MEMORY,
     "attention: prefix_attention_sinks_kernel": OTHER,
+    "attention: prefix_attention_backward_*_kernel<*": MATRIX,
     "attention: prefix_attention_bounds_kernel": OTHER,
     "attention: prefix_attention_work_kernel": OTHER,
     "attention: prefix_attention_order_kernel": OTHER,
