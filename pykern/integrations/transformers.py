@@ -20,8 +20,15 @@ torch.Size([1, 8, 100])
 torch.Size([5])
 >>> logprobs.sum().backward()
 
+`logits_to_keep=batch.predictor_rows` makes the model compute no other logits than those of the rows that predict
+response tokens; `logits[0]` then has a row per target, and nothing is to gather.
+
 `labels` don't go with a packed row: the model would take the next row for the next token, and at a branch it is not.
+
+The adapter has run with transformers 4.57, 5.0 and 5.23.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -29,33 +36,36 @@ from torch import Tensor, nn
 from ..attention import PrefixTree, prefix_attention
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
 except ImportError as error:
     raise ImportError(
-        "pykern.integrations.transformers needs the package transformers with its AttentionInterface and "
-        f"AttentionMaskInterface; pip install transformers: {error}"
+        "pykern.integrations.transformers needs the package transformers, 4.57 or newer; "
+        f"pip install transformers: {error}"
     ) from error
 
 NAME = "pykern_prefix"
 """What `attn_implementation` calls prefix attention."""
 
-# Keyword arguments by which a model asks its attention for what it has no name for here. Whoever overlooks one computes
-# something else.
+# Keyword arguments by which a model asks its attention for what `prefix_attention` has no argument for: to overlook one
+# would be to compute something else.
 _REFUSED = {
-    "position_bias": "a bias per pair",
-    "indices": "keys chosen per query",
-    "block_indices": "keys chosen per query",
-    "sinks": "a sink per token",
-    "cu_seq_lens_q": "sequence bounds beside the tree",
-    "output_attentions": "attention weights, which prefix attention never has",
+    "position_bias": "has no bias per pair",
+    "indices": "attends to the whole path",
+    "block_indices": "attends to the whole path",
+    "sinks": "has a sink per head, not per token",
+    "cu_seq_lens_q": "takes the sequences from the tree",
+    "output_attentions": "has no attention weights to return",
 }
+
+# Layers that see other tokens through attention alone, and those that see none.
+_LAYER_TYPES = {"full_attention", "sliding_attention", "moe", "mlp", "sparse", "dense"}
 
 
 def register(name: str = NAME) -> str:
     """Registers prefix attention and its mask with transformers, for every model of this process, and returns `name`.
 
-    A model takes it by `from_pretrained(..., attn_implementation=name)`, `from_config(config, attn_implementation=name)`
-    or `model.set_attn_implementation(name)`; of a model of several parts, the text part alone should:
+    A model takes it by `from_pretrained(..., attn_implementation=name)`, `from_config(...)` likewise, or
+    `model.set_attn_implementation(name)`; of a model of several parts, the text part alone should:
     `attn_implementation={"text_config": name}`. Every call of the model then needs `tree_kwargs(tree)`. Nothing else in
     transformers changes, and a second call does no harm.
 
@@ -71,6 +81,9 @@ def register(name: str = NAME) -> str:
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected a string such as {NAME!r}, got {name!r}")
+    for interface, function in ((AttentionInterface, _attention), (AttentionMaskInterface, _mask)):
+        if interface().get(name, function) is not function:
+            raise ValueError(f"name: expected one that is free, got {name!r}, which transformers has; such as {NAME!r}")
     AttentionInterface.register(name, _attention)
     AttentionMaskInterface.register(name, _mask)
     return name
@@ -83,12 +96,14 @@ def tree_kwargs(tree: PrefixTree) -> dict[str, Tensor | bool]:
 
     tree: a PrefixTree of T tokens, on the model's device.
 
-    Returns `position_ids`, int64 [1, T], which is `tree.position`; `use_cache`, False; and the tensors of the tree, which
-    the model hands on to every layer: `tree_subtree_end` and `tree_position`, int32 [T]. They are plain tensors, so that
-    activation checkpointing, torch.compile and hooks that move arguments between devices treat them as any other.
+    Returns `position_ids`, int64 [1, T], which is `tree.position`; `use_cache`, False; and the tensors of the tree,
+    which the model hands on to every layer: `tree_subtree_end` and `tree_position`, int32 [T]. They are plain tensors,
+    so activation checkpointing, torch.compile and hooks that move arguments between devices treat them as any other.
     """
     if not isinstance(tree, PrefixTree):
-        raise TypeError(f"tree: expected a PrefixTree, got {type(tree).__name__}; make one by PrefixTree.from_groups(...)")
+        raise TypeError(
+            f"tree: expected a PrefixTree, got {type(tree).__name__}; make one by PrefixTree.from_groups(...)"
+        )
     return {
         "position_ids": tree.position.to(torch.int64)[None],
         "use_cache": False,
@@ -99,9 +114,10 @@ def tree_kwargs(tree: PrefixTree) -> dict[str, Tensor | bool]:
 
 def _mask(
     batch_size: int,
-    q_length: int,
     kv_length: int,
     mask_function,
+    q_length: int | None = None,
+    cache_position: Tensor | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
@@ -112,27 +128,35 @@ def _mask(
     """What a model hands to `_attention` as the mask of its layers: no elements, but the window as its last size.
 
     The tree is not known here, and no mask is needed; but the window of a layer is told here by every model, and to
-    attention by some only. A tensor, unlike None, also makes attention fail that would go without a mask by its own code.
+    attention by some only. Attention that would go without a mask by its own code fails at a tensor, unlike at None.
     """
-    if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask: expected None, got shape {tuple(attention_mask.shape)}; leave it out, the tree tells which "
-            'tokens are padding (to generate, call model.set_attn_implementation("sdpa") before)'
-        )
     _check_one_row(batch_size)
-    _check_no_cache(q_length, kv_length)
+    # Older releases tell the queries by their places in the cache.
+    _check_no_cache(cache_position.shape[0] if q_length is None else q_length, kv_length)
+    # Some models make a mask of ones by themselves. Its values can't be looked at while torch.compile traces.
+    if attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.all()):
+        raise ValueError(
+            f"attention_mask: expected None, got one that hides tokens, shape {tuple(attention_mask.shape)}; leave it "
+            "out, the tree tells which tokens are padding"
+        )
     # Only masks of bidirectional attention may be asked to be left out as such.
     if "allow_is_bidirectional_skip" in others:
         raise _not_causal()
     if use_vmap or "or_mask" in getattr(mask_function, "__name__", ""):
         raise ValueError(
-            "attention_mask: expected a causal mask or one with a window, but this model adds a rule of its own (as for "
-            "image tokens); use another attn_implementation"
+            "attention_mask: expected a causal mask or one with a window, but this model adds a rule of its own (as "
+            "for image tokens); use another attn_implementation"
         )
-    if local_size is not None and getattr(config, "attention_chunk_size", None) is not None:
+    for layer in getattr(config, "layer_types", None) or ():
+        if layer not in _LAYER_TYPES:
+            raise ValueError(
+                f"config.layer_types: expected full_attention and sliding_attention, got {layer}; such a layer does "
+                "not know the tree, so give this model its sequences one by one"
+            )
+    if not torch.compiler.is_compiling() and not _asks_the_interface(type(config)):
         raise ValueError(
-            f"attention_chunk_size: expected None, got {config.attention_chunk_size}; prefix attention has windows but "
-            "no chunks, use another attn_implementation"
+            f"attn_implementation: expected a model that uses transformers' AttentionInterface, got one of "
+            f"{type(config).__name__}, which does not"
         )
     return torch.empty(1, 1, 0, local_size or 0, dtype=torch.bool, device=device)
 
@@ -159,15 +183,19 @@ def _attention(
     _check_one_row(query.shape[0])
     _check_no_cache(query.shape[2], key.shape[2])
     if dropout:
-        raise ValueError(f"dropout: expected 0, got {dropout}; set config.attention_dropout = 0.0")
-    for name, what in _REFUSED.items():
+        raise ValueError(f"dropout: expected 0, got {dropout}; make the model with attention_dropout=0.0")
+    for name, reason in _REFUSED.items():
         given = others.get(name)
         if given is not None and given is not False:
-            raise ValueError(f"{name}: expected None, got {what}; use another attn_implementation")
+            raise ValueError(
+                f"{name}: expected None, got {type(given).__name__}; prefix attention {reason}, so leave it out or use "
+                "another attn_implementation"
+            )
     if tree_subtree_end is None or tree_position is None:
         raise ValueError(
-            "tree: expected the keyword arguments that tree_kwargs(tree) gives, got none in "
-            f"{type(module).__name__}; call model(token_ids[None], **tree_kwargs(tree))"
+            f"tree: expected the keyword arguments of tree_kwargs(tree), got none in {type(module).__name__}; call "
+            "model(token_ids[None], **tree_kwargs(tree)); to generate, or if this model gives its attention no keyword "
+            "arguments, use another attn_implementation"
         )
 
     if torch.is_autocast_enabled(query.device.type):
@@ -186,34 +214,45 @@ def _attention(
     return out[None], None
 
 
+@cache
+def _asks_the_interface(config_type: type) -> bool:
+    """Whether models with this configuration call what is registered; others compute by their own code, tree or not."""
+    model = MODEL_MAPPING.get(config_type, None)
+    model = model[0] if isinstance(model, (list, tuple)) else model
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    return can_set is None or can_set()
+
+
 def _window(attention_mask: Tensor | None, sliding_window: int | None) -> int | None:
     if attention_mask is None:
         return sliding_window
     if attention_mask.dim() != 4 or attention_mask.shape[2] != 0:
         raise ValueError(
-            f"attention_mask: expected None, got shape {tuple(attention_mask.shape)}; leave it out, the tree tells which "
-            "token sees which"
+            f"attention_mask: expected None, got shape {tuple(attention_mask.shape)}; leave it out, the tree tells "
+            "which token sees which"
         )
     return attention_mask.shape[3] or None
 
 
 def _check_one_row(rows: int) -> None:
     if rows != 1:
-        raise ValueError(f"input_ids: expected one packed row [1, tokens], got {rows} rows; pack them by pykern.pack(...)")
+        raise ValueError(
+            f"input_ids: expected one packed row [1, tokens], got {rows} rows; pack them by pykern.pack(...)"
+        )
 
 
 def _check_no_cache(queries: int, keys: int) -> None:
     if keys != queries:
         raise ValueError(
-            f"past_key_values: expected no cache, got {keys} keys for {queries} tokens; pass use_cache=False (to generate, "
-            'call model.set_attn_implementation("sdpa") before)'
+            f"past_key_values: expected no cache, got {keys} keys for {queries} tokens; pass use_cache=False; to "
+            "generate, use another attn_implementation"
         )
 
 
 def _not_causal() -> ValueError:
     return ValueError(
-        "is_causal: expected causal attention, got bidirectional; of a model of several parts, set the text part alone, "
-        f'attn_implementation={{"text_config": "{NAME}"}}'
+        "is_causal: expected causal attention, got bidirectional; of a model of several parts, set the text part "
+        f'alone: attn_implementation={{"text_config": "{NAME}"}}'
     )
 
 
