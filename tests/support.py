@@ -99,6 +99,10 @@ DEVICES = ["cpu", *(["emulated"] if _EMULATOR_FILE.exists() else []), *(["cuda"]
 """Where the tests of an op run: its CPU code; its CUDA wrapper and kernels on the emulator; a GPU."""
 
 
+KERNELS = [name for device in DEVICES for name in ([device, "emulated 8.0"] if device == "emulated" else [device])]
+"""DEVICES, and the emulator once more for ops that have kernels of their own for compute capability 9.0."""
+
+
 @cache
 def emulated_ops() -> list[str]:
     """Names of the ops that have a CUDA kernel, without namespace."""
@@ -109,14 +113,16 @@ def emulated_ops() -> list[str]:
 
 @contextmanager
 def on(device: str):
-    """Runs a block on one of DEVICES and yields the torch device for its tensors.
+    """Runs a block on one of DEVICES or KERNELS and yields the torch device for its tensors.
 
     "emulated" puts the CUDA wrapper of every op in the place of its CPU code, so CPU tensors go through the wrapper
-    and the kernels.
+    and the kernels: those for compute capability 9.0, or with "emulated 8.0" those for all architectures.
     """
-    if device != "emulated":
+    if not device.startswith("emulated"):
         yield torch.device(device)
         return
+    capability = float(device.removeprefix("emulated") or 9.0)
+    emulator().set_compute_capability(round(10 * capability))
     replacement = torch.library.Library("pykern", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a kernel is replaced

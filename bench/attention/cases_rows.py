@@ -7,8 +7,8 @@ from torch import Tensor
 
 import pykern
 from bench.harness import Case
-from pykern.attention.tiles import tile_bounds
-from pykern.reference.attention import tile_bounds as plain_tile_bounds
+from pykern.attention.tiles import tree_tiles
+from pykern.reference.attention import tree_tiles as plain_tree_tiles
 
 
 def gather_case(prompts: int, prompt: int, responses: int, length: int, columns: int, backward: bool) -> Case:
@@ -49,17 +49,15 @@ def gather_case(prompts: int, prompt: int, responses: int, length: int, columns:
     )
 
 
-def tiles_case(tokens: int, tile_size: int) -> Case:
+def tiles_case(tokens: int) -> Case:
     def make() -> dict[str, Callable[[], object]]:
-        tree = pykern.PrefixTree.from_groups([tokens // 2], [[tokens // 16] * 8])
-        ends = tree.subtree_end.to(torch.get_default_device())
+        tree = pykern.PrefixTree.from_groups([tokens // 2], [[tokens // 16] * 8]).to(torch.get_default_device())
         return {
-            "pykern": lambda: tile_bounds(ends, tile_size),
-            "plain PyTorch": lambda: plain_tile_bounds(ends, tile_size),
+            "pykern": lambda: tree_tiles(tree.subtree_end, tree.position),
+            "plain PyTorch": lambda: plain_tree_tiles(tree.subtree_end, tree.position),
         }
 
-    name, shape = "prefix_attention_tiles", f"T={tokens} tile={tile_size}"
-    return Case("attention", name, shape, make, bytes=4.0 * tokens + 8.0 * tokens / tile_size)
+    return Case("attention", "prefix_attention_tiles", f"T={tokens}", make, bytes=8.0 * tokens)
 
 
 def cases(device: str) -> list[Case]:
@@ -67,4 +65,4 @@ def cases(device: str) -> list[Case]:
     if device == "cuda":
         shapes.append((16, 1024, 16, 512, 4096))
     gathers = [gather_case(*shape, backward) for shape in shapes for backward in (False, True)]
-    return [*gathers, tiles_case(65536, 128)]
+    return [*gathers, tiles_case(65536)]

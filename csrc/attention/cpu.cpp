@@ -7,27 +7,15 @@
 #include <tuple>
 #include <vector>
 
+#include "attention/arguments.h"
 #include "attention/prefix_attention.h"
-#include "common/checks.h"
 #include "common/scratch.h"
 
 namespace pykern {
 namespace {
 
-constexpr int64_t kMaxHeadSize = 256;
-
 Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// lse or its gradient, [tokens, query_heads].
-Tensor statistics(const Tensor& tensor, const Tensor& q, const char* name) {
-  check_cpu(tensor, name);
-  check_type(tensor, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, name);
-  check_dim(tensor, 2, name);
-  check_size(tensor, 0, q.size(0), name);
-  check_size(tensor, 1, q.size(1), name);
-  return torch::stable::contiguous(tensor);
 }
 
 HeadsView view(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
@@ -38,23 +26,7 @@ class Problem {
   template <class T>
   void describe(T& problem, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& subtree_end,
                 double scale) {
-    for (const auto& [tensor, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
-      check_cpu(*tensor, name);
-      check_dim(*tensor, 3, name);
-      check_type(*tensor, q.scalar_type(), name);
-      check_size(*tensor, 0, q.size(0), name);
-    }
-    check_cpu(subtree_end, "subtree_end");
-    check_type(subtree_end, ScalarType::Int, "subtree_end");
-    check_dim(subtree_end, 1, "subtree_end");
-    check_size(subtree_end, 0, q.size(0), "subtree_end");
-    check_size(k, 2, q.size(2), "k");
-    check_size(v, 1, k.size(1), "v");
-    STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q: expected a multiple of ", k.size(1),
-                    " heads, got ", q.size(1));
-    STD_TORCH_CHECK(q.size(2) <= kMaxHeadSize && v.size(2) <= kMaxHeadSize, "head size: at most ", kMaxHeadSize);
-    STD_TORCH_CHECK(q.size(0) <= INT32_MAX - kUnitKeys, "q: too many tokens");
-
+    check_heads(q, k, v, check_cpu);
     q_ = with_contiguous_rows(q);
     k_ = with_contiguous_rows(k);
     v_ = with_contiguous_rows(v);
@@ -69,10 +41,9 @@ class Problem {
     problem.v = view(v_);
 
     problem.units = ceil_div(problem.tokens, kUnitKeys);
-    const Tensor ends = torch::stable::contiguous(subtree_end);
     ends_.assign(problem.units * kUnitKeys, 0);
     for (int64_t key = 0; key < problem.tokens; ++key) {
-      const int32_t end = input<int32_t>(ends)[key];
+      const int32_t end = input<int32_t>(subtree_end)[key];
       // One value for all keys that no query sees, so that the tile rules know them.
       ends_[key] = end > key ? end : 0;
     }
@@ -111,59 +82,73 @@ std::vector<int64_t> tiles_by_work(const PrefixAttention& problem) {
   return order;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, double scale) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position,
+                                           Tensor bounds, Tensor order, std::optional<Tensor> sinks,
+                                           std::optional<Tensor> alibi_slopes, double scale, int64_t window,
+                                           double softcap, bool return_max_logits, bool order_invariant) {
+  check_tree(subtree_end, position, bounds, order, q.size(0), check_cpu);
+  check_per_head(sinks, q, "sinks", check_cpu);
+  check_per_head(alibi_slopes, q, "alibi_slopes", check_cpu);
+  STD_TORCH_CHECK(!sinks && !alibi_slopes && window == 0 && softcap == 0.0 && !return_max_logits && !order_invariant,
+                  "prefix_attention: options are not there yet");
   PrefixAttentionForward problem{};
   Problem owner;
   owner.describe(problem, q, k, v, subtree_end, scale);
   const bool float64 = q.scalar_type() == ScalarType::Double;
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, float64 ? ScalarType::Double : ScalarType::Float);
-  if (lse.numel() == 0) return {out, lse};
+  Tensor max_logits = torch::stable::new_empty(lse, {0});
+  if (lse.numel() == 0) return {out, lse, max_logits};
   if (float64) {
     prefix_attention_forward_float64(problem, output<double>(out), output<double>(lse));
-    return {out, lse};
+    return {out, lse, max_logits};
   }
-  const std::vector<int64_t> order = tiles_by_work(problem);
-  problem.tile_order = order.data();
+  const std::vector<int64_t> tile_order = tiles_by_work(problem);
+  problem.tile_order = tile_order.data();
   problem.out = out.mutable_data_ptr();
   problem.lse = output<float>(lse);
   STD_TORCH_CHECK(prefix_attention_forward()(data_type(q, "q"), problem), "prefix_attention: out of memory");
-  return {out, lse};
+  return {out, lse, max_logits};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
-                                            Tensor v, Tensor out, Tensor lse, Tensor subtree_end, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
+                                                    Tensor v, Tensor out, Tensor lse, Tensor subtree_end,
+                                                    Tensor position, Tensor bounds, Tensor order,
+                                                    std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                                                    double scale, int64_t window, double softcap) {
+  check_tree(subtree_end, position, bounds, order, q.size(0), check_cpu);
+  check_per_head(sinks, q, "sinks", check_cpu);
+  check_per_head(alibi_slopes, q, "alibi_slopes", check_cpu);
+  STD_TORCH_CHECK(!sinks && !alibi_slopes && window == 0 && softcap == 0.0,
+                  "prefix_attention: options are not there yet");
   PrefixAttentionBackward problem{};
   Problem owner;
   owner.describe(problem, q, k, v, subtree_end, scale);
   Tensor grad_q = torch::stable::new_empty(q, q.sizes());
   Tensor grad_k = torch::stable::new_empty(k, k.sizes());
   Tensor grad_v = torch::stable::new_empty(v, v.sizes());
+  Tensor grad_sinks = torch::stable::new_empty(lse, {0});
   if (lse.numel() == 0) {
     // Without query heads nothing flows to the keys.
     torch::stable::zero_(grad_k);
     torch::stable::zero_(grad_v);
-    return {grad_q, grad_k, grad_v};
+    return {grad_q, grad_k, grad_v, grad_sinks};
   }
-  for (const auto& [tensor, name] : {std::pair{&grad_out, "grad_out"}, {&out, "out"}}) {
-    check_cpu(*tensor, name);
-    check_type(*tensor, q.scalar_type(), name);
-    check_dim(*tensor, 3, name);
-    check_size(*tensor, 0, q.size(0), name);
-    check_size(*tensor, 1, q.size(1), name);
-    check_size(*tensor, 2, v.size(2), name);
-  }
+  check_output(grad_out, q, v, "grad_out", check_cpu);
+  check_output(out, q, v, "out", check_cpu);
+  check_statistic(lse, q, "lse", check_cpu);
+  if (grad_lse) check_statistic(*grad_lse, q, "grad_lse", check_cpu);
   const bool float64 = q.scalar_type() == ScalarType::Double;
-  const Tensor lse_rows = statistics(lse, q, "lse");
+  const Tensor lse_rows = torch::stable::contiguous(lse);
   std::optional<Tensor> grad_lse_rows;
-  if (grad_lse) grad_lse_rows = statistics(*grad_lse, q, "grad_lse");
+  if (grad_lse) grad_lse_rows = torch::stable::contiguous(*grad_lse);
   const Tensor grad_out_rows = with_contiguous_rows(grad_out);
   const Tensor out_rows = with_contiguous_rows(out);
   if (float64) {
     prefix_attention_backward_float64(problem, view(grad_out_rows), view(out_rows), input<double>(lse_rows),
                                       grad_lse_rows ? input<double>(*grad_lse_rows) : nullptr, output<double>(grad_q),
                                       output<double>(grad_k), output<double>(grad_v));
-    return {grad_q, grad_k, grad_v};
+    return {grad_q, grad_k, grad_v, grad_sinks};
   }
   // Large key tiles read the queries less often; small ones give many threads something to do. By
   // the shape alone, so that results don't depend on the threads.
@@ -176,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   problem.grad_k = grad_k.mutable_data_ptr();
   problem.grad_v = grad_v.mutable_data_ptr();
   STD_TORCH_CHECK(prefix_attention_backward()(data_type(q, "q"), problem), "prefix_attention: out of memory");
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, grad_sinks};
 }
 
 }  // namespace

@@ -1,41 +1,65 @@
-// Bounds of subtree_end over tiles of keys, on the CPU.
+// Bounds of a tree's tiles and the order of its blocks, on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <numeric>
+#include <tuple>
+#include <vector>
 
-#include "common/checks.h"
+#include "attention/arguments.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
 namespace pykern {
 namespace {
 
-Tensor tiles(Tensor subtree_end, int64_t tile) {
-  check_cpu(subtree_end, "subtree_end");
-  check_type(subtree_end, ScalarType::Int, "subtree_end");
-  check_dim(subtree_end, 1, "subtree_end");
-  check_contiguous(subtree_end, "subtree_end");
-  STD_TORCH_CHECK(tile > 0, "tile: expected at least 1, got ", tile);
-  const int64_t tokens = subtree_end.size(0), count = tokens / tile + (tokens % tile != 0);
-  Tensor bounds = torch::stable::new_empty(subtree_end, {count, 2});
+void sort_by_falling_work(const std::vector<int64_t>& work, int32_t* order) {
+  std::iota(order, order + work.size(), 0);
+  std::stable_sort(order, order + work.size(), [&](int32_t a, int32_t b) { return work[a] > work[b]; });
+}
+
+std::tuple<Tensor, Tensor> tiles(Tensor subtree_end, Tensor position) {
+  check_tokens(subtree_end, "subtree_end", check_cpu);
+  check_tokens(position, "position", check_cpu);
+  const int64_t tokens = subtree_end.size(0);
+  check_size(position, 0, tokens, "position");
+  const int64_t count = ceil_div(tokens, kTileTokens), blocks = ceil_div(tokens, kBlockTokens);
+  Tensor bounds = torch::stable::new_empty(subtree_end, {count, 4});
+  Tensor order = torch::stable::new_empty(subtree_end, {2, blocks});
   const int32_t* ends = input<int32_t>(subtree_end);
+  const int32_t* positions = input<int32_t>(position);
   int32_t* target = output<int32_t>(bounds);
-  const int64_t tiles_per_task = std::max<int64_t>(1, 65536 / tile);
-  parallel_tasks(ceil_div(count, tiles_per_task), [&](int64_t task, int) {
-    const int64_t last = std::min((task + 1) * tiles_per_task, count);
-    for (int64_t index = task * tiles_per_task; index < last; ++index) {
-      const int64_t first = index * tile, stop = first + std::min(tile, tokens - first);
-      int32_t smallest = INT32_MAX, largest = 0;
-      for (int64_t key = first; key < stop; ++key) {
-        const int32_t end = ends[key] > key ? ends[key] : 0;
-        smallest = std::min(smallest, end);
-        largest = std::max(largest, end);
-      }
-      target[2 * index] = smallest;
-      target[2 * index + 1] = largest;
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const int64_t first = tile * kTileTokens, stop = std::min(first + kTileTokens, tokens);
+    int32_t least_end = INT32_MAX, last_end = 0;
+    for (int64_t key = first; key < stop; ++key) {
+      const int32_t end = ends[key] > key ? ends[key] : 0;
+      least_end = std::min(least_end, end);
+      last_end = std::max(last_end, end);
     }
+    const auto [least, last] = std::minmax_element(positions + first, positions + stop);
+    target[4 * tile] = least_end;
+    target[4 * tile + 1] = last_end;
+    target[4 * tile + 2] = *least;
+    target[4 * tile + 3] = *last;
+  }
+
+  std::vector<int64_t> work(blocks);
+  parallel_tasks(blocks, [&](int64_t block, int) {
+    const int64_t first = block * kBlockTokens, stop = std::min(first + kBlockTokens, tokens);
+    int64_t seen = 0;
+    for (int64_t tile = 0; tile * kTileTokens < stop; ++tile) seen += target[4 * tile + 1] > first;
+    work[block] = seen;
   });
-  return bounds;
+  sort_by_falling_work(work, output<int32_t>(order));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t tile = block * (kBlockTokens / kTileTokens);
+    int32_t last_end = target[4 * tile + 1];
+    if (tile + 1 < count) last_end = std::max(last_end, target[4 * tile + 5]);
+    work[block] = std::max<int64_t>(last_end - block * kBlockTokens, 0);
+  }
+  sort_by_falling_work(work, output<int32_t>(order) + blocks);
+  return {bounds, order};
 }
 
 }  // namespace

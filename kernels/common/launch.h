@@ -46,4 +46,17 @@ inline int multiprocessors() {
 #endif
 }
 
+// Of the current device, times ten: 90 is 9.0. The emulator is what its tests say it is.
+inline int compute_capability() {
+#if defined(__CUDACC__)
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+#else
+  return emulator::compute_capability();
+#endif
+}
+
 }  // namespace pykern

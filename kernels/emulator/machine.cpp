@@ -24,6 +24,7 @@ constexpr size_t kMaxShared = 227 * 1024, kMaxStaticShared = 48 * 1024;
 // Where dynamic shared memory begins in the window of shared memory; static objects follow it.
 constexpr uint32_t kWindowBegin = 1024;
 
+int chosen_capability = 90;
 std::vector<Order> chosen_orders = {{Order::forward, 0}, {Order::reverse, 0}, {Order::random, 1}};
 std::vector<std::unique_ptr<Thread>> idle_threads;
 std::mutex one_launch;
@@ -266,6 +267,8 @@ std::string text(const char* format, ...) {
   return line;
 }
 
+void set_compute_capability(int capability) { chosen_capability = capability; }
+int compute_capability() { return chosen_capability; }
 void set_orders(std::vector<Order> orders) { chosen_orders = std::move(orders); }
 const std::vector<Order>& orders() { return chosen_orders; }
 const Counters& counters() { return machine.counters; }

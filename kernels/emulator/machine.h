@@ -28,6 +28,10 @@ struct Order {
 void set_orders(std::vector<Order> orders);
 const std::vector<Order>& orders();
 
+// The compute capability that kernels are chosen for, times ten; 90 at first.
+void set_compute_capability(int capability);
+int compute_capability();
+
 // Launches since the module was loaded, and threads run; tests ask whether kernels have run at all.
 struct Counters {
   int64_t launches = 0, threads = 0, switches = 0;

@@ -120,6 +120,7 @@ PYBIND11_MODULE(PYKERN_EMULATOR_MODULE, m) {
     for (const std::string& name : names) chosen.push_back(parse_order(name));
     set_orders(chosen);
   });
+  m.def("set_compute_capability", &set_compute_capability);
   m.def("counters", [] {
     const Counters& now = counters();
     return py::dict(py::arg("launches") = now.launches, py::arg("threads") = now.threads,

@@ -1,70 +1,42 @@
-"""Which tiles of keys a tile of queries sees: none of it, some, or all."""
+"""What kernels need to know of a tree to skip what no query sees: bounds of its tiles, and the longest first."""
 
 import torch
 from torch import Tensor
 
 from .. import _native
 
-_bounds = torch.ops.pykern.prefix_attention_tiles.default
+TILE_TOKENS = 64
+"""Tokens of a tile, as queries and as keys."""
 
-SKIP, PARTIAL, FULL = 0, 1, 2
-"""Classes of a tile pair: no query sees a key; some may; every query sees every key."""
+BLOCK_TOKENS = 128
+"""Tokens of a block, which is scheduled as one."""
+
+_tiles = torch.ops.pykern.prefix_attention_tiles.default
 
 
 @torch.library.register_fake("pykern::prefix_attention_tiles")
-def _(subtree_end, tile):
-    return subtree_end.new_empty((subtree_end.shape[0] + tile - 1) // tile, 2)
+def _(subtree_end, position):
+    tokens = subtree_end.shape[0]
+    tiles, blocks = (tokens + TILE_TOKENS - 1) // TILE_TOKENS, (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    return subtree_end.new_empty(tiles, 4), subtree_end.new_empty(2, blocks)
 
 
-def tile_bounds(subtree_end: Tensor, tile_size: int) -> Tensor:
-    """int32 [ceil(T / tile_size), 2]: the smallest and the largest `subtree_end` of each tile of keys.
+def tree_tiles(subtree_end: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """(bounds, order) of a tree's tensors, int32 [T] on the CPU or a GPU; two small kernels, no synchronisation.
 
-    subtree_end: int32 [T] on the CPU or a GPU. A key that no query sees (padding, `subtree_end[j] <= j`) counts as 0,
-    so it takes "full" from its tile but never keeps it from being skipped. One small launch; every layer, the forward
-    and the backward use the same bounds. `classify_tile_pair` says what they tell.
+    bounds: int32 [ceil(T / 64), 4]; of each tile of 64 tokens the smallest and the largest `subtree_end`, then the
+        smallest and the largest `position`. A key that no query sees (padding, `subtree_end[j] <= j`) counts as end 0.
+    order: int32 [2, ceil(T / 128)]; blocks of 128 tokens by falling work, those of equal work in their own order.
+        Row 0, as queries: tiles of keys that begin before the block's end and are seen from its first token on.
+        Row 1, as keys: tokens from the block's first to its largest `subtree_end`.
+
+    For queries [a, b) and a tile of keys [c, d) with the bounds (least_end, last_end, least_position, last_position):
+
+        skip    c >= b or last_end <= a        or, with a window, least query position - last_position >= window
+        full    d - 1 <= a and least_end >= b  and, with a window, last query position - least_position < window
     """
-    if not isinstance(subtree_end, Tensor) or subtree_end.dtype != torch.int32:
-        got = subtree_end.dtype if isinstance(subtree_end, Tensor) else type(subtree_end).__name__
-        raise TypeError(f"subtree_end: expected an int32 tensor, got {got}")
-    if subtree_end.dim() != 1:
-        raise ValueError(f"subtree_end: expected one dimension, got shape {tuple(subtree_end.shape)}")
-    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
-        raise TypeError(f"tile_size: expected an integer, got {type(tile_size).__name__}")
-    if tile_size < 1:
-        raise ValueError(f"tile_size: expected at least 1, got {tile_size}")
     _native.require_kernels(subtree_end, "subtree_end", "prefix_attention_tiles")
-    return _bounds(subtree_end.contiguous(), tile_size)
+    return _tiles(subtree_end, position)
 
 
-def classify_tile_pair(
-    smallest: Tensor | int,
-    largest: Tensor | int,
-    first_key: Tensor | int,
-    stop_key: Tensor | int,
-    first_query: Tensor | int,
-    stop_query: Tensor | int,
-) -> Tensor | int:
-    """SKIP, PARTIAL or FULL for keys [first_key, stop_key) and queries [first_query, stop_query), neither empty.
-
-    smallest, largest: the keys' row of `tile_bounds`. Integers, or tensors that broadcast (the result is then int8).
-
-        FULL: stop_key - 1 <= first_query and smallest >= stop_query     every query sees every key
-        SKIP: first_key >= stop_query or largest <= first_query          no query sees a key
-        PARTIAL: else                                                    a mask is needed
-
-    FULL is exact. SKIP is exact where stop_key <= stop_query; a tile of keys that reaches beyond the queries may be
-    called PARTIAL though they see none of it.
-    """
-    full = (stop_key - 1 <= first_query) & (smallest >= stop_query)
-    skip = (first_key >= stop_query) | (largest <= first_query)
-    if not isinstance(full, Tensor) and not isinstance(skip, Tensor):
-        return FULL if full else SKIP if skip else PARTIAL
-    full, skip = torch.broadcast_tensors(torch.as_tensor(full), torch.as_tensor(skip))
-    return (
-        torch.full(full.shape, PARTIAL, dtype=torch.int8, device=full.device)
-        .masked_fill(full, FULL)
-        .masked_fill(skip, SKIP)
-    )
-
-
-__all__ = ["FULL", "PARTIAL", "SKIP", "classify_tile_pair", "tile_bounds"]
+__all__ = ["BLOCK_TOKENS", "TILE_TOKENS", "tree_tiles"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tiles import tile_bounds
+from .tiles import tree_tiles
 
 _INT32_MAX = 2**31 - 1
 
@@ -56,7 +56,7 @@ class PrefixTree:
         object.__setattr__(self, "subtree_end", ends)
         object.__setattr__(self, "position", position)
         object.__setattr__(self, "_last_rows", None)
-        object.__setattr__(self, "_tiles", {})
+        self._set_tiles(*tree_tiles(ends, position))
 
     # --- constructors -----------------------------------------------------------------------------
 
@@ -66,11 +66,17 @@ class PrefixTree:
         if len(ends) > _INT32_MAX:
             raise ValueError(f"tree: expected at most {_INT32_MAX} tokens, got {len(ends)}; split the batch")
         tree = object.__new__(cls)
-        object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
-        object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
-        object.__setattr__(tree, "_last_rows", last_rows)
-        object.__setattr__(tree, "_tiles", {})
+        # What is made in inference mode could never be saved for a backward.
+        with torch.inference_mode(False):
+            object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
+            object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
+            object.__setattr__(tree, "_last_rows", last_rows)
+            tree._set_tiles(*tree_tiles(tree.subtree_end, tree.position))
         return tree
+
+    def _set_tiles(self, bounds: Tensor, order: Tensor) -> None:
+        object.__setattr__(self, "bounds", bounds)
+        object.__setattr__(self, "order", order)
 
     @classmethod
     def from_groups(cls, prefix_lens: Sequence[int], response_lens: Sequence[Sequence[int]]) -> "PrefixTree":
@@ -257,19 +263,14 @@ class PrefixTree:
         ends = self.subtree_end.cpu().to(torch.int64)
         return int((ends - torch.arange(len(ends))).clamp(min=0).sum())
 
-    def tiles(self, tile_size: int) -> Tensor:
-        """int32 [ceil(T / tile_size), 2], the bounds of `subtree_end` in each tile of keys, which tell an attention
-        kernel what to skip (see `pykern.attention.tiles`). Made once per tile size; don't write to it.
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(subtree_end, position, bounds, order): all that `prefix_attention` reads of a tree, as plain tensors.
 
-        On a GPU it is made on the stream of the first call; other streams have to wait for that one, as for the
-        tree's own tensors.
+        `bounds` and `order` (see `pykern.attention.tiles.tree_tiles`) tell kernels what to skip and where to begin.
+        They are made once, with the tree, and serve every layer, the forward and the backward.
         """
-        bounds = self._tiles.get(tile_size)
-        if bounds is None:
-            # What is made in inference mode could never be saved for a backward.
-            with torch.inference_mode(False):
-                bounds = self._tiles[tile_size] = tile_bounds(self.subtree_end, tile_size)
-        return bounds
+        return self.subtree_end, self.position, self.bounds, self.order
 
     def flops(self, num_heads: int, head_dim: int, value_dim: int | None = None, *, backward: bool = False) -> int:
         """Floating-point operations of `prefix_attention` on this tree, visible pairs only.
@@ -288,10 +289,12 @@ class PrefixTree:
         if device == self.subtree_end.device:
             return self
         tree = object.__new__(PrefixTree)
-        object.__setattr__(tree, "subtree_end", self.subtree_end.to(device))
-        object.__setattr__(tree, "position", self.position.to(device))
+        with torch.inference_mode(False):
+            subtree_end, position, bounds, order = (tensor.to(device) for tensor in self.tensors)
+        object.__setattr__(tree, "subtree_end", subtree_end)
+        object.__setattr__(tree, "position", position)
         object.__setattr__(tree, "_last_rows", self._last_rows)
-        object.__setattr__(tree, "_tiles", {})
+        tree._set_tiles(bounds, order)
         return tree
 
 

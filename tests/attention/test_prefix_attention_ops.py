@@ -16,7 +16,7 @@ def test_opcheck_forward(dtype):
     q, k, v, _ = make_inputs(tree, 4, 2, 6, 5, dtype)
     heads_first = q.transpose(0, 1).contiguous().transpose(0, 1)
     for queries in (q, heads_first):
-        check_op(torch.ops.pykern.prefix_attention_forward.default, (queries, k, v, tree.subtree_end, 0.3))
+        check_op(torch.ops.pykern.prefix_attention_forward.default, (queries, k, v, *tree.tensors, None, None, 0.3, 0, 0.0, False, False))
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -26,7 +26,7 @@ def test_opcheck_backward(dtype, with_lse):
     q, k, v, grad_out = make_inputs(tree, 4, 2, 6, 5, dtype)
     out, lse = pykern.prefix_attention(q, k, v, tree, return_lse=True)
     grad_lse = torch.ones_like(lse) if with_lse else None
-    arguments = (grad_out, grad_lse, q, k, v, out, lse, tree.subtree_end, 0.3)
+    arguments = (grad_out, grad_lse, q, k, v, out, lse, *tree.tensors, None, None, 0.3, 0, 0.0)
     check_op(torch.ops.pykern.prefix_attention_backward.default, arguments)
 
 
@@ -97,11 +97,11 @@ INT32 = torch.zeros(10, dtype=torch.int32)
         ({"v": torch.randn(10, 1, 8)}, ValueError, "v: expected k's 2 heads, got 1"),
         ({"v": torch.randn(10, 2, 257)}, ValueError, "v: expected a head size of at most 256, got 257"),
         ({"q": torch.randn(10, 3, 8)}, ValueError, "q: expected a multiple of k's 2 heads, got 3"),
-        ({"tree": INT32}, TypeError, "tree: expected a PrefixTree or a tuple"),
-        ({"tree": (INT32,)}, TypeError, "tree: expected a PrefixTree or a tuple"),
+        ({"tree": INT32}, TypeError, "tree: expected a PrefixTree, its tensors or"),
+        ({"tree": (INT32,)}, TypeError, "tree: expected a PrefixTree, its tensors or"),
         ({"tree": (INT64, INT32)}, TypeError, r"tree\[0\] \(subtree_end\): expected dtype torch.int32"),
         ({"tree": (INT32, INT64)}, TypeError, r"tree\[1\] \(position\): expected dtype torch.int32"),
-        ({"tree": (INT32, INT32[:4])}, ValueError, r"tree\[1\] \(position\): expected one dimension"),
+        ({"tree": (INT32, INT32[:4])}, ValueError, r"tree\[1\] \(position\): expected shape \(10,\), got \(4,\)"),
         ({"tree": (INT32[:4], INT32[:4])}, ValueError, "tree: expected q's 10 tokens, got 4"),
         ({"tree": (INT32.to("meta"), INT32.to("meta"))}, ValueError, "tree: expected q's device cpu, got meta"),
     ],

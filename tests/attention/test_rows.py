@@ -6,6 +6,7 @@ import torch
 import pykern
 from pykern import gather_rows
 from pykern.attention.rows import invert_rows
+from pykern.attention.tiles import tree_tiles
 from tests.support import check_op, compile_whole, threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -146,7 +147,7 @@ def test_nothing_waits_for_the_host():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch.tree.tiles(128)
+        tree_tiles(batch.tree.subtree_end, batch.tree.position)
         batch.gather(hidden).sum().backward()
         gather_rows(hidden, batch.predictor_rows).sum().backward()
     finally:

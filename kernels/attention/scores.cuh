@@ -1,0 +1,106 @@
+// From products of queries and keys to logits, in the registers of a thread.
+//
+// Accumulators of mma.m16n8k16 and of wgmma lie alike: s[4 j + 2 i + c] of lane l is row l / 4 + 8 i of its warp's 16
+// rows and column 8 j + 2 (l % 4) + c. All functions here take a thread's two rows and the key of its first column.
+#pragma once
+
+#include "kernels/attention/visibility.cuh"
+#include "kernels/ptx/math.cuh"
+
+namespace pykern {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// A thread's two rows. A row that is no query has token -1, which sees nothing.
+struct QueryRows {
+  int32_t token[2];
+  int32_t position[2];  // read only with a window or slopes
+  float slope[2];       // in log2, 0 without slopes
+};
+
+// How products become logits, which are kept in units of log2, as exp2 takes them. Where nothing but a positive scale
+// stands between the two, products stay as they are and `factor` is applied within exp2; else apply_rule transforms
+// them and `factor` is 1.
+struct ScoreRule {
+  bool transforms;
+  bool slopes;
+  float factor;
+  float scale;         // transforms: of a product; log2(e) included unless there is a softcap
+  float softcap_log2;  // softcap * log2(e), or 0
+  int window;
+  int tokens;
+  const int32_t* subtree_end;
+  const int32_t* position;
+
+  __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
+      : transforms(problem.softcap > 0.0f || problem.alibi_slopes != nullptr || !(problem.scale > 0.0f)),
+        slopes(problem.alibi_slopes != nullptr),
+        factor(transforms ? 1.0f : problem.scale * kLog2E),
+        scale(problem.softcap > 0.0f ? problem.scale / problem.softcap : problem.scale * kLog2E),
+        softcap_log2(problem.softcap * kLog2E),
+        window(problem.window),
+        tokens(static_cast<int>(problem.tokens)),
+        subtree_end(problem.subtree_end),
+        position(problem.position) {}
+};
+
+// Absolute error about 2^-23. That of the instruction for it, 2^-11, is too large here: the softcap multiplies it.
+__device__ __forceinline__ float accurate_tanh(float value) {
+  const float power = exp2f(2.0f * kLog2E * fabsf(value));
+  return copysignf(1.0f - __fdividef(2.0f, power + 1.0f), value);
+}
+
+// Products become logits, up to rule.factor; with `masked`, -inf where the key is invisible to the row. `first_key` is
+// the key of s[0] for this thread, an even number. Without `masked` every key must exist.
+template <bool masked, int n>
+__device__ __forceinline__ void apply_rule(const ScoreRule& rule, const QueryRows& rows, int first_key,
+                                           float (&s)[n]) {
+  static_assert(n % 4 == 0, "scores come in fours");
+  if (rule.transforms) {
+#pragma unroll
+    for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int key = first_key + 8 * j + c;
+        const int32_t position = rule.slopes && (!masked || key < rule.tokens) ? __ldg(rule.position + key) : 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = s[4 * j + 2 * i + c];
+          score *= rule.scale;
+          if (rule.softcap_log2 > 0.0f) score = rule.softcap_log2 * accurate_tanh(score);
+          if (rule.slopes) score -= rows.slope[i] * static_cast<float>(rows.position[i] - position);
+        }
+      }
+    }
+  }
+  if (masked) {
+#pragma unroll
+    for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int key = first_key + 8 * j + c;
+        const bool exists = key < rule.tokens;
+        const int32_t end = exists ? __ldg(rule.subtree_end + key) : 0;
+        const int32_t position = rule.window > 0 && exists ? __ldg(rule.position + key) : 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          bool sees = key <= rows.token[i] && rows.token[i] < end;
+          if (rule.window > 0) sees = sees && rows.position[i] - position < rule.window;
+          if (!sees) s[4 * j + 2 * i + c] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// The derivative of the softcap where a weight is exp2(logit - lse), both in log2: 1 - tanh^2. The logit is recovered
+// from the weight, so that no register has to hold it; where the weight is 0 the result is meaningless but finite.
+__device__ __forceinline__ float softcap_derivative(const ScoreRule& rule, float weight, float lse_log2,
+                                                    float slope_distance_log2) {
+  const float logit = weight > 0.0f ? log2f(weight) + lse_log2 + slope_distance_log2 : 0.0f;
+  const float tanh = logit / rule.softcap_log2;
+  return 1.0f - tanh * tanh;
+}
+
+}  // namespace pykern
