@@ -46,6 +46,8 @@ except ImportError as error:
 NAME = "pykern_prefix"
 """What `attn_implementation` calls prefix attention."""
 
+_TREE = ("tree_subtree_end", "tree_position", "tree_bounds", "tree_order")
+
 # Keyword arguments by which a model asks its attention for what `prefix_attention` has no argument for: to overlook one
 # would be to compute something else.
 _REFUSED = {
@@ -96,9 +98,10 @@ def tree_kwargs(tree: PrefixTree) -> dict[str, Tensor | bool]:
 
     tree: a PrefixTree of T tokens, on the model's device.
 
-    Returns `position_ids`, int64 [1, T], which is `tree.position`; `use_cache`, False; and the tensors of the tree,
-    which the model hands on to every layer: `tree_subtree_end` and `tree_position`, int32 [T]. They are plain tensors,
-    so activation checkpointing, torch.compile and hooks that move arguments between devices treat them as any other.
+    Returns `position_ids`, int64 [1, T], which is `tree.position`; `use_cache`, False; and `tree.tensors`, which the
+    model hands on to every layer: `tree_subtree_end`, `tree_position`, `tree_bounds` and `tree_order`. They are plain
+    tensors, so activation checkpointing, torch.compile and hooks that move arguments between devices treat them as
+    any other.
     """
     if not isinstance(tree, PrefixTree):
         raise TypeError(
@@ -107,8 +110,7 @@ def tree_kwargs(tree: PrefixTree) -> dict[str, Tensor | bool]:
     return {
         "position_ids": tree.position.to(torch.int64)[None],
         "use_cache": False,
-        "tree_subtree_end": tree.subtree_end,
-        "tree_position": tree.position,
+        **dict(zip(_TREE, tree.tensors, strict=True)),
     }
 
 
@@ -173,8 +175,6 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    tree_subtree_end: Tensor | None = None,
-    tree_position: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, Dv] -> out [1, T, Hq, Dv], and no weights."""
@@ -191,7 +191,8 @@ def _attention(
                 f"{name}: expected None, got {type(given).__name__}; prefix attention {reason}, so leave it out or use "
                 "another attn_implementation"
             )
-    if tree_subtree_end is None or tree_position is None:
+    tree = tuple(others.get(name) for name in _TREE)
+    if any(part is None for part in tree):
         raise ValueError(
             f"tree: expected the keyword arguments of tree_kwargs(tree), got none in {type(module).__name__}; call "
             "model(token_ids[None], **tree_kwargs(tree)); to generate, or if this model gives its attention no keyword "
@@ -205,7 +206,7 @@ def _attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        (tree_subtree_end, tree_position),
+        tree,
         scale=scaling,
         window=_window(attention_mask, sliding_window),
         softcap=softcap,

@@ -10,6 +10,7 @@ from tests.peers.decoders import NAME, TREES, make_batch, make_model
 TREE = TREES["levels"]()
 TOKENS = make_batch(TREE)[0][None]
 KEYWORDS = tree_kwargs(TREE)
+TREE_NAMES = [name for name in KEYWORDS if name.startswith("tree_")]
 
 
 def call(model, **changes):
@@ -37,8 +38,8 @@ def hides_the_first(length):
 @pytest.mark.parametrize(
     "changes, pattern",
     [
-        ({"tree_subtree_end": None, "tree_position": None}, r"^tree: expected the keyword arguments of tree_kwargs"),
-        ({"tree_position": None}, r"^tree: expected the keyword arguments of tree_kwargs"),
+        (dict.fromkeys(TREE_NAMES), r"^tree: expected the keyword arguments of tree_kwargs"),
+        ({"tree_order": None}, r"^tree: expected the keyword arguments of tree_kwargs"),
         ({"attention_mask": hides_the_first(30)}, r"^attention_mask: expected None, got one that hides tokens"),
         ({"attention_mask": torch.zeros(1, 1, 30, 30)}, r"^attention_mask: expected None, got shape \(1, 1, 30, 30\)"),
         ({"input_ids": TOKENS.repeat(2, 1)}, r"^input_ids: expected one packed row .* got 2 rows"),
