@@ -91,6 +91,21 @@ def make_model(name: str, attention: str = NAME, dtype: torch.dtype = torch.floa
     return model.to(dtype).train()
 
 
+def make_model_of_parts():
+    """Text and images, with prefix attention in the part for text."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = MODELS["gemma3"]().to_dict()
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.AutoModelForImageTextToText.from_config(config, attn_implementation={"text_config": NAME})
+
+
 def make_batch(tree: pykern.PrefixTree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Token ids [T]; the rows of every sequence that has tokens; a gradient for the logits of each."""
     generator = torch.Generator().manual_seed(2)

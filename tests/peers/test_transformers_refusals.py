@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from pykern.integrations.transformers import register, tree_kwargs
-from tests.peers.decoders import NAME, TREES, make_batch, make_model
+from tests.peers.decoders import NAME, TREES, make_batch, make_model, make_model_of_parts
 
 TREE = TREES["levels"]()
 TOKENS = make_batch(TREE)[0][None]
@@ -128,6 +128,13 @@ def test_encoders():
 def test_masks_with_rules_of_their_own():
     model = make_model("gemma3", use_bidirectional_attention=True)
     refused(ValueError, r"^attention_mask: expected a causal mask .* adds a rule of its own", call, model)
+
+
+def test_image_tokens_that_see_one_another():
+    model = make_model_of_parts()
+    types = torch.zeros_like(TOKENS)
+    pattern = r"^attention_mask: expected a causal mask .* adds a rule of its own"
+    refused(ValueError, pattern, call, model, token_type_ids=types)
 
 
 def test_arguments_of_register_and_tree_kwargs():
