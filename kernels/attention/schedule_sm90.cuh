@@ -20,7 +20,6 @@ struct QuerySchedule {
   int blocks;         // of kOrderTokens tokens
   int tiles;
 
-  QuerySchedule() = default;
   explicit QuerySchedule(const PrefixAttentionProblem& problem) {
     const int packed = packed_heads(problem.query_heads, problem.key_heads);
     packed_log2 = 0;
@@ -72,9 +71,10 @@ static_assert(kForwardRows == kOrderTokens, "a block of the order is one tile fo
 struct KeyTile {
   int bits;
 
-  static constexpr int kMasked = 1, kLast = 2, kPadding = 4, kFlags = kBoundsTokens - 1;
+  static constexpr int kMasked = 1, kPadding = 2, kFirst = 4, kLast = 8, kFlags = kBoundsTokens - 1;
   __device__ __forceinline__ int first() const { return bits & ~kFlags; }
   __device__ __forceinline__ bool is_masked() const { return bits & kMasked; }
+  __device__ __forceinline__ bool is_first() const { return bits & kFirst; }
   __device__ __forceinline__ bool is_last() const { return bits & kLast; }
   // Keys that no query sees, whose values may be anything.
   __device__ __forceinline__ bool has_padding() const { return bits & kPadding; }
