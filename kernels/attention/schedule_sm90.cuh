@@ -1,6 +1,7 @@
 // Which tiles of queries a block of the forward takes, and which tiles of keys each of them sees.
 #pragma once
 
+#include "kernels/attention/head_sizes.h"
 #include "kernels/attention/visibility.cuh"
 
 namespace pykern {
@@ -24,8 +25,8 @@ struct QuerySchedule {
     const int packed = packed_heads(problem.query_heads, problem.key_heads);
     packed_log2 = 0;
     while (1 << packed_log2 < packed) ++packed_log2;
-    // Half of the cache; what the other blocks' tiles of queries and results take is small beside it.
-    constexpr int64_t kSectionBytes = 32 << 20;
+    // Half of the cache; on the emulator little, so that tests meet several sections.
+    constexpr int64_t kSectionBytes = kEmulated ? 16 << 10 : 32 << 20;
     const int64_t head_bytes = problem.tokens * (problem.key_size + problem.value_size) * 2;
     const int64_t heads = kSectionBytes / head_bytes;
     section_heads = static_cast<int>(heads < 1 ? 1 : heads < problem.key_heads ? heads : problem.key_heads);
