@@ -281,7 +281,7 @@ class ForwardTile {
       }
       if (concerned) {
         if (tile.changes(rule)) {
-          // Anew for every tile: in registers all the time they would cost more.
+          // Anew for every tile: registers are scarcer than time.
           QueryRows rows[kRowTiles];
           describe_rows(tile.asks_positions(rule), rows);
           tile.apply(rule, rows, 2 * (lane_ % 4), s);
@@ -312,11 +312,12 @@ class ForwardTile {
   __device__ __forceinline__ int row_of(int m, int i) const { return first_row_ + 16 * m + 8 * i + lane_ / 4; }
 
   __device__ __forceinline__ void describe_rows(bool with_positions, QueryRows (&rows)[kRowTiles]) const {
+    const int first = opaque(row_of(0, 0));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = row_of(m, i), token = queries_.token(row);
+        const int row = first + 16 * m + 8 * i, token = queries_.token(row);
         const bool exists = token < params_.tokens;
         rows[m].token[i] = exists ? token : -1;
         rows[m].position[i] = exists && with_positions ? params_.position[token] : 0;
@@ -373,7 +374,7 @@ class ForwardTile {
   }
 
   __device__ __forceinline__ void multiply_keys(int stage, float (&s)[kRowTiles][kKeys / 2]) {
-    const auto address = lane_columns_first<kKey>(lane_);
+    const auto address = lane_columns_first<kKey>(opaque(lane_));
     const unsigned char* const tile = keys(stage);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -396,7 +397,7 @@ class ForwardTile {
 
   // Accumulators of two neighbouring tiles of 8 keys are operand A for the 16 keys.
   __device__ __forceinline__ void multiply_values(int stage, const float (&s)[kRowTiles][kKeys / 2]) {
-    const auto address = lane_rows_first<kValue>(lane_);
+    const auto address = lane_rows_first<kValue>(opaque(lane_));
     const unsigned char* const tile = values(stage);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {

@@ -69,7 +69,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, int size, SourceO
   constexpr int kAcross = Tile::kChunks & -Tile::kChunks;
   constexpr int kStep = threads / kAcross;
   static_assert(rows % kStep == 0 && kStep % 8 == 0, "every thread copies as many rows");
-  const int first_row = threadIdx.x / kAcross, chunk = threadIdx.x % kAcross;
+  const int thread = opaque(static_cast<int>(threadIdx.x)), first_row = thread / kAcross, chunk = thread % kAcross;
   unsigned char* const target = tile + Tile::offset(first_row, chunk);
 #pragma unroll
   for (int row = rows - kStep; row >= 0; row -= kStep) {
