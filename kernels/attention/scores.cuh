@@ -33,7 +33,7 @@ struct ScoreRule {
   const int32_t* subtree_end;
   const int32_t* position;
 
-  __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
+  __host__ __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
       : transforms(problem.softcap > 0.0f || problem.alibi_slopes != nullptr || !(problem.scale > 0.0f)),
         slopes(problem.alibi_slopes != nullptr),
         factor(transforms ? 1.0f : problem.scale * kLog2E),
@@ -45,7 +45,9 @@ struct ScoreRule {
         position(problem.position) {}
 
   // A key that can be read; behind the last token another one, which changes nothing: no row comes after it.
-  __device__ __forceinline__ int existing(int key) const { return key < tokens ? key : tokens - 1; }
+  __device__ __forceinline__ unsigned existing(int key) const {
+    return static_cast<unsigned>(key < tokens ? key : tokens - 1);
+  }
 };
 
 // Absolute error about 2^-23. That of the instruction for it, 2^-11, is too large here: the softcap multiplies it.
