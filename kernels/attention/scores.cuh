@@ -108,8 +108,9 @@ __device__ __forceinline__ void apply_rule(const ScoreRule& rule, const QueryRow
 // from the weight, so that no register has to hold it; where the weight is 0 the result is meaningless but finite.
 __device__ __forceinline__ float softcap_derivative(const ScoreRule& rule, float weight, float lse_log2,
                                                     float slope_distance_log2) {
-  const float logit = weight > 0.0f ? log2f(weight) + lse_log2 + slope_distance_log2 : 0.0f;
-  const float tanh = logit / rule.softcap_log2;
+  // By instructions without the branches that subnormal operands need: fast_exp2 makes no such weights.
+  const float logit = weight > 0.0f ? fast_log2(weight) + lse_log2 + slope_distance_log2 : 0.0f;
+  const float tanh = __fdividef(logit, rule.softcap_log2);
   return 1.0f - tanh * tanh;
 }
 
