@@ -100,8 +100,9 @@ struct KeyTile {
     const int64_t begin = index * problem.key_tile_units;
     int64_t stop = 0;
     for (int64_t unit = begin; unit < begin + problem.key_tile_units && unit < problem.units; ++unit) {
-      if (problem.unit_max_end[unit] > stop) stop = problem.unit_max_end[unit];
+      if (problem.last_end(unit) > stop) stop = problem.last_end(unit);
     }
+    if (stop > problem.tokens) stop = problem.tokens;
     first_key = begin * kUnitKeys;
     first_tile = first_key / problem.tile_tokens;
     stop_tile = stop > first_key ? ceil_div(stop, problem.tile_tokens) : first_tile;
@@ -149,6 +150,7 @@ class BackwardKeyTile {
         data_(operands),
         work_(workspace),
         sizes_(problem),
+        score_(problem),
         index_(index),
         head_(head),
         keys_(problem, index),
@@ -159,12 +161,16 @@ class BackwardKeyTile {
   void run() {
     std::memset(work_.grad_k, 0, problem_.key_size * kTileKeys * sizeof(float));
     std::memset(work_.grad_v, 0, problem_.value_size * kTileKeys * sizeof(float));
-    for (int64_t tile = keys_.first_tile; tile < keys_.stop_tile; ++tile) visit(Tile(problem_, tile));
+    for (int64_t tile = keys_.first_tile; tile < keys_.stop_tile; ++tile) visit(tile);
     write(work_.grad_k, static_cast<float>(problem_.scale), static_cast<T*>(problem_.grad_k), problem_.key_size);
     write(work_.grad_v, 1.0f, static_cast<T*>(problem_.grad_v), problem_.value_size);
   }
 
  private:
+  struct QueryTile : Tile {
+    int64_t index;
+  };
+
   // Neighbouring units of the key tile that the same rows see, so that their products are taken together.
   struct Segment {
     int64_t unit, count;  // within the key tile
@@ -173,7 +179,8 @@ class BackwardKeyTile {
     bool selected;  // the mask hides NaN or infinity: products must leave out what it hides
   };
 
-  void visit(const Tile& tile) {
+  void visit(int64_t index) {
+    const QueryTile tile{Tile::of_index(problem_, index), index};
     Segment segments[kMaxKeyTileUnits];
     int64_t count = 0;
     for (int64_t i = 0; i < units_; ++i) {
@@ -219,7 +226,7 @@ class BackwardKeyTile {
     return work_.grad_logits;
   }
 
-  void add_keys_and_values(const Tile& tile, const Segment& segment) {
+  void add_keys_and_values(const QueryTile& tile, const Segment& segment) {
     const Range rows = segment.rows;
     const int64_t m = rows.end - rows.begin, keys = segment.count * kUnitKeys;
     const int64_t key = keys_.first_key + segment.unit * kUnitKeys;
@@ -231,10 +238,10 @@ class BackwardKeyTile {
     matmul_panels(m, keys, problem_.value_size, data_.grad_out + row * sizes_.value_depth, sizes_.value_depth, 1,
                   data_.values_across + key * sizes_.value_depth, sizes_.value_depth * kPanel, grad_of(segment) + at,
                   kPanel, panel_size, false);
-    if (segment.masked) {
-      differentiate<true>(tile, segment);
+    if (score_.plain) {
+      segment.masked ? differentiate<true, false>(tile, segment) : differentiate<false, false>(tile, segment);
     } else {
-      differentiate<false>(tile, segment);
+      segment.masked ? differentiate<true, true>(tile, segment) : differentiate<false, true>(tile, segment);
     }
     if (segment.selected) {
       add_visible_keys_and_values(tile, segment);
@@ -256,26 +263,19 @@ class BackwardKeyTile {
                   panel_size, work_.grad_k + first * problem_.key_size, kPanel, problem_.key_size * kPanel, true);
   }
 
-  // Logits and gradients of weights become weights and gradients of logits (the scale left out).
-  template <bool Masked>
-  void differentiate(const Tile& tile, const Segment& segment) {
-    const float scale = static_cast<float>(problem_.scale);
-    const vint lanes = lane_numbers();
+  // Products and gradients of weights become weights and gradients of products (the scale left out).
+  template <bool Masked, bool General>
+  void differentiate(const QueryTile& tile, const Segment& segment) {
     const int64_t first_row = tile.index * sizes_.tile_rows, group = problem_.group();
+    const int64_t first_key = keys_.first_key + segment.unit * kUnitKeys;
     const float* grads = grad_of(segment);
     for (int64_t panel = 0; panel < segment.count * kUnitPanels; ++panel) {
-      const int64_t key = keys_.first_key + segment.unit * kUnitKeys + panel * kPanel;
-      vint keys[kPanelVectors], ends[kPanelVectors];
-      for (int v = 0; v < kPanelVectors; ++v) {
-        keys[v] = lanes + static_cast<int32_t>(key + v * kLanes);
-        ends[v] = load_ends(problem_.subtree_end + key + v * kLanes);
-      }
+      const int64_t key = first_key + panel * kPanel;
+      const KeyColumns keys{problem_.row + key, problem_.subtree_end + key, problem_.position + key};
       for (int64_t row = segment.rows.begin; row < segment.rows.end; row += 2) {
         const int64_t at = (panel * sizes_.tile_rows + row) * kPanel;
-        int32_t token[2];
         float lse[2], delta[2];
         for (int i = 0; i < 2; ++i) {
-          token[i] = Masked && row + i < tile.rows ? static_cast<int32_t>(tile.first_token + (row + i) / group) : -1;
           lse[i] = data_.lse[first_row + row + i];
           delta[i] = data_.delta[first_row + row + i];
         }
@@ -285,12 +285,29 @@ class BackwardKeyTile {
 #pragma GCC unroll 2
           for (int i = 0; i < 2; ++i) {
             const int64_t here = at + i * kPanel + v * kLanes;
-            weight[i] = exp(load(work_.logits + here) * scale - lse[i]);
-            grad[i] = weight[i] * (load(grads + here) - delta[i]);
-            if (Masked) {
-              const vint sees = (keys[v] <= token[i]) & (token[i] < ends[v]);
-              weight[i] = select(sees, weight[i], zero());
-              grad[i] = select(sees, grad[i], zero());
+            const vfloat product = load(work_.logits + here);
+            vfloat logit = score_.scale * product, slope = broadcast(1.0f);
+            if (General && score_.capped) {
+              const vfloat bent = tanh(score_.inner * product);
+              logit = score_.softcap * bent;
+              slope -= bent * bent;
+            }
+            if (Masked || General) {
+              const QueryToken token(problem_, tile.first_token + (row + i) / group, row + i < tile.rows);
+              if (General && score_.slopes) {
+                logit -= score_.slopes[head_ * group + (row + i) % group] * token.distance(keys, v * kLanes);
+              }
+              weight[i] = exp2<C>((logit - lse[i]) * static_cast<float>(kLog2E));
+              grad[i] = weight[i] * (load(grads + here) - delta[i]);
+              if (General) grad[i] *= slope;
+              if (Masked) {
+                const vint sees = token.sees(keys, v * kLanes, score_.windowed);
+                weight[i] = select(sees, weight[i], zero());
+                grad[i] = select(sees, grad[i], zero());
+              }
+            } else {
+              weight[i] = exp2<C>((logit - lse[i]) * static_cast<float>(kLog2E));
+              grad[i] = weight[i] * (load(grads + here) - delta[i]);
             }
           }
           store_operands(segment, panel, row, v, weight, grad);
@@ -321,7 +338,7 @@ class BackwardKeyTile {
   }
 
   // The share of this key tile in the gradient of a query tile.
-  void add_queries(const Tile& tile, const Segment& segment) {
+  void add_queries(const QueryTile& tile, const Segment& segment) {
     if (segment.selected) return add_visible_queries(tile, segment);
     const Range rows = segment.rows;
     float* grad_q = data_.grad_q + (tile.index * sizes_.tile_rows + rows.begin) * sizes_.key_columns;
@@ -342,11 +359,11 @@ class BackwardKeyTile {
   // --- the same products over visible pairs alone ---------------------------------------------------
 
   template <class Body>
-  PYKERN_INLINE void for_visible(const Tile& tile, const Segment& segment, const Body& body) {
+  PYKERN_INLINE void for_visible(const QueryTile& tile, const Segment& segment, const Body& body) {
     for (int64_t column = segment.unit * kUnitKeys; column < (segment.unit + segment.count) * kUnitKeys; ++column) {
       const int64_t key = keys_.first_key + column;
       for (int64_t row = segment.rows.begin; row < segment.rows.end && row < tile.rows; ++row) {
-        if (visible(problem_, tile.first_token + row / problem_.group(), key)) body(row, column);
+        if (problem_.visible(tile.first_token + row / problem_.group(), key)) body(row, column);
       }
     }
   }
@@ -367,7 +384,7 @@ class BackwardKeyTile {
     }
   }
 
-  void add_visible_keys_and_values(const Tile& tile, const Segment& segment) {
+  void add_visible_keys_and_values(const QueryTile& tile, const Segment& segment) {
     for_visible(tile, segment, [&](int64_t row, int64_t column) {
       const int64_t token = tile.first_token + row / problem_.group();
       const int64_t head = head_ * problem_.group() + row % problem_.group();
@@ -380,7 +397,7 @@ class BackwardKeyTile {
     });
   }
 
-  void add_visible_queries(const Tile& tile, const Segment& segment) {
+  void add_visible_queries(const QueryTile& tile, const Segment& segment) {
     for_visible(tile, segment, [&](int64_t row, int64_t column) {
       add_scaled(data_.grad_q + (tile.index * sizes_.tile_rows + row) * sizes_.key_columns, 1, grad_at(row, column),
                  row_of<T>(problem_.k, keys_.first_key + column, head_), problem_.key_size);
@@ -400,6 +417,7 @@ class BackwardKeyTile {
   const Operands<C>& data_;
   const Workspace<C>& work_;
   const Sizes<C> sizes_;
+  const Score score_;
   const int64_t index_, head_;
   const KeyTile keys_;
   const int64_t first_unit_, units_;
@@ -410,10 +428,11 @@ void pack_unit(const PrefixAttention& problem, const Operands<compute_t<T>>& dat
                int64_t unit) {
   using C = compute_t<T>;
   const Sizes<C> sizes(problem);
-  bool finite =
-      stage_unit<C, T>(problem, problem.v, head, unit, problem.value_size, sizes.value_depth, staged);
+  const int64_t first = unit * kUnitKeys;
+  const KeyColumns keys{problem.row + first, problem.subtree_end + first, problem.position + first};
+  bool finite = stage_unit<C, T>(problem.v, keys, head, problem.value_size, sizes.value_depth, staged, NonFinite::keep);
   pack_across(data.values_across, staged, unit, problem.value_size, sizes.value_depth);
-  finite &= stage_unit<C, T>(problem, problem.k, head, unit, problem.key_size, sizes.key_depth, staged);
+  finite &= stage_unit<C, T>(problem.k, keys, head, problem.key_size, sizes.key_depth, staged, NonFinite::keep);
   pack_across(data.keys_across, staged, unit, problem.key_size, sizes.key_depth);
   pack_along(data.keys_along, staged, unit, sizes.keys, problem.key_size, sizes.key_depth);
   data.keys_finite[unit] = finite;
@@ -432,10 +451,11 @@ void transpose_rows(C* target, int64_t target_row, const C* source, int64_t sour
 
 template <class T>
 void load_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<T>>& data, int64_t head,
-               const Tile& tile) {
+               int64_t index) {
   using C = compute_t<T>;
   const Sizes<C> sizes(problem);
-  const int64_t group = problem.group(), first = tile.index * sizes.tile_rows;
+  const Tile tile = Tile::of_index(problem, index);
+  const int64_t group = problem.group(), first = index * sizes.tile_rows;
   vint bad = {};
   for (int64_t row = 0; row < sizes.tile_rows; ++row) {
     C* query = data.queries + (first + row) * sizes.key_depth;
@@ -466,7 +486,7 @@ void load_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<
     data.lse[first + row] = problem.lse[at];
     data.delta[first + row] = sum_lanes(sum) - (problem.grad_lse ? problem.grad_lse[at] : 0.0f);
   }
-  data.queries_finite[tile.index] = !any(bad);
+  data.queries_finite[index] = !any(bad);
   if constexpr (kNeedsTransposed<C>) {
     transpose_rows(data.queries_transposed + first * problem.key_size, sizes.tile_rows,
                    data.queries + first * sizes.key_depth, sizes.key_depth, sizes.tile_rows, problem.key_size);
@@ -474,23 +494,42 @@ void load_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<
                    data.grad_out + first * sizes.value_depth, sizes.value_depth, sizes.tile_rows, problem.value_size);
   }
   std::memset(data.grad_q + first * sizes.key_columns, 0, sizes.tile_rows * sizes.key_columns * sizeof(float));
-  data.turn[tile.index] = next_turn(problem, 0, tile.index);
+  data.turn[index] = next_turn(problem, 0, index);
 }
 
 template <class T>
 void write_tile(const PrefixAttentionBackward& problem, const Operands<compute_t<T>>& data, int64_t head,
-                const Tile& tile) {
+                int64_t index) {
   const Sizes<compute_t<T>> sizes(problem);
+  const Tile tile = Tile::of_index(problem, index);
   const int64_t group = problem.group(), size = problem.key_size;
   const float scale = static_cast<float>(problem.scale);
   for (int64_t row = 0; row < tile.rows; ++row) {
     const int64_t token = tile.first_token + row / group;
-    const float* sums = data.grad_q + (tile.index * sizes.tile_rows + row) * sizes.key_columns;
+    const float* sums = data.grad_q + (index * sizes.tile_rows + row) * sizes.key_columns;
     T* target = static_cast<T*>(problem.grad_q) + (token * problem.query_heads + head * group + row % group) * size;
     int64_t column = 0;
     for (; column + kLanes <= size; column += kLanes) store(target + column, load(sums + column) * scale);
     for (; column < size; ++column) narrow(sums[column] * scale, target + column);
   }
+}
+
+// A sink takes the weight e^(sink - lse) of every row that sees a key; its value is zero.
+template <class C>
+float grad_of_sink(const PrefixAttentionBackward& problem, const Operands<C>& data, int64_t head) {
+  const Sizes<C> sizes(problem);
+  const int64_t group = problem.group();
+  const float sink = static_cast<const float*>(problem.sinks)[head];
+  double sum = 0.0;
+  for (int64_t tile = 0; tile < problem.tiles; ++tile) {
+    const int64_t rows = Tile::of_index(problem, tile).rows;
+    for (int64_t row = head % group; row < rows; row += group) {
+      const int64_t at = tile * sizes.tile_rows + row;
+      // Rows that see nothing have an infinite lse here.
+      if (data.lse[at] != kInfinity) sum -= static_cast<double>(__builtin_expf(sink - data.lse[at])) * data.delta[at];
+    }
+  }
+  return static_cast<float>(sum);
 }
 
 template <class T>
@@ -528,7 +567,7 @@ bool run_backward(const PrefixAttentionBackward& problem) {
       if (part < problem.units) {
         pack_unit<T>(problem, operands, thread_memory(thread).staged, first_head + slot, part);
       } else {
-        load_tile<T>(problem, operands, first_head + slot, Tile(problem, part - problem.units));
+        load_tile<T>(problem, operands, first_head + slot, part - problem.units);
       }
     });
     parallel_tasks(count * key_tiles, [&](int64_t task, int thread) {
@@ -537,8 +576,14 @@ bool run_backward(const PrefixAttentionBackward& problem) {
       BackwardKeyTile<T>(problem, operands, workspace, task / count, first_head + task % count).run();
     });
     parallel_tasks(count * problem.tiles, [&](int64_t task, int) {
-      write_tile<T>(problem, head_memory(task % count), first_head + task % count, Tile(problem, task / count));
+      write_tile<T>(problem, head_memory(task % count), first_head + task % count, task / count);
     });
+    if (problem.grad_sinks) {
+      parallel_tasks(count * problem.group(), [&](int64_t task, int) {
+        const int64_t slot = task % count, head = (first_head + slot) * problem.group() + task / count;
+        problem.grad_sinks[head] = grad_of_sink(problem, head_memory(slot), head);
+      });
+    }
   }
   return true;
 }

@@ -23,7 +23,7 @@ bool is_aligned(const Tensor& tensor) {
   for (int64_t dim = 0; dim < 2; ++dim) {
     if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % kAlignment)) return false;
   }
-  return true;
+  return tensor.size(0) < 2 || tensor.stride(0) <= INT32_MAX;
 }
 
 // The tensor as kernels read it: a copy where its memory isn't aligned for them, with zeros behind a head whose size

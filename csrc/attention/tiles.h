@@ -6,14 +6,15 @@
 // matrix unit even where sequences are short.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/prefix_attention.h"
+#include "attention/score.h"
 #include "common/matmul.h"
 #include "common/scratch.h"
 #include "common/vector.h"
 
 namespace pykern::PYKERN_SIMD {
-
-constexpr float kInfinity = __builtin_inff();
 
 // Hands out pieces of one allocation; with a null base it only counts.
 class Pieces {
@@ -33,6 +34,9 @@ class Pieces {
   int64_t used_ = 0;
 };
 
+// Rows of queries come in such numbers: in pairs, and never so few that a product takes another way.
+constexpr int64_t kRowMultiple = 8;
+
 // Sizes in elements that follow from a problem and the type C of its products.
 template <class C>
 struct Sizes {
@@ -42,12 +46,12 @@ struct Sizes {
         value_depth(round_up(problem.value_size, kDepth<C>)),
         key_columns(round_up(problem.key_size, kPanel)),
         value_columns(round_up(problem.value_size, kPanel)),
-        tile_rows(round_up(problem.tile_tokens * problem.group(), 2)) {}
+        tile_rows(round_up(problem.tile_tokens * problem.group(), kRowMultiple)) {}
 
   int64_t keys;
   int64_t key_depth, value_depth;      // a head's size as the depth of a product
   int64_t key_columns, value_columns;  // a head's size as the columns of a product
-  int64_t tile_rows;                   // even, so that rows can be paired
+  int64_t tile_rows;                   // so many that rows can be paired
 };
 
 // --- who sees whom ------------------------------------------------------------------------------
@@ -59,34 +63,46 @@ struct Range {
 };
 
 struct Tile {
-  int64_t index;
   int64_t first_token, stop_token;
-  int64_t rows;  // of real queries; the tile's buffers have up to one more, which sees nothing
+  int64_t rows;  // of real queries; the tile's buffers have some more, which see nothing
+  Positions positions{};  // only with a window
 
-  PYKERN_INLINE Tile(const PrefixAttention& problem, int64_t tile)
-      : index(tile),
-        first_token(tile * problem.tile_tokens),
-        stop_token(first_token + problem.tile_tokens < problem.tokens ? first_token + problem.tile_tokens
-                                                                      : problem.tokens),
-        rows((stop_token - first_token) * problem.group()) {}
+  PYKERN_INLINE Tile(const PrefixAttention& problem, int64_t first, int64_t stop)
+      : first_token(first), stop_token(stop), rows((stop - first) * problem.group()) {
+    if (problem.window == 0) return;
+    positions = {problem.position[first], problem.position[first]};
+    for (int64_t token = first + 1; token < stop; ++token) {
+      const int32_t position = problem.position[token];
+      positions.least = position < positions.least ? position : positions.least;
+      positions.last = position > positions.last ? position : positions.last;
+    }
+  }
+
+  PYKERN_INLINE static Tile of_index(const PrefixAttention& problem, int64_t index) {
+    const int64_t first = index * problem.tile_tokens, stop = first + problem.tile_tokens;
+    return Tile(problem, first, stop < problem.tokens ? stop : problem.tokens);
+  }
 };
 
 // Rows of the tile that may see keys of the unit, widened to whole pairs.
 PYKERN_INLINE Range visible_rows(const PrefixAttention& problem, const Tile& tile, int64_t unit) {
-  const int64_t key = unit * kUnitKeys, stop = problem.unit_max_end[unit];
-  const int64_t begin = key > tile.first_token ? key : tile.first_token;
-  const int64_t end = stop < tile.stop_token ? stop : tile.stop_token;
+  const int64_t key = unit * kUnitKeys, stop = problem.last_end(unit);
+  int64_t begin = key > tile.first_token ? key : tile.first_token;
+  int64_t end = stop < tile.stop_token ? stop : tile.stop_token;
+  if (problem.window > 0 && begin < end) {
+    const int64_t first_unseen = problem.last_position(unit) + problem.window;
+    if (tile.positions.least >= first_unseen) return {0, 0};
+    while (begin < end && problem.position[begin] >= first_unseen) ++begin;
+    while (begin < end && problem.position[end - 1] >= first_unseen) --end;
+  }
   if (begin >= end) return {0, 0};
   const int64_t group = problem.group();
   return {(begin - tile.first_token) * group / 2 * 2, round_up((end - tile.first_token) * group, 2)};
 }
 
 PYKERN_INLINE bool fully_visible(const PrefixAttention& problem, const Tile& tile, int64_t unit) {
-  return (unit + 1) * kUnitKeys - 1 <= tile.first_token && problem.unit_min_end[unit] >= tile.stop_token;
-}
-
-PYKERN_INLINE bool visible(const PrefixAttention& problem, int64_t token, int64_t key) {
-  return key <= token && token < problem.subtree_end[key];
+  return (unit + 1) * kUnitKeys - 1 <= tile.first_token && problem.least_end(unit) >= tile.stop_token &&
+         (problem.window == 0 || tile.positions.last - int64_t{problem.least_position(unit)} < problem.window);
 }
 
 PYKERN_INLINE vint lane_numbers() {
@@ -95,18 +111,18 @@ PYKERN_INLINE vint lane_numbers() {
   return lanes;
 }
 
-PYKERN_INLINE vint load_ends(const int32_t* source) {
-  vint value;
-  std::memcpy(&value, source, sizeof value);
-  return value;
-}
-
 // --- copies ---------------------------------------------------------------------------------------
 
 PYKERN_INLINE bool any(vint condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)condition, (__m256i)condition);
+#else
   int32_t lanes = 0;
   for (int lane = 0; lane < kLanes; ++lane) lanes |= condition[lane];
   return lanes != 0;
+#endif
 }
 
 #if defined(__AVX512BF16__)
@@ -125,6 +141,14 @@ template <class C, class T>
 PYKERN_INLINE vint copy_row(C* target, int64_t stride, const T* source, int64_t columns) {
   vint bad = {};
   int64_t column = 0;
+  if constexpr (std::is_same_v<C, T> && sizeof(C) == 2) {
+    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
+      vint pairs;
+      std::memcpy(&pairs, source + column, sizeof pairs);
+      bad |= ((pairs & 0x7f80) == 0x7f80) | ((pairs & 0x7f800000) == 0x7f800000);
+      std::memcpy(target + column, &pairs, sizeof pairs);
+    }
+  }
   for (; column + kLanes <= columns; column += kLanes) {
     const vfloat value = load(source + column);
     bad |= (value - value) != zero();
@@ -139,6 +163,15 @@ PYKERN_INLINE vint copy_row(C* target, int64_t stride, const T* source, int64_t 
   return bad;
 }
 
+template <class T>
+PYKERN_INLINE bool row_is_finite(const T* row, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float value = widen(row[i]);
+    if (value - value != 0.0f) return false;
+  }
+  return true;
+}
+
 template <class C>
 PYKERN_INLINE void zero_row(C* target, int64_t stride) {
   std::memset(target, 0, stride * sizeof(C));
@@ -149,21 +182,25 @@ PYKERN_INLINE const T* row_of(const HeadsView& view, int64_t token, int64_t head
   return static_cast<const T*>(view.data) + token * view.token_stride + head * view.head_stride;
 }
 
+// What becomes of a row that holds NaN or infinity.
+enum class NonFinite { keep, drop };
+
 // Copies a unit of keys or values of one head to [kUnitKeys, depth]. Rows that no query sees become
-// zero, whatever they hold. Returns whether all the others are finite.
+// zero, whatever they hold, and so do those that are dropped. Returns whether all the others are finite.
 template <class C, class T>
-bool stage_unit(const PrefixAttention& problem, const HeadsView& view, int64_t head, int64_t unit, int64_t size,
-                int64_t depth, C* staged) {
-  vint bad = {};
-  for (int64_t row = 0; row < kUnitKeys; ++row) {
-    const int64_t key = unit * kUnitKeys + row;
-    if (problem.subtree_end[key] > key) {
-      bad |= copy_row(staged + row * depth, depth, row_of<T>(view, key, head), size);
-    } else {
-      zero_row(staged + row * depth, depth);
+bool stage_unit(const HeadsView& view, const KeyColumns& keys, int64_t head, int64_t size, int64_t depth, C* staged,
+                NonFinite rule) {
+  bool finite = true;
+  for (int64_t i = 0; i < kUnitKeys; ++i) {
+    C* target = staged + i * depth;
+    if (keys.end[i] <= keys.row[i]) {
+      zero_row(target, depth);
+    } else if (any(copy_row(target, depth, row_of<T>(view, keys.row[i], head), size))) {
+      finite = false;
+      if (rule == NonFinite::drop) zero_row(target, depth);
     }
   }
-  return !any(bad);
+  return finite;
 }
 
 // Packs a staged unit as the B operand [size, keys] of one head: the unit's panels follow each other.

@@ -98,6 +98,23 @@ struct BackwardKeys {
   static_assert(kSharedBytes <= 99 * 1024, "the smallest shared memory of 8.0 and newer");
 };
 
+// Which warp this is. With four pairs, warps of both kinds are on each of the four parts of a multiprocessor.
+template <class Tile>
+struct PairWarp {
+  int lane, pair;
+  bool weighs;  // has K, S and dV; else V, dP and dK
+
+  __device__ __forceinline__ explicit PairWarp(int thread)
+      : lane(thread % kWarpSize),
+        pair(thread / kWarpSize % Tile::kPairs),
+        weighs(thread < Tile::kPairs * kWarpSize) {}
+
+  __device__ __forceinline__ int first_row() const { return pair * 16 * Tile::kTiles; }
+  // Blocks of 16 columns of the operand of the first product, and of the sums of the second.
+  __device__ __forceinline__ int first_steps() const { return (weighs ? Tile::kKey : Tile::kValue) / 16; }
+  __device__ __forceinline__ int second_steps() const { return (weighs ? Tile::kValue : Tile::kKey) / 16; }
+};
+
 template <class Sizes>
 __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Sizes>::kBlocksPerProcessor)
     prefix_attention_backward_keys_kernel(PrefixAttentionBackward params) {
@@ -111,10 +128,7 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
 
   PYKERN_DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(bytes + Tile::kOperandBytes);
-  const int thread = threadIdx.x, warp = thread / kWarpSize;
-  const int pair = warp % Tile::kPairs;
-  // Warps of both kinds on each of a multiprocessor's four parts.
-  const bool weighs = warp < Tile::kPairs;
+  const int thread = threadIdx.x;
   const int tokens = static_cast<int>(params.tokens);
 
   constexpr int kTilesPerBlock = kOrderTokens / Tile::kKeys;
@@ -140,7 +154,7 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
   const int stop_key = first_key + Tile::kKeys;
   // A warp that has to wait for weights anyway.
   constexpr int kPlanner = 2 * Tile::kPairs - 1;
-  if (warp == kPlanner) {
+  if (thread / kWarpSize == kPlanner) {
     if (thread % kWarpSize == 0) shared.way = Tile::Way::begin(params, first_key, stop_key);
     __syncwarp();
 #pragma unroll 1
@@ -163,19 +177,20 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
   __syncthreads();
 
   // The pair's rows of K or V, as A.
-  const int own_steps = (weighs ? kKey : kValue) / 16, first_row = pair * 16 * kTiles;
-  const Rows own_rows = choose(weighs, k_rows, v_rows);
   uint32_t keys[kTiles][kSteps][4];
+  {
+    const PairWarp<Tile> own(thread);
+    const Rows rows = choose(own.weighs, k_rows, v_rows);
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (!kEven && k >= own_steps) continue;
-      own_rows.load_a(keys[t][k], thread % kWarpSize, first_row + 16 * t, k);
+      for (int k = 0; k < kSteps; ++k) {
+        if (!kEven && k >= own.first_steps()) continue;
+        rows.load_a(keys[t][k], own.lane, own.first_row() + 16 * t, k);
+      }
     }
   }
   float sums[kTiles][2 * kSteps][4] = {};
-  const int sum_steps = (weighs ? kValue : kKey) / 16;
   __syncthreads();
 
   const auto start_copies = [&](int stage, const QueryStage& plan) {
@@ -191,12 +206,13 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
                                               [&](int row) { return query_row(params.q, row); });
     copy_rows<kQueries, kValue, Tile::kThreads>(grad_rows, params.grad_out.data, params.value_size,
                                                 [&](int row) { return query_row(params.grad_out, row); });
-    if (thread < 2 * kQueries) {
-      const int row = thread % kQueries, query = plan.token + (row >> shift);
+    const int own = ptx::forget_origin(thread);
+    if (own < 2 * kQueries) {
+      const int row = own % kQueries, query = plan.token + (row >> shift);
       const int head = first_head + (row & ((1 << shift) - 1));
-      const float* from = thread < kQueries ? params.lse : params.delta;
+      const float* from = own < kQueries ? params.lse : params.delta;
       const bool exists = query < params.tokens;
-      ptx::cp_async<4>(&(thread < kQueries ? shared.lse : shared.delta)[stage][row],
+      ptx::cp_async<4>(&(own < kQueries ? shared.lse : shared.delta)[stage][row],
                        from + (exists ? int64_t{query} * params.query_heads + head : 0), exists ? 4 : 0);
     }
     ptx::cp_async_commit();
@@ -210,7 +226,7 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
     const bool holes = __syncthreads_or(thread < kQueries && shared.lse[stage][thread] == -INFINITY);
     const QueryStage next = shared.plans[(index + 1) % 4];
     if (next.token >= 0) start_copies(stage ^ 1, next);
-    if (warp == kPlanner) advance_shared(params, shared.way, shared.plans[(index + 2) % 4]);
+    if (ptx::forget_origin(thread) / kWarpSize == kPlanner) advance_shared(params, shared.way, shared.plans[(index + 2) % 4]);
 
     const Rows q_rows{bytes, stage * Tile::kStageBytes, kKey};
     const Rows grad_rows{bytes, q_rows.first + kQueries * kKey * 2, kValue};
@@ -226,29 +242,24 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
       __syncthreads();
     }
 
-    const Rows first_operand = choose(weighs, q_rows, grad_rows), second_operand = choose(weighs, grad_rows, q_rows);
     for (int chunk = 0; chunk < kQueries; chunk += Tile::kChunk) {
       // The registers hold no more than sums, keys and s.
-      const int lane = ptx::forget_origin(thread) % kWarpSize;
+      const PairWarp<Tile> own(ptx::forget_origin(thread));
+      const int lane = own.lane, pair = own.pair;
+      const Rows first_operand = choose(own.weighs, q_rows, grad_rows);
+      const Rows second_operand = choose(own.weighs, grad_rows, q_rows);
       float s[kTiles][2 * kGroups][4] = {};
-      uint32_t b[2][4];
-      first_operand.load_b_of_columns(b[0], lane, chunk, 0);
 #pragma unroll
       for (int step = 0; step < kSteps * kGroups; ++step) {
-        const int k = step / kGroups, group = step % kGroups, after = step + 1;
-        if (!kEven && k >= own_steps) continue;
-        if (after < kSteps * kGroups && (kEven || after / kGroups < own_steps)) {
-          first_operand.load_b_of_columns(b[after % 2], lane, chunk + after % kGroups * 16, after / kGroups);
-        }
+        const int k = step / kGroups, group = step % kGroups;
+        if (!kEven && k >= own.first_steps()) continue;
+        uint32_t b[4];
+        first_operand.load_b_of_columns(b, lane, chunk + 16 * group, k);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          multiply_both<T>(s[t][2 * group], s[t][2 * group + 1], keys[t][k], b[step % 2]);
-        }
+        for (int t = 0; t < kTiles; ++t) multiply_both<T>(s[t][2 * group], s[t][2 * group + 1], keys[t][k], b);
       }
-      // The first of the second product's operands is on its way meanwhile.
-      second_operand.load_b_of_rows(b[0], lane, chunk, 0);
 
-      if (weighs) {
+      if (own.weighs) {
         if (chunk > 0) ptx::barrier_sync(1 + Tile::kPairs + pair, 2 * kWarpSize);
         const auto weigh = [&](auto masks, auto transforms) {
           constexpr bool kMasks = decltype(masks)::value, kTransforms = decltype(transforms)::value;
@@ -270,7 +281,7 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
               }
 #pragma unroll
               for (int i = 0; i < 2 * kTiles; ++i) {
-                const int row = first_row + 8 * i + lane / 4;
+                const int row = own.first_row() + 8 * i + lane / 4;
                 PairKey key{shared.first_key + row, 0, 0};
                 if (kMasks) key.end = shared.end[row];
                 if (kMasks || kTransforms) key.position = shared.position[row];
@@ -316,15 +327,13 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
         uint32_t a[kTiles][4];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) accumulators_as_a<T>(a[t], s[t][2 * group], s[t][2 * group + 1]);
-        if (group > 0) second_operand.load_b_of_rows(b[0], lane, chunk + 16 * group, 0);
 #pragma unroll
         for (int n = 0; n < kSteps; ++n) {
-          if (!kEven && n >= sum_steps) continue;
-          if (n + 1 < kSteps && (kEven || n + 1 < sum_steps)) {
-            second_operand.load_b_of_rows(b[(n + 1) % 2], lane, chunk + 16 * group, n + 1);
-          }
+          if (!kEven && n >= own.second_steps()) continue;
+          uint32_t b[4];
+          second_operand.load_b_of_rows(b, lane, chunk + 16 * group, n);
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t) multiply_both<T>(sums[t][2 * n], sums[t][2 * n + 1], a[t], b[n % 2]);
+          for (int t = 0; t < kTiles; ++t) multiply_both<T>(sums[t][2 * n], sums[t][2 * n + 1], a[t], b);
         }
       }
     }
@@ -332,10 +341,11 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
 
   __syncthreads();
   // Where K and V were, lie their gradients.
+  const PairWarp<Tile> own(ptx::forget_origin(thread));
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    store_accumulators(choose(weighs, v_rows, k_rows), first_row + 16 * t, sums[t], weighs ? kValue : kKey,
-                       weighs ? 1.0f : params.scale);
+    store_accumulators(choose(own.weighs, v_rows, k_rows), own.first_row() + 16 * t, sums[t],
+                       own.weighs ? kValue : kKey, own.weighs ? 1.0f : params.scale);
   }
   __syncthreads();
   const auto grad_row = [&](void* grad, int size, int row) -> T* {

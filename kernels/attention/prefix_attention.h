@@ -9,7 +9,7 @@
 namespace pykern {
 
 // [tokens, heads, size] of 2-byte elements: data a multiple of 16 bytes, sizes and strides (in elements) multiples of
-// 8, the elements of a head side by side.
+// 8, the elements of a head side by side; the token stride is less than 2^31, as some kernels take it as 32 bits.
 struct AttentionHeads {
   const void* data;
   int64_t token_stride, head_stride;

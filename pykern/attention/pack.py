@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import gather_rows, invert_rows
-from .tree import PrefixTree, _host_vector
+from .host import host_vector, inverse_of_rows
+from .rows import gather_rows
+from .tree import PrefixTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class PackedBatch:
         """[N, C]: the row of `hidden` [T, C] that predicts each response token; see `gather_rows`."""
         return gather_rows(hidden, self.predictor_rows, order=self.predictor_order, offsets=self.predictor_offsets)
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
         return PackedBatch(
@@ -51,6 +53,8 @@ class PackedBatch:
         )
 
 
+# What is made in inference mode could never be saved for a backward.
+@torch.inference_mode(False)
 def pack(
     prompts: Sequence[Sequence[int] | Tensor],
     responses: Sequence[Sequence[Sequence[int] | Tensor]],
@@ -69,9 +73,9 @@ def pack(
         raise ValueError(
             f"responses: expected a list for each of the {len(prompts)} prompts, got {len(responses)} lists"
         )
-    heads = [_host_vector(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+    heads = [host_vector(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
     tails = [
-        [_host_vector(response, f"responses[{index}][{number}]") for number, response in enumerate(group)]
+        [host_vector(response, f"responses[{index}][{number}]") for number, response in enumerate(group)]
         for index, group in enumerate(responses)
     ]
     for index, (head, group) in enumerate(zip(heads, tails, strict=True)):
@@ -109,15 +113,15 @@ def pack(
         last_prompt_row = prompt_stops + cu_seqlens[responses_before_group] - 1
         predictor_rows = np.where(step == 0, np.repeat(last_prompt_row, lengths), np.repeat(begins, lengths) + step - 1)
 
-    rows = torch.from_numpy(predictor_rows.astype(np.int64))
+    rows = predictor_rows.astype(np.int64)
     return PackedBatch(
         token_ids,
         tree,
-        rows,
+        torch.from_numpy(rows),
         torch.from_numpy(targets),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         torch.from_numpy(group_ids.astype(np.int64)),
-        *invert_rows(rows, tree.num_tokens),
+        *map(torch.from_numpy, inverse_of_rows(rows, tree.num_tokens)),
     )
 
 

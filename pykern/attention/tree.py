@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .host import host_vector, host_vectors
 from .tiles import tree_tiles
+from .trie import SortedSequences, TrieRows
 
 _INT32_MAX = 2**31 - 1
 
@@ -110,8 +112,8 @@ class PrefixTree:
         right after its parent or an earlier sibling's subtree, rows are the nodes in the order given.
         One sequence per node without children, in the order of nodes.
         """
-        sizes = _host_vector(lengths, "lengths")
-        above = _host_vector(parents, "parents")
+        sizes = host_vector(lengths, "lengths")
+        above = host_vector(parents, "parents")
         nodes = len(sizes)
         if len(above) != nodes:
             raise ValueError(f"parents: expected one for each of the {nodes} nodes, got {len(above)}")
@@ -165,45 +167,20 @@ class PrefixTree:
         Returns the tree, whose sequences are the given ones in the given order, and the packed token ids, int64 [T].
         Siblings lie in the order of their token ids.
         """
-        arrays = [_host_vector(sequence, f"sequences[{index}]") for index, sequence in enumerate(sequences)]
-        # Big-endian bytes of the ids, sign bit flipped, compare as the ids do.
-        keys = [(array ^ np.int64(-(2**63))).astype(">i8").tobytes() for array in arrays]
-        order = sorted(range(len(arrays)), key=keys.__getitem__)
+        flat, lengths = host_vectors(sequences, "sequences")
+        starts = np.cumsum(lengths) - lengths
+        return cls._from_trie(SortedSequences.of(flat, starts, lengths).rows(), lengths)
 
-        pieces, starts = [], []
-        open_nodes: list[tuple[int, int, int]] = []  # (first position, first row, rows), root to tip
-        closed: list[tuple[int, int, int]] = []  # (first row, rows, subtree end)
-        last_rows = np.full(len(arrays), -1, dtype=np.int64)
-        rows = 0
-        previous = np.zeros(0, dtype=np.int64)
-        for index in order:
-            array = arrays[index]
-            shared = _common_prefix(previous, array)
-            while open_nodes and open_nodes[-1][0] + open_nodes[-1][2] > shared:
-                position, first, count = open_nodes.pop()
-                kept = max(shared - position, 0)
-                closed.append((first + kept, count - kept, rows))
-                if kept:
-                    open_nodes.append((position, first, kept))
-            if len(array) > shared:
-                open_nodes.append((shared, rows, len(array) - shared))
-                pieces.append(array[shared:])
-                starts.append(shared)
-                rows += len(array) - shared
-            if open_nodes:
-                _, first, count = open_nodes[-1]
-                last_rows[index] = first + count - 1
-            previous = array
-        closed.extend((first, count, rows) for _, first, count in open_nodes)
-
-        closed.sort()
-        parts = np.asarray(closed, dtype=np.int64).reshape(-1, 3)
-        ends = np.repeat(parts[:, 2], parts[:, 1])
-        sizes = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
-        offsets = np.asarray(starts, dtype=np.int64) - (np.cumsum(sizes) - sizes)
-        position = np.arange(rows) + np.repeat(offsets, sizes)
-        tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-        return cls._trusted(ends, position, last_rows), torch.from_numpy(tokens)
+    @classmethod
+    def _from_trie(cls, rows: TrieRows, lengths: np.ndarray) -> tuple["PrefixTree", Tensor]:
+        """The tree of a trie's rows, and their tokens. lengths: of the sequences, in the order given."""
+        tree = cls._trusted(rows.subtree_end, rows.position, rows.last_rows)
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        # The rows of the sequences are at hand; later they would have to be gathered from the tree.
+        with torch.inference_mode(False):
+            maps = torch.from_numpy(rows.sequence_rows), torch.from_numpy(cu_seqlens.astype(np.int32))
+            object.__setattr__(tree, "_sequences", maps)
+            return tree, torch.from_numpy(rows.tokens)
 
     # --- what it holds ------------------------------------------------------------------------------
 
@@ -294,6 +271,8 @@ class PrefixTree:
         object.__setattr__(tree, "subtree_end", subtree_end)
         object.__setattr__(tree, "position", position)
         object.__setattr__(tree, "_last_rows", self._last_rows)
+        if "_sequences" in self.__dict__:
+            object.__setattr__(tree, "_sequences", self._sequences)
         tree._set_tiles(bounds, order)
         return tree
 
@@ -308,15 +287,6 @@ def _int32_vector(tensor: Tensor, name: str) -> Tensor:
     if tensor.dim() != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {tuple(tensor.shape)}")
     return tensor.contiguous()
-
-
-def _host_vector(values: Sequence[int] | Tensor, name: str) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
-    if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got {array.dtype}")
-    return array.astype(np.int64)
 
 
 def _depth_first(parents: np.ndarray) -> list[int]:
@@ -347,19 +317,6 @@ def _is_depth_first(parents: np.ndarray) -> bool:
             return False
         path.append(node)
     return True
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    length = min(len(a), len(b))
-    # In growing blocks: most neighbours differ early or share nearly everything.
-    begin, block = 0, 256
-    while begin < length:
-        end = min(begin + block, length)
-        different = a[begin:end] != b[begin:end]
-        if different.any():
-            return begin + int(different.argmax())
-        begin, block = end, block * 4
-    return length
 
 
 def _depths(ends: np.ndarray) -> np.ndarray:

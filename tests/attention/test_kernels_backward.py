@@ -135,10 +135,10 @@ def test_float16(kernels, size, value_size):
     ("heads", "key_heads"), [(1, 1), (3, 3), (4, 2), (3, 1), (4, 1), (6, 1), (8, 1), (16, 1), (24, 1), (32, 1), (14, 2)]
 )
 def test_head_groups(kernels, heads, key_heads):
-    check(kernels, random_tree(9, 10, 30), heads, key_heads, 32, 32, BF16, window=40, alibi_slopes=True, sinks=True)
+    check(kernels, random_tree(9, 10, 24), heads, key_heads, 32, 32, BF16, window=40, alibi_slopes=True, sinks=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 191, 193, 257])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 33, 63, 64, 65, 127, 128, 129, 193])
 def test_tokens(kernels, tokens):
     check(kernels, pykern.PrefixTree.from_groups([tokens], [[]]), 2, 2, 16, 16, BF16, sinks=True)
 
@@ -154,23 +154,34 @@ def test_no_tokens(kernels):
 @pytest.mark.parametrize("seed", range(6))
 def test_random_trees(kernels, seed):
     heads, key_heads, size = [(4, 4, 24), (4, 2, 64), (8, 1, 96)][seed % 3]
-    tree = random_tree(200 + seed, nodes=2 + 5 * seed, longest=90)
+    tree = random_tree(200 + seed, nodes=2 + 5 * seed, longest=40)
     check(kernels, tree, heads, key_heads, size, size, BF16, **list(OPTIONS.values())[seed])
 
 
 def test_many_tiles(kernels):
     """Enough tokens that a block looks through more tiles than a warp has lanes."""
-    tree = pykern.PrefixTree.from_groups([130], [[60, 1900, 200, 30]])
-    check(kernels, tree, 1, 1, 16, 16, BF16, window=150)
+    tree = pykern.PrefixTree.from_groups([70], [[60, 1800, 100, 30]])
+    check(kernels, tree, 1, 1, 16, 16, BF16, window=40)
 
 
 # --- options -------------------------------------------------------------------------------------------------------
 
 
+def bushy_tree():
+    """Of some more than two tiles of tokens; a leaf ends amid a tile, another on its border."""
+    return pykern.PrefixTree.from_groups([70], [[40, 18, 0, 19]])
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize(("size", "heads"), [(64, 4), (192, 2)])
-def test_options(kernels, options, size, heads):
-    check(kernels, TREES["group"](), heads, 1, size, min(size, 128), BF16, **options)
+def test_options(kernels, options):
+    check(kernels, bushy_tree(), 4, 1, 64, 64, BF16, **options)
+
+
+@pytest.mark.parametrize("name", ["softcap", "sinks", "all", "negative scale, all"])
+@pytest.mark.parametrize("size", [128, 192, 256])
+def test_options_of_large_heads(kernels, name, size):
+    """Their tiles are others: fewer keys of a warp, operands that registers can't hold."""
+    check(kernels, bushy_tree(), 2, 1, size, 128 if size == 192 else size, BF16, **OPTIONS[name])
 
 
 @pytest.mark.parametrize("options", [{}, {"sinks": True}], ids=["without sinks", "with sinks"])
@@ -211,17 +222,17 @@ def seen_by(tree, window=None):
 @pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all options"])
 def test_padding_may_hold_anything(kernels, size, options):
     """Queries that see nothing and keys that none sees, at the end and between prompts."""
-    ends = pykern.PrefixTree.from_groups([70, 50], [[20, 25], []]).subtree_end.clone()
-    ends[115:131] = torch.arange(115, 131, dtype=torch.int32)  # the second prompt's first tokens
+    ends = pykern.PrefixTree.from_groups([50, 40], [[10, 15], []]).subtree_end.clone()
+    ends[75:91] = torch.arange(75, 91, dtype=torch.int32)  # the second prompt's first tokens
     tree = with_padding(pykern.PrefixTree(ends), 90)
-    inputs = make_inputs(tree, 4, 2, size, size, BF16)
-    grad_lse, *_ = per_head(tree.num_tokens, 4)
-    options = expand(options, 4)
+    inputs = make_inputs(tree, 2, 1, size, size, BF16)
+    grad_lse, *_ = per_head(tree.num_tokens, 2)
+    options = expand(options, 2)
     out, lse, *exact = by_reference(tree, inputs, grad_lse, options, torch.float64)
     baseline = by_reference(tree, inputs, grad_lse, options, BF16)[2:]
     out = out.to(BF16)
     sees, seen = seen_by(tree, options.get("window"))
-    assert not sees[115:131].any() and not seen[115:131].any() and not sees[-90:].any()
+    assert not sees[75:91].any() and not seen[75:91].any() and not sees[-90:].any()
     for rows, tensors in ((~sees, (inputs[0], inputs[3], out, grad_lse)), (~seen, inputs[1:3])):
         for tensor in tensors:
             tensor[rows] = float("nan")
@@ -259,8 +270,8 @@ class Bare:
 def test_any_thresholds_follow_the_rule(kernels):
     """Intervals that don't nest."""
     generator = torch.Generator().manual_seed(1)
-    begins = torch.arange(300)
-    ends = (begins + torch.randint(0, 200, (300,), generator=generator)).clamp(max=300).to(torch.int32)
+    begins = torch.arange(200)
+    ends = (begins + torch.randint(0, 150, (200,), generator=generator)).clamp(max=200).to(torch.int32)
     position = begins.to(torch.int32)
     check(kernels, Bare(ends, position, *reference.tree_tiles(ends, position)), 4, 2, 32, 32, BF16, window=90)
 
@@ -298,14 +309,13 @@ def test_gradient_of_stride_0(kernels):
 
 @pytest.mark.parametrize(("size", "value_size"), [(64, 64), (192, 128)])
 def test_repeats_bit_for_bit(kernels, size, value_size):
-    tree = TREES["groups"]()
-    once, again = (check(kernels, tree, 8, 2, size, value_size, BF16, **OPTIONS["all"]) for _ in range(2))
+    once, again = (check(kernels, bushy_tree(), 4, 2, size, value_size, BF16, **OPTIONS["all"]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 def test_gradients_of_shared_keys_are_summed_in_float32(kernels):
     """No rounding between the queries of a key: the error is that of one rounding of the result."""
-    tree = pykern.PrefixTree.from_groups([64], [[24] * 8])
+    tree = pykern.PrefixTree.from_groups([32], [[16] * 8])
     inputs = make_inputs(tree, 8, 1, 32, 32, BF16)
     out, lse, *exact = by_reference(tree, inputs, None, {}, torch.float64)
     baseline = by_reference(tree, inputs, None, {}, BF16)[2:]

@@ -69,6 +69,16 @@ def test_empty_batches(merge):
         assert batch.tree.num_tokens == sum(map(len, prompts))
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_packed_in_inference_mode(device, merge):
+    with torch.inference_mode():
+        batch = pykern.pack([[1, 2]], [[[3], [4]]], merge=merge).to(device)
+    hidden = torch.ones(4, 3, device=device, requires_grad=True)
+    batch.gather(hidden).sum().backward()
+    assert hidden.grad[:, 0].tolist() == [0, 2, 0, 0]
+    assert not any(t.is_inference() for t in (batch.token_ids, batch.targets, *batch.tree.tensors))
+
+
 def test_to_moves_every_tensor():
     batch = pykern.pack([[1, 2]], [[[3], [4]]]).to("meta")
     tensors = [batch.token_ids, batch.tree.position, batch.predictor_rows, batch.targets]

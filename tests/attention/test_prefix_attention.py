@@ -5,50 +5,15 @@ import torch
 
 import pykern
 from pykern.reference import attention as reference
+from tests.attention.checks import RESULTS, check, ours, plain, run
 from tests.attention.trees import TREES, make_inputs, random_tree, with_padding
 from tests.support import assert_accurate, assert_grads, poison, threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RESULTS = ["out", "lse", "grad_q", "grad_k", "grad_v"]
 
 
 def large_tree():
     return pykern.PrefixTree.from_groups([450, 70], [[90, 33, 141, 1, 64], [100, 0, 128]])
-
-
-def run(function, inputs, grads):
-    """out, lse and the gradients of q, k, v."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, grads)]
-
-
-def ours(tree, scale=None):
-    return lambda q, k, v: pykern.prefix_attention(q, k, v, tree, scale=scale, return_lse=True)
-
-
-def plain(tree, scale=None):
-    return lambda q, k, v: reference.prefix_attention(q, k, v, tree.subtree_end, scale=scale)[:2]
-
-
-def check(tree, heads, key_heads, size, value_size, dtype, scale=None, factor=2.0, magnitude=1.0):
-    """Forward and backward, the gradient of lse included, against float64 and PyTorch's own error."""
-    q, k, v, grad_out = make_inputs(tree, heads, key_heads, size, value_size, dtype)
-    q = q * magnitude
-    grad_lse = torch.randn(tree.num_tokens, heads)
-    # lse is -inf, and has no gradient, where a row sees nothing.
-    grads = (grad_out, grad_lse)
-    actual = run(ours(tree, scale), (q, k, v), grads)
-    exact = run(plain(tree, scale), [x.double() for x in (q, k, v)], [x.double() for x in grads])
-    baseline = run(plain(tree, scale), (q, k, v), (grad_out, grad_lse.to(dtype)))
-    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
-    for name, got, want, other in zip(RESULTS, actual, exact, baseline, strict=True):
-        if name.startswith("grad"):
-            assert got.dtype == dtype
-            want, other = want.nan_to_num(), other.nan_to_num()
-        # Where few keys are seen, gradients of logits cancel to a rounding of their terms, float32's own unit.
-        assert_accurate(got, want, other, factor=factor, units=4.0 if dtype == torch.float32 else 1.0)
-    return actual
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

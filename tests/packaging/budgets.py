@@ -38,6 +38,7 @@ class Usage:
     spill_stores: int = 0
     spill_loads: int = 0
     doubles: bool = False
+    waits: bool = False  # ptxas lets wgmma wait where the source doesn't, for registers that are touched too early
     opcodes: dict[str, int] = field(default_factory=dict, compare=False)
 
     def told(self) -> dict:
@@ -155,6 +156,8 @@ def parse(told: str, ptx: str) -> dict[str, dict]:
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             usages[kernel] |= {"registers": int(match[1]), "static_shared_per_block": int(shared[1]) if shared else 0}
+    for match in re.finditer(r"\(C75\d\d\) .* in function '(\w+)'", told):
+        usages.setdefault(match[1], {})["waits"] = True
     doubles = double_functions(ptx)
     for kernel in usages.keys() & doubles:
         usages[kernel]["doubles"] = True

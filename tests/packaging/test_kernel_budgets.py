@@ -74,6 +74,10 @@ def test_no_kernel_computes_in_doubles_without_a_reason(usages):
     assert not failing(usages, lambda kernel, usage: usage.doubles and not allowed(DOUBLES, kernel))
 
 
+def test_no_kernel_waits_for_products_where_its_source_does_not(usages):
+    assert not failing(usages, lambda kernel, usage: usage.waits)
+
+
 def test_every_kernel_has_a_kind(usages):
     kinds = {kernel: allowed(KINDS, kernel) for kernel, _, _ in usages}
     assert not [kernel for kernel, kind in kinds.items() if kind not in (MEMORY, MATRIX, OTHER)], (
@@ -153,6 +157,11 @@ def test_planted_doubles_are_seen(planted):
 def test_planted_spills_are_seen(planted):
     usage = planted["spills"]
     assert usage.registers <= 32 and usage.spill_stores and usage.spill_loads and not usage.doubles
+
+
+def test_planted_wait_is_seen(tmp_path):
+    usages = budgets.compiled(Path(__file__).with_name("planted_usage_sm90.cu"), "90a", tmp_path / "planted.cubin")
+    assert usages["touches<true>"].waits and not usages["touches<false>"].waits
 
 
 @needs_disassembler

@@ -10,7 +10,15 @@ import torch
 
 LINES = Path(__file__).with_name("requirements.txt").read_text().splitlines()
 PINNED = dict(line.split("==") for line in LINES if "==" in line)
-PEERS = {"bitsandbytes": "bitsandbytes", "galore_torch": "galore-torch", "fira": "fira", "trl": "trl", "verl": "verl"}
+PEERS = {
+    "bitsandbytes": "bitsandbytes",
+    "galore_torch": "galore-torch",
+    "fira": "fira",
+    "prefix_grouper": "prefix-grouper",
+    "transformers": "transformers",
+    "trl": "trl",
+    "verl": "verl",
+}
 
 
 @pytest.mark.parametrize("module", PEERS)
