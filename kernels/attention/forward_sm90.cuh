@@ -39,9 +39,14 @@ struct ForwardTiles {
   static constexpr int kSharedBytes = kFirstValues + kStages * kValueBytes;
 };
 
+// All that a launch knows, so that no thread has to keep it in registers.
 struct ForwardSm90 : PrefixAttentionForward {
+  ScoreRule rule;
   QuerySchedule schedule;
   TensorMap query_map, key_map, value_map;
+
+  explicit ForwardSm90(const PrefixAttentionForward& problem)
+      : PrefixAttentionForward(problem), rule(problem), schedule(problem) {}
 };
 
 // Phases of `full` end when a copy has landed, those of `empty` when all warps that compute with it have read it.
@@ -56,18 +61,13 @@ struct ForwardBarriers {
   KeyTile key_tile[stages];
 };
 
-// Which stage comes next, and the parity of the phase of its barriers.
+// The stage of a tile, counted from the block's first, and the parity of the phase of its barriers.
 template <int stages>
 struct StageTurn {
-  int stage = 0;
-  uint32_t parity = 0;
+  uint32_t tile = 0;
 
-  __device__ __forceinline__ void next() {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  __device__ __forceinline__ int stage() const { return static_cast<int>(tile % stages); }
+  __device__ __forceinline__ uint32_t parity() const { return tile / stages & 1; }
 };
 
 // --- the copying warp ------------------------------------------------------------------------------------------
@@ -111,9 +111,9 @@ struct ForwardCopies {
 
   __device__ __forceinline__ void copy_keys(const KeyTile& tile, int key_head) {
     if (threadIdx.x % kWarpSize == 0) {
-      const int stage = keys.stage;
+      const int stage = keys.stage();
       uint64_t* full = &barriers.key_full[stage];
-      ptx::mbarrier_wait(&barriers.key_empty[stage], keys.parity ^ 1);
+      ptx::mbarrier_wait(&barriers.key_empty[stage], keys.parity() ^ 1);
       barriers.key_tile[stage] = tile;
       ptx::mbarrier_arrive_expect_tx(full, Tiles::kKeyBytes);
       unsigned char* target = shared + Tiles::kFirstKeys + stage * Tiles::kKeyBytes;
@@ -123,16 +123,16 @@ struct ForwardCopies {
                          {panel * kPanelSize, key_head, tile.first()}, full);
       }
     }
-    keys.next();
+    ++keys.tile;
   }
 
   __device__ __forceinline__ void copy_values(const KeyTile& tile, int key_head) {
-    const int lane = threadIdx.x % kWarpSize, stage = values.stage;
+    const int lane = threadIdx.x % kWarpSize, stage = values.stage();
     unsigned char* target = shared + Tiles::kFirstValues + stage * Tiles::kValueBytes;
     uint64_t* full = &barriers.value_full[stage];
     if (lane == 0) {
       uint64_t* copied = tile.has_padding() ? &barriers.value_copied : full;
-      ptx::mbarrier_wait(&barriers.value_empty[stage], values.parity ^ 1);
+      ptx::mbarrier_wait(&barriers.value_empty[stage], values.parity() ^ 1);
       ptx::mbarrier_arrive_expect_tx(copied, Tiles::kValueBytes);
 #pragma unroll
       for (int panel = 0; panel < Tiles::kValuePanels; ++panel) {
@@ -148,7 +148,7 @@ struct ForwardCopies {
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(full);
     }
-    values.next();
+    ++values.tile;
   }
 
   // Values of keys that no query sees may be anything, but their weight of 0 times NaN were NaN.
@@ -177,7 +177,8 @@ __device__ __forceinline__ void copy_forward_tiles(const ForwardSm90& params, un
     VisibleKeyTiles<ForwardTiles<Sizes>::kKeys> tiles(params, queries);
     KeyTile tile{};
     for (bool first = true; !tile.is_last(); first = false) {
-      const KeyTile next = tiles.next();
+      KeyTile next = tiles.next();
+      if (first) next.bits |= KeyTile::kFirst;
       copies.copy_keys(next, queries.key_head);
       if (first) {
         copies.copy_queries(queries.first, queries.first_head);
@@ -260,7 +261,8 @@ struct ForwardRows {
     return first_head + ((row + 8 * i) & ((1 << params.schedule.packed_log2) - 1));
   }
   // Made anew for each tile of keys: registers are short in between.
-  __device__ __forceinline__ QueryRows describe(const ForwardSm90& params, const ScoreRule& rule) const {
+  __device__ __forceinline__ QueryRows describe(const ForwardSm90& params) const {
+    const ScoreRule& rule = params.rule;
     QueryRows rows;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -274,8 +276,9 @@ struct ForwardRows {
 };
 
 template <class T, int n>
-__device__ __forceinline__ void store_forward(const ForwardSm90& params, const ForwardRows& rows, float factor,
+__device__ __forceinline__ void store_forward(const ForwardSm90& params, const ForwardRows& rows,
                                               const OnlineSoftmax& softmax, const float (&o)[n]) {
+  const float factor = params.rule.factor;
   const bool keeps_statistics = threadIdx.x % 4 == 0;
   float largest[2];
 #pragma unroll
@@ -302,13 +305,13 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
   using T = typename Sizes::T;
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0) - 4, lane = threadIdx.x % 32;
   const int group = warp / 4;
-  const ScoreRule rule(params);
+  const ScoreRule& rule = params.rule;
   const Products products(shared, group);
   // Of named barriers, for whose turn it is to issue products; the first warpgroup begins.
-  const int own_turn = 1 + group, other_turn = 2 - group;
-  if (group == 1) ptx::barrier_arrive(other_turn, 256);
+  const auto own_turn = [&] { return 1 + group; };
+  const auto other_turn = [&] { return 2 - group; };
 
-  Turn keys, values;
+  Turn keys;
   uint32_t query_parity = 0;
   const auto next_queries = [&] {
     ptx::mbarrier_wait(&barriers.query_full[group], query_parity);
@@ -319,11 +322,12 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
     return ForwardRows{barriers.query_token[group], barriers.query_head[group], 16 * (warp % 4) + lane / 4};
   };
   const auto next_tile = [&] {
-    ptx::mbarrier_wait(&barriers.key_full[keys.stage], keys.parity);
-    return barriers.key_tile[keys.stage];
+    ptx::mbarrier_wait(&barriers.key_full[keys.stage()], keys.parity());
+    return barriers.key_tile[keys.stage()];
   };
 
   if (!next_queries()) return;
+  if (group == 1) ptx::barrier_arrive(other_turn(), 256);
   ForwardRows rows = next_rows();
   KeyTile tile = next_tile();
   OnlineSoftmax softmax;
@@ -333,23 +337,22 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
   for (int i = 0; i < Products::kSums; ++i) o[i] = 0.0f;
   ptx::keep_in_place(s);
   ptx::wgmma_fence();
-  products.with_keys(s, keys.stage);
+  products.with_keys(s, keys.stage());
   ptx::wgmma_wait<0>();
   ptx::keep_in_place(s);
-  bool values_in_use = false;
   for (;;) {
-    const bool last = tile.is_last();
+    const bool first = tile.is_first(), last = tile.is_last();
     __syncwarp();  // all lanes have read what was handed on with the tile
     if (lane == 0) {
-      ptx::mbarrier_arrive(&barriers.key_empty[keys.stage]);
+      ptx::mbarrier_arrive(&barriers.key_empty[keys.stage()]);
       if (last) ptx::mbarrier_arrive(&barriers.query_empty[group]);
     }
-    keys.next();
+    ++keys.tile;
     const int first_key = tile.first() + lane % 4 * 2;
     if (tile.is_masked()) {
-      apply_rule<true>(rule, rows.describe(params, rule), first_key, s);
+      apply_rule<true>(rule, rows.describe(params), first_key, s);
     } else if (rule.transforms) {
-      apply_rule<false>(rule, rows.describe(params, rule), first_key, s);
+      apply_rule<false>(rule, rows.describe(params), first_key, s);
     }
     float rescale[2];
     const bool rescales = softmax.take(rule.factor, s, rescale);
@@ -360,9 +363,9 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
     if (more) tile = next_tile();
     ptx::wgmma_wait<0>();
     ptx::keep_in_place(o);
-    if (values_in_use) {
-      if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
-      values.next();
+    if (!first) {
+      const Turn before{keys.tile - 2};
+      if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[before.stage()]);
     }
     if (rescales) {
 #pragma unroll
@@ -377,27 +380,26 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
       ptx::keep_in_place(weights[step]);
     }
 
-    ptx::barrier_sync(own_turn, 256);
+    ptx::barrier_sync(own_turn(), 256);
     if (more) {
       ptx::keep_in_place(s);
       ptx::wgmma_fence();
-      products.with_keys(s, keys.stage);
+      products.with_keys(s, keys.stage());
     }
-    ptx::mbarrier_wait(&barriers.value_full[values.stage], values.parity);
+    const Turn values{keys.tile - 1};
+    ptx::mbarrier_wait(&barriers.value_full[values.stage()], values.parity());
     ptx::keep_in_place(o);
     ptx::wgmma_fence();
-    products.with_values(o, weights, values.stage);
-    ptx::barrier_arrive(other_turn, 256);
+    products.with_values(o, weights, values.stage());
+    ptx::barrier_arrive(other_turn(), 256);
     ptx::wgmma_wait<1>();
     ptx::keep_in_place(s);
-    values_in_use = !last;
     if (!last) continue;
 
     ptx::wgmma_wait<0>();
     ptx::keep_in_place(o);
-    if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage]);
-    values.next();
-    store_forward<T>(params, rows, rule.factor, softmax, o);
+    if (lane == 0) ptx::mbarrier_arrive(&barriers.value_empty[values.stage()]);
+    store_forward<T>(params, rows, softmax, o);
     if (!more) break;
     rows = next_rows();
     softmax = OnlineSoftmax();
@@ -405,7 +407,7 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
     for (int i = 0; i < Products::kSums; ++i) o[i] = 0.0f;
   }
   // The turn that the other warpgroup has given last.
-  if (group == 0) ptx::barrier_sync(own_turn, 256);
+  if (group == 0) ptx::barrier_sync(own_turn(), 256);
 }
 
 template <class Sizes>

@@ -22,9 +22,7 @@ template <class Sizes>
 const char* launch_forward(const PrefixAttentionForward& problem, Stream stream) {
   using T = typename Sizes::T;
   using Tiles = ForwardTiles<Sizes>;
-  ForwardSm90 params;
-  static_cast<PrefixAttentionForward&>(params) = problem;
-  params.schedule = QuerySchedule(problem);
+  ForwardSm90 params(problem);
   const int packed = 1 << params.schedule.packed_log2;
   const char* error = make_map<T>(params.query_map, problem.q, problem.key_size, problem.query_heads, problem.tokens,
                                   packed, kGroupRows / packed);

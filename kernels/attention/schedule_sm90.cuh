@@ -1,6 +1,7 @@
 // Which tiles of queries a block of the forward takes, and which tiles of keys each of them sees.
 #pragma once
 
+#include "kernels/attention/head_sizes.h"
 #include "kernels/attention/visibility.cuh"
 
 namespace pykern {
@@ -20,13 +21,12 @@ struct QuerySchedule {
   int blocks;         // of kOrderTokens tokens
   int tiles;
 
-  QuerySchedule() = default;
   explicit QuerySchedule(const PrefixAttentionProblem& problem) {
     const int packed = packed_heads(problem.query_heads, problem.key_heads);
     packed_log2 = 0;
     while (1 << packed_log2 < packed) ++packed_log2;
-    // Half of the cache; what the other blocks' tiles of queries and results take is small beside it.
-    constexpr int64_t kSectionBytes = 32 << 20;
+    // Half of the cache; on the emulator little, so that tests meet several sections.
+    constexpr int64_t kSectionBytes = kEmulated ? 16 << 10 : 32 << 20;
     const int64_t head_bytes = problem.tokens * (problem.key_size + problem.value_size) * 2;
     const int64_t heads = kSectionBytes / head_bytes;
     section_heads = static_cast<int>(heads < 1 ? 1 : heads < problem.key_heads ? heads : problem.key_heads);
@@ -72,9 +72,10 @@ static_assert(kForwardRows == kOrderTokens, "a block of the order is one tile fo
 struct KeyTile {
   int bits;
 
-  static constexpr int kMasked = 1, kLast = 2, kPadding = 4, kFlags = kBoundsTokens - 1;
+  static constexpr int kMasked = 1, kPadding = 2, kFirst = 4, kLast = 8, kFlags = kBoundsTokens - 1;
   __device__ __forceinline__ int first() const { return bits & ~kFlags; }
   __device__ __forceinline__ bool is_masked() const { return bits & kMasked; }
+  __device__ __forceinline__ bool is_first() const { return bits & kFirst; }
   __device__ __forceinline__ bool is_last() const { return bits & kLast; }
   // Keys that no query sees, whose values may be anything.
   __device__ __forceinline__ bool has_padding() const { return bits & kPadding; }

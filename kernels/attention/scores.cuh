@@ -33,7 +33,7 @@ struct ScoreRule {
   const int32_t* subtree_end;
   const int32_t* position;
 
-  __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
+  __host__ __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
       : transforms(problem.softcap > 0.0f || problem.alibi_slopes != nullptr || !(problem.scale > 0.0f)),
         slopes(problem.alibi_slopes != nullptr),
         factor(transforms ? 1.0f : problem.scale * kLog2E),
@@ -45,13 +45,15 @@ struct ScoreRule {
         position(problem.position) {}
 
   // A key that can be read; behind the last token another one, which changes nothing: no row comes after it.
-  __device__ __forceinline__ int existing(int key) const { return key < tokens ? key : tokens - 1; }
+  __device__ __forceinline__ unsigned existing(int key) const {
+    return static_cast<unsigned>(key < tokens ? key : tokens - 1);
+  }
 };
 
-// Absolute error about 2^-23. That of the instruction for it, 2^-11, is too large here: the softcap multiplies it.
+// Absolute error about 2^-22. That of the instruction for it, 2^-11, is too large here: the softcap multiplies it.
 __device__ __forceinline__ float accurate_tanh(float value) {
-  const float power = exp2f(2.0f * kLog2E * fabsf(value));
-  return copysignf(1.0f - __fdividef(2.0f, power + 1.0f), value);
+  // Large powers make the quotient 0, small ones are lost in the sum, so neither end needs a case of its own.
+  return 1.0f - __fdividef(2.0f, fast_exp2(2.0f * kLog2E * value) + 1.0f);
 }
 
 // Products become logits, up to rule.factor. `key_position(column)` is the position of the key in column
@@ -125,8 +127,9 @@ __device__ __forceinline__ void apply_rule(const ScoreRule& rule, const QueryRow
 // from the weight, so that no register has to hold it; where the weight is 0 the result is meaningless but finite.
 __device__ __forceinline__ float softcap_derivative(const ScoreRule& rule, float weight, float lse_log2,
                                                     float slope_distance_log2) {
-  const float logit = weight > 0.0f ? log2f(weight) + lse_log2 + slope_distance_log2 : 0.0f;
-  const float tanh = logit / rule.softcap_log2;
+  // By instructions without the branches that subnormal operands need: fast_exp2 makes no such weights.
+  const float logit = weight > 0.0f ? fast_log2(weight) + lse_log2 + slope_distance_log2 : 0.0f;
+  const float tanh = __fdividef(logit, rule.softcap_log2);
   return 1.0f - tanh * tanh;
 }
 

@@ -1,6 +1,7 @@
 """The CUDA kernels of prefix attention's forward: head sizes, groups of heads, options, borders of tiles."""
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,11 +9,32 @@ import torch
 import pykern
 from pykern.reference import attention as reference
 from tests.attention.trees import TREES, make_inputs, random_tree, with_padding
-from tests.support import KERNELS, assert_accurate, on
+from tests.support import KERNELS, assert_accurate, emulator, on
 
 # What the op runs on: kernels for all architectures, or those for one.
 FORWARD_KERNELS = [name for name in KERNELS if name != "cpu"]
+FOR_ONE_ARCHITECTURE = pytest.mark.parametrize(
+    "place", [name for name in FORWARD_KERNELS if name != "emulated 8.0"], indirect=True
+)
+# The order-invariant mode has no kernels for one architecture.
+FOR_ALL_ARCHITECTURES = pytest.mark.parametrize(
+    "place", [name for name in FORWARD_KERNELS if name != "emulated"], indirect=True
+)
 BF16, F16 = torch.bfloat16, torch.float16
+
+
+@contextmanager
+def one_order(place):
+    """On the emulator, launches within the block run in one order of threads only."""
+    if place.type != "cpu":
+        yield
+        return
+    before = emulator().orders()
+    emulator().set_orders(before[:1])
+    try:
+        yield
+    finally:
+        emulator().set_orders(before)
 
 
 @pytest.fixture(params=FORWARD_KERNELS)
@@ -184,6 +206,31 @@ def test_large_logits(place, softcap):
     check(tree, (q * 100, k, v), place, softcap=softcap)
 
 
+@FOR_ONE_ARCHITECTURE
+def test_long_stretches_that_no_query_sees(place):
+    """More tiles of keys than are looked at together, none of which but a query's own it sees."""
+    tokens = 128 * 128 + 130
+    ends = torch.arange(1, tokens + 1, dtype=torch.int32)
+    ends[:3] = tokens
+    position = torch.full((tokens,), 3, dtype=torch.int32)
+    position[:3] = torch.arange(3)
+    tree = pykern.PrefixTree(ends).to(place)
+    assert torch.equal(tree.position.cpu(), position)
+    q, k, v = inputs_of(tree.to("cpu"), 1, 1, 16, 8, F16)
+    with one_order(place):
+        out, lse, _ = forward(tree, q, k, v, scale=0.5, window=1)
+    logits = 0.5 * (q.double() * k.double()).sum(dim=2)
+    assert torch.equal(out, v)
+    assert_accurate(lse, logits, units=4.0)
+    with one_order(place):
+        out, lse, _ = forward(tree, q, k, v, scale=0.5)
+    rows = torch.tensor([3, 70, 8191, 8192, 16383, 16384, 16500])
+    logits = torch.cat([torch.einsum("td,kd->tk", q[rows, 0].double(), k[:3, 0].double()) / 2, logits[rows]], dim=1)
+    assert_accurate(lse[rows], logits.logsumexp(dim=1, keepdim=True), units=4.0)
+    values = torch.cat([v[:3, 0].expand(len(rows), 3, 8), v[rows]], dim=1).double()
+    assert_accurate(out[rows, 0], (logits.softmax(dim=1)[..., None] * values).sum(dim=1))
+
+
 def test_max_logits_are_asked_for(place):
     tree = TREES["short group"]().to(place)
     q, k, v = (x.to(place) for x in inputs_of(tree.to("cpu")))
@@ -310,18 +357,21 @@ INVARIANT_TREES = {
 }
 
 
+@FOR_ALL_ARCHITECTURES
 @pytest.mark.parametrize("name", INVARIANT_TREES)
 def test_packed_equals_alone(place, name):
     tree = INVARIANT_TREES[name]()
     assert_packed_equals_alone(tree, inputs_of(tree, 2, 1), place)
 
 
+@FOR_ALL_ARCHITECTURES
 @pytest.mark.parametrize("name", ["negative scale", "window", "softcap", "slopes", "sinks", "all"])
 def test_packed_equals_alone_with_options(place, name):
     tree = pykern.PrefixTree.from_groups([45], [[20, 3, 0, 50]])
     assert_packed_equals_alone(tree, inputs_of(tree, size=16), place, **options_of(4)[name])
 
 
+@FOR_ALL_ARCHITECTURES
 @pytest.mark.parametrize(
     ("size", "value_size", "dtype"),
     [(64, 64, F16), (96, 80, BF16), (128, 128, BF16), (192, 128, BF16), (256, 256, BF16)],
@@ -331,12 +381,14 @@ def test_packed_equals_alone_for_head_sizes(place, size, value_size, dtype):
     assert_packed_equals_alone(tree, inputs_of(tree, 3, 1, size, value_size, dtype), place)
 
 
+@FOR_ALL_ARCHITECTURES
 def test_every_token_branches(place):
     """Paths of seven tokens, none of whose rows are neighbours."""
     tree = TREES["every token branches"]()
     check(tree, inputs_of(tree, 2, 1), place, invariant=True)
 
 
+@FOR_ALL_ARCHITECTURES
 def test_order_of_siblings_changes_no_bit(place):
     """The same sequences in another order share tiles with other rows."""
     lengths, first = [30, 41, 7, 64], 50
