@@ -87,7 +87,8 @@ __device__ __forceinline__ void transform_products(const ScoreRule& rule, const 
 
 // Logits of neighbouring keys become -inf where the key is invisible to the row.
 template <int n>
-__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key, float (&s)[n]) {
+__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key,
+                                            float (&s)[n]) {
 #pragma unroll
   for (int j = 0; j < n / 4; ++j) {
 #pragma unroll

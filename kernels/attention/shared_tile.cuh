@@ -69,7 +69,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, int size, SourceO
   constexpr int kAcross = Tile::kChunks & -Tile::kChunks;
   constexpr int kStep = threads / kAcross;
   static_assert(rows % kStep == 0 && kStep % 8 == 0, "every thread copies as many rows");
-  const unsigned thread = opaque(static_cast<unsigned>(threadIdx.x));
+  const unsigned thread = ptx::forget_origin(static_cast<int>(threadIdx.x));
   const int first_row = static_cast<int>(thread / kAcross), chunk = static_cast<int>(thread % kAcross);
   unsigned char* const target = tile + Tile::offset(first_row, chunk);
 #pragma unroll

@@ -17,6 +17,8 @@ KINDS: dict[str, str] = {
     "attention: gather_rows_backward_kernel<*, false>": OTHER,
     "attention: prefix_attention_delta_kernel<*": MEMORY,
     "attention: prefix_attention_sinks_kernel": OTHER,
+    "attention: prefix_attention_forward_kernel<*": MATRIX,
+    "attention: prefix_attention_paths_kernel": OTHER,
     "attention: prefix_attention_backward_*_kernel<*": MATRIX,
     "attention: prefix_attention_bounds_kernel": OTHER,
     "attention: prefix_attention_work_kernel": OTHER,
@@ -56,6 +58,7 @@ KINDS: dict[str, str] = {
 WIDE_STORES = (
     "attention: gather_rows_kernel<Pack*",
     "attention: gather_rows_backward_kernel<*, true>",
+    "attention: prefix_attention_forward_kernel<*",
     "lowrank: adam_packs_kernel<*",
     "lowrank: adam_8bit_kernel<*, true>",
     "lowrank: weight_update_kernel<*, true, *>",
