@@ -21,7 +21,7 @@ struct QueryStage {
   bool masked;      // not all queries see all keys
 };
 
-// The way of a block through its queries.
+// The way of a block through its queries. It lies in shared memory, where one warp walks it: registers hold matrices.
 template <int queries>
 struct QueryStages {
   TokenBounds keys;
@@ -29,34 +29,43 @@ struct QueryStages {
   VisibleUnits units;
   int part, token, stop_unit;
 
-  static __device__ __forceinline__ QueryStages begin(const PrefixAttentionProblem& problem, int first, int stop) {
-    QueryStages way;
-    way.keys = token_bounds(problem, first, stop);
-    way.first_key = first;
-    way.stop_key = stop;
-    way.stop_query = way.keys.last_end < problem.tokens ? way.keys.last_end : static_cast<int>(problem.tokens);
+  __device__ __forceinline__ void begin(const PrefixAttentionProblem& problem, int first, int stop) {
+    keys = token_bounds(problem, first, stop);
+    first_key = first;
+    stop_key = stop;
+    stop_query = keys.last_end < problem.tokens ? keys.last_end : static_cast<int>(problem.tokens);
     const int heads = packed_heads(problem.query_heads, problem.key_heads);
-    way.tokens = queries / heads;
-    way.parts = problem.query_heads / problem.key_heads / heads;
-    way.part = way.token = way.stop_unit = 0;
-    way.units = way.all_units();
-    return way;
+    tokens = queries / heads;
+    parts = problem.query_heads / problem.key_heads / heads;
+    part = token = stop_unit = 0;
+    units = all_units();
   }
 
-  __device__ __forceinline__ QueryStage step(const PrefixAttentionProblem& problem) {
-    token += tokens;
-    if (token >= stop_unit || token >= stop_query) {
-      int unit;
-      while ((unit = units.advance([&](int candidate) { return test(problem, candidate); })) < 0) {
-        if (++part >= parts) return {-1, 0, false};
-        units = all_units();
-      }
-      token = unit * kBoundsTokens;
-      stop_unit = token + kBoundsTokens;
+  // All lanes of the warp call; others may read `plan` after the next barrier.
+  __device__ __forceinline__ void advance(const PrefixAttentionProblem& problem, QueryStage& plan) {
+    int next = token + tokens, next_part = part, unit = 0;
+    VisibleUnits ahead{};
+    const bool leaves_unit = next >= stop_unit || next >= stop_query;
+    if (leaves_unit) {
+      ahead = units;
+      const auto sees = [&](int candidate) { return test(problem, candidate); };
+      while ((unit = ahead.advance(sees)) < 0 && ++next_part < parts) ahead = all_units();
+      next = unit < 0 ? stop_query : unit * kBoundsTokens;
     }
     // The bounds of positions are those of a unit; of the rest a stage may see all where its unit doesn't.
-    const bool all = problem.window > 0 ? units.is_all : stop_key - 1 <= token && keys.least_end >= token + tokens;
-    return {token, part, !all};
+    const bool all = problem.window > 0 ? (leaves_unit ? ahead.is_all : units.is_all)
+                                        : stop_key - 1 <= next && keys.least_end >= next + tokens;
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) {
+      plan = {unit < 0 ? -1 : next, next_part, !all};
+      token = next;
+      part = next_part;
+      if (leaves_unit) {
+        units = ahead;
+        stop_unit = next + kBoundsTokens;
+      }
+    }
+    __syncwarp();
   }
 
  private:
@@ -137,28 +146,10 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
       params.key_order[tile / kTilesPerBlock] * kOrderTokens + tile % kTilesPerBlock * Tile::kKeys;
   if (first_key >= tokens) return;
 
-  // K and V of keys that someone sees; what the others hold may be anything.
-  const Rows k_rows{bytes, 0, kKey}, v_rows{bytes, Tile::kKeys * kKey * 2, kValue};
-  const auto seen = [&](int row) {
-    const int key = first_key + row;
-    return key < tokens && __ldg(params.subtree_end + key) > key;
-  };
-  const auto key_row = [&](const AttentionHeads& heads, int row) {
-    return static_cast<const T*>(heads.data) + (first_key + row) * heads.token_stride + key_head * heads.head_stride;
-  };
-  copy_rows<Tile::kKeys, kKey, Tile::kThreads>(k_rows, params.k.data, params.key_size,
-                                               [&](int row) { return seen(row) ? key_row(params.k, row) : nullptr; });
-  copy_rows<Tile::kKeys, kValue, Tile::kThreads>(v_rows, params.v.data, params.value_size,
-                                                 [&](int row) { return seen(row) ? key_row(params.v, row) : nullptr; });
-  ptx::cp_async_commit();
-  const int stop_key = first_key + Tile::kKeys;
-  // A warp that has to wait for weights anyway.
-  constexpr int kPlanner = 2 * Tile::kPairs - 1;
-  if (thread / kWarpSize == kPlanner) {
-    if (thread % kWarpSize == 0) shared.way = Tile::Way::begin(params, first_key, stop_key);
-    __syncwarp();
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) advance_shared(params, shared.way, shared.plans[i]);
+  if (thread < Tile::kKeys) {
+    const int key = first_key + thread;
+    shared.end[thread] = key < tokens ? __ldg(params.subtree_end + key) : 0;
+    shared.position[thread] = key < tokens ? __ldg(params.position + key) : 0;
   }
   // What the registers have no room for.
   if (thread == 0) {
@@ -168,10 +159,27 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
     shared.head_shift = __ffs(packed_heads(params.query_heads, params.key_heads)) - 1;
     shared.group_head = key_head * (params.query_heads / params.key_heads);
   }
-  if (thread < Tile::kKeys) {
-    const int key = first_key + thread;
-    shared.end[thread] = key < tokens ? __ldg(params.subtree_end + key) : 0;
-    shared.position[thread] = key < tokens ? __ldg(params.position + key) : 0;
+  __syncthreads();
+
+  // K and V of keys that someone sees; what the others hold may be anything.
+  const Rows k_rows{bytes, 0, kKey}, v_rows{bytes, Tile::kKeys * kKey * 2, kValue};
+  const auto key_row = [&](const AttentionHeads& heads, int row) -> const T* {
+    const int key = first_key + row;
+    if (shared.end[row] <= key) return nullptr;
+    return static_cast<const T*>(heads.data) + key * heads.token_stride + key_head * heads.head_stride;
+  };
+  copy_rows<Tile::kKeys, kKey, Tile::kThreads>(k_rows, params.k.data, params.key_size,
+                                               [&](int row) { return key_row(params.k, row); });
+  copy_rows<Tile::kKeys, kValue, Tile::kThreads>(v_rows, params.v.data, params.value_size,
+                                                 [&](int row) { return key_row(params.v, row); });
+  ptx::cp_async_commit();
+  // A warp that has to wait for weights anyway.
+  constexpr int kPlanner = 2 * Tile::kPairs - 1;
+  if (thread / kWarpSize == kPlanner) {
+    if (thread % kWarpSize == 0) shared.way.begin(params, first_key, first_key + Tile::kKeys);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) shared.way.advance(params, shared.plans[i]);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -226,7 +234,9 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
     const bool holes = __syncthreads_or(thread < kQueries && shared.lse[stage][thread] == -INFINITY);
     const QueryStage next = shared.plans[(index + 1) % 4];
     if (next.token >= 0) start_copies(stage ^ 1, next);
-    if (ptx::forget_origin(thread) / kWarpSize == kPlanner) advance_shared(params, shared.way, shared.plans[(index + 2) % 4]);
+    if (ptx::forget_origin(thread) / kWarpSize == kPlanner) {
+      shared.way.advance(params, shared.plans[(index + 2) % 4]);
+    }
 
     const Rows q_rows{bytes, stage * Tile::kStageBytes, kKey};
     const Rows grad_rows{bytes, q_rows.first + kQueries * kKey * 2, kValue};

@@ -10,10 +10,33 @@
 // second, which makes that of keys. Each has two of the four products either way.
 #pragma once
 
-#include "kernels/attention/backward_sm90.cuh"
+#include "kernels/attention/key_shares_sm90.cuh"
 #include "kernels/attention/scores_transposed.cuh"
 
 namespace pykern {
+
+// Where a block works.
+struct KeysPlace {
+  int key_head, first_key;
+  int rank;           // of the block of the order
+  int share, shares;  // of the tile's queries
+
+  // Blocks of a tile that may be shared out come one after the other; those without a share have nothing to do.
+  __device__ __forceinline__ KeysPlace(const PrefixAttentionBackwardSm90& call, int tiles, int keys) {
+    const PrefixAttentionBackward& params = call.params;
+    int block = static_cast<int>(blockIdx.x);
+    const int shared = call.shared_blocks * tiles * params.key_heads * kKeyShares;
+    const bool may_be_shared = block < shared;
+    if (!may_be_shared) block += shared / kKeyShares - shared;
+    share = may_be_shared ? block % kKeyShares : 0;
+    if (may_be_shared) block /= kKeyShares;
+    const int tile = block / params.key_heads;
+    key_head = block - tile * params.key_heads;
+    rank = tile / tiles;
+    shares = may_be_shared ? shares_of(call, rank) : 1;
+    first_key = params.key_order[rank] * kOrderTokens + tile % tiles * keys;
+  }
+};
 
 template <class Sizes>
 struct KeysTiling {
@@ -43,6 +66,7 @@ struct KeysTiling {
   struct Shared {
     Ring<kStages> ring;
     uint64_t resident;
+    KeysPlace place;
     uint64_t given, taken;  // weights, by the first warpgroup and by the second
     TileNote notes[kStages];
     alignas(16) Columns columns[kStages];
@@ -54,23 +78,9 @@ struct KeysTiling {
   static_assert(kSharedBytes <= kSharedLimit, "a block has no more shared memory");
 };
 
-// Where a block works.
-template <class Tiling>
-struct KeysPlace {
-  int key_head, first_key;
-
-  __device__ __forceinline__ explicit KeysPlace(const PrefixAttentionBackward& params) {
-    // Blocks for all heads and then all tiles of a block of the order.
-    const int block = static_cast<int>(blockIdx.x), tile = block / params.key_heads;
-    constexpr int kTiles = kOrderTokens / Tiling::kKeys;
-    key_head = block - tile * params.key_heads;
-    first_key = params.key_order[tile / kTiles] * kOrderTokens + tile % kTiles * Tiling::kKeys;
-  }
-};
-
 // One warp: finds the tiles of queries that see one of the block's keys, has them copied and describes them.
 template <class Sizes>
-__device__ __forceinline__ void produce_queries(const PrefixAttentionBackwardSm90& call, const KeysPlace<KeysTiling<Sizes>>& place,
+__device__ __forceinline__ void produce_queries(const PrefixAttentionBackwardSm90& call, const KeysPlace& place,
                                                 unsigned char* tiles, typename KeysTiling<Sizes>::Shared& shared) {
   using Tiling = KeysTiling<Sizes>;
   constexpr int kRows = Tiling::kRows;
@@ -95,9 +105,13 @@ __device__ __forceinline__ void produce_queries(const PrefixAttentionBackwardSm9
   const bool positions = params.window > 0 || params.alibi_slopes != nullptr;
   const int tile_tokens = kRows >> call.heads_shift;
   int tile = 0;
+  // The tile's queries, in runs of whole units of 64 for those who share it.
+  const int units = (stop - place.first_key + 64 * place.shares - 1) / (64 * place.shares);
+  const int begin = place.first_key + 64 * units * place.share;
+  stop = stop < begin + 64 * units ? stop : begin + 64 * units;
   const int stop_head = (place.key_head + 1) * call.group;
   for (int first_head = stop_head - call.group; first_head < stop_head; first_head += 1 << call.heads_shift) {
-    for (int base = place.first_key; base < stop; base += kWarpSize * tile_tokens) {
+    for (int base = begin; base < stop; base += kWarpSize * tile_tokens) {
       // A lane looks at a tile.
       const int own = base + lane * tile_tokens;
       int visible[Tiling::kGroups];
@@ -255,7 +269,7 @@ __device__ __forceinline__ KeyRows key_rows(const PrefixAttentionBackward& param
 
 // A warpgroup: the gradients of its 64 keys and values.
 template <class Sizes>
-__device__ __forceinline__ void consume_queries(const PrefixAttentionBackwardSm90& call, const KeysPlace<KeysTiling<Sizes>>& place,
+__device__ __forceinline__ void consume_queries(const PrefixAttentionBackwardSm90& call, const KeysPlace& place,
                                                 unsigned char* tiles, typename KeysTiling<Sizes>::Shared& shared,
                                                 int group) {
   using Tiling = KeysTiling<Sizes>;
@@ -326,6 +340,13 @@ __device__ __forceinline__ void consume_queries(const PrefixAttentionBackwardSm9
     shared.ring.release(tile);
   }
 
+  if (place.shares > 1) {
+    const int row = place.first_key % kOrderTokens + 64 * group, pitch = params.key_size + params.value_size;
+    float* rows = row_of_share(params, place.rank, place.key_head, place.share, row);
+    store_share<Sizes::kKey>(rows, pitch, params.key_size, grad_k);
+    store_share<Sizes::kValue>(rows + params.key_size, pitch, params.value_size, grad_v);
+    return;
+  }
   // Nobody else reads this warpgroup's keys and values, so their memory takes the gradients.
   write_tile<T, Tiling::kKeys, Sizes::kKey>(key_tile, grad_k, params.scale, seen);
   write_tile<T, Tiling::kKeys, Sizes::kValue>(value_tile, grad_v, 1.0f, seen);
@@ -342,9 +363,8 @@ __device__ __forceinline__ void consume_queries(const PrefixAttentionBackwardSm9
 
 // The first warpgroup of wide heads: weights, and the gradient of the values.
 template <class Sizes>
-__device__ __forceinline__ void consume_for_values(const PrefixAttentionBackwardSm90& call,
-                                                   const KeysPlace<KeysTiling<Sizes>>& place, unsigned char* tiles,
-                                                   typename KeysTiling<Sizes>::Shared& shared) {
+__device__ __forceinline__ void consume_for_values(const PrefixAttentionBackwardSm90& call, const KeysPlace& place,
+                                                   unsigned char* tiles, typename KeysTiling<Sizes>::Shared& shared) {
   using Tiling = KeysTiling<Sizes>;
   using T = typename Sizes::T;
   constexpr int kRows = Tiling::kRows;
@@ -400,6 +420,12 @@ __device__ __forceinline__ void consume_for_values(const PrefixAttentionBackward
     shared.ring.release(tile);
   }
 
+  if (place.shares > 1) {
+    const int row = place.first_key % kOrderTokens, pitch = params.key_size + params.value_size;
+    float* rows = row_of_share(params, place.rank, place.key_head, place.share, row);
+    store_share<Sizes::kValue>(rows + params.key_size, pitch, params.value_size, grad_v);
+    return;
+  }
   // The second warpgroup reads the values' memory until then, and writes that of the keys after.
   ptx::barrier_sync(1, 128 * kConsumers);
   write_tile<T, Tiling::kKeys, Sizes::kValue>(value_tile, grad_v, 1.0f, seen);
@@ -414,9 +440,8 @@ __device__ __forceinline__ void consume_for_values(const PrefixAttentionBackward
 
 // The second: the gradient of the keys.
 template <class Sizes>
-__device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm90& call,
-                                                 const KeysPlace<KeysTiling<Sizes>>& place, unsigned char* tiles,
-                                                 typename KeysTiling<Sizes>::Shared& shared) {
+__device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm90& call, const KeysPlace& place,
+                                                 unsigned char* tiles, typename KeysTiling<Sizes>::Shared& shared) {
   using Tiling = KeysTiling<Sizes>;
   using T = typename Sizes::T;
   constexpr int kRows = Tiling::kRows;
@@ -475,6 +500,12 @@ __device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm
     shared.ring.release(tile);
   }
 
+  if (place.shares > 1) {
+    const int row = place.first_key % kOrderTokens, pitch = params.key_size + params.value_size;
+    float* rows = row_of_share(params, place.rank, place.key_head, place.share, row);
+    store_share<Sizes::kKey>(rows, pitch, params.key_size, grad_k);
+    return;
+  }
   ptx::barrier_sync(1, 128 * kConsumers);
   write_tile<T, Tiling::kKeys, Sizes::kKey>(tiles, grad_k, params.scale, seen);
   ptx::fence_proxy_async();
@@ -486,8 +517,9 @@ __device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm
   }
 }
 
-// A block for each key head and tile of keys, longest first: the hardware hands the next to the first that is free,
-// which balances tiles of very different length better than a persistent grid with a fixed share.
+// A block for each key head and tile of keys, or share of it, longest first: the hardware hands the next to the first
+// multiprocessor that is free, which balances tiles of very different length better than a persistent grid with fixed
+// turns, and needs no counter.
 template <class Sizes>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     prefix_attention_backward_keys_sm90_kernel(const __grid_constant__ PrefixAttentionBackwardSm90 call) {
@@ -500,9 +532,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     ptx::mbarrier_init(&shared.given, 4);
     ptx::mbarrier_init(&shared.taken, 4);
     ptx::fence_mbarrier_init();
+    shared.place = KeysPlace(call, kOrderTokens / Tiling::kKeys, Tiling::kKeys);
   }
   __syncthreads();
-  const KeysPlace<Tiling> place(call.params);
+  const KeysPlace& place = shared.place;
+  if (place.share >= place.shares) return;
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::decrease_registers<40>();

@@ -16,7 +16,7 @@ struct KeyStage {
   bool masked;  // not all queries see all keys
 };
 
-// The way of a block through its keys.
+// The way of a block through its keys. It lies in shared memory, where one warp walks it: registers hold matrices.
 template <int keys>
 struct KeyStages {
   TokenBounds queries;
@@ -24,29 +24,39 @@ struct KeyStages {
   VisibleUnits units;
   int key, stop_unit;
 
-  static __device__ __forceinline__ KeyStages begin(const PrefixAttentionProblem& problem, int first, int stop) {
-    KeyStages way;
-    way.queries = token_bounds(problem, first, stop);
-    way.first_query = first;
-    way.stop_query = stop;
-    way.units = {0, (stop + kBoundsTokens - 1) / kBoundsTokens, 0, 0, false};
-    way.key = way.stop_unit = 0;
-    return way;
+  __device__ __forceinline__ void begin(const PrefixAttentionProblem& problem, int first, int stop) {
+    queries = token_bounds(problem, first, stop);
+    first_query = first;
+    stop_query = stop;
+    units = {0, (stop + kBoundsTokens - 1) / kBoundsTokens, 0, 0, false};
+    key = stop_unit = 0;
   }
 
-  __device__ __forceinline__ KeyStage step(const PrefixAttentionProblem& problem) {
-    key += keys;
-    if (key >= stop_unit || key >= stop_query) {
-      const int unit = units.advance([&](int candidate) {
+  // All lanes of the warp call; others may read `plan` after the next barrier.
+  __device__ __forceinline__ void advance(const PrefixAttentionProblem& problem, KeyStage& plan) {
+    int next = key + keys, unit = 0;
+    VisibleUnits ahead{};
+    const bool leaves_unit = next >= stop_unit || next >= stop_query;
+    if (leaves_unit) {
+      ahead = units;
+      unit = ahead.advance([&](int candidate) {
         const int first = candidate * kBoundsTokens, stop = first + kBoundsTokens;
         return visible_keys(token_bounds(problem, first, stop), first, stop, queries, first_query, stop_query,
                             problem.window);
       });
-      if (unit < 0) return {-1, false};
-      key = unit * kBoundsTokens;
-      stop_unit = key + kBoundsTokens;
+      next = unit < 0 ? stop_query : unit * kBoundsTokens;
     }
-    return {key, !units.is_all};
+    const bool all = leaves_unit ? ahead.is_all : units.is_all;
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) {
+      plan = {unit < 0 ? -1 : next, !all};
+      key = next;
+      if (leaves_unit) {
+        units = ahead;
+        stop_unit = next + kBoundsTokens;
+      }
+    }
+    __syncwarp();
   }
 };
 
@@ -107,57 +117,51 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
   const int last = first_query + tokens_per_tile;
   const int stop_query = last < params.tokens ? last : static_cast<int>(params.tokens);
 
-  const auto statistic = [&](int row) {
-    return int64_t{first_query + (row >> shift)} * params.query_heads + first_head + (row & (heads - 1));
-  };
+  if (thread < kQueries) {
+    const int query = first_query + (thread >> shift), head = first_head + (thread & (heads - 1));
+    PairQuery own{query, 0, 0.0f, INFINITY};
+    float delta = 0.0f;
+    if (query < stop_query) {
+      const int64_t statistic = int64_t{query} * params.query_heads + head;
+      own.lse = lse_in_log2(__ldg(params.lse + statistic));
+      delta = params.delta[statistic];
+      own.position = __ldg(params.position + query);
+      if (params.alibi_slopes) own.slope = kLog2E * __ldg(params.alibi_slopes + head);
+    }
+    shared.queries[thread] = own;
+    shared.delta[thread] = delta;
+  }
+  // What the registers have no room for.
+  if (thread == 0) {
+    shared.rule = ScoreRule(params);
+    shared.first_query = first_query;
+    shared.stop_query = stop_query;
+    shared.first_head = first_head;
+    shared.head_shift = shift;
+    shared.key_head = key_head;
+  }
+  __syncthreads();
+
   // A row that sees nothing may hold anything.
-  const auto sees = [&](int row) {
-    return first_query + (row >> shift) < stop_query && __ldg(params.lse + statistic(row)) != -INFINITY;
-  };
-  const auto query_row = [&](const AttentionHeads& tensor, int row) {
-    return static_cast<const T*>(tensor.data) + (first_query + (row >> shift)) * tensor.token_stride +
+  const auto query_row = [&](const AttentionHeads& tensor, int row) -> const T* {
+    if (shared.queries[row].lse == INFINITY) return nullptr;
+    return static_cast<const T*>(tensor.data) + shared.queries[row].token * tensor.token_stride +
            (first_head + (row & (heads - 1))) * tensor.head_stride;
   };
   const KeyRows q_rows{bytes, 0, kKey};
   const ValueRows grad_rows{bytes, Tile::kGradOutFirst, kValue};
   copy_rows<kQueries, kKey, Tile::kThreads>(q_rows, params.q.data, params.key_size,
-                                            [&](int row) { return sees(row) ? query_row(params.q, row) : nullptr; });
-  copy_rows<kQueries, kValue, Tile::kThreads>(
-      grad_rows, params.grad_out.data, params.value_size,
-      [&](int row) { return sees(row) ? query_row(params.grad_out, row) : nullptr; });
+                                            [&](int row) { return query_row(params.q, row); });
+  copy_rows<kQueries, kValue, Tile::kThreads>(grad_rows, params.grad_out.data, params.value_size,
+                                              [&](int row) { return query_row(params.grad_out, row); });
   ptx::cp_async_commit();
-
-  // What the registers have no room for.
   constexpr int kPlanner = Tile::kWarps - 1;
   if (warp == kPlanner) {
-    if (thread % kWarpSize == 0) {
-      shared.way = Tile::Way::begin(params, first_query, stop_query);
-      shared.rule = ScoreRule(params);
-      shared.first_query = first_query;
-      shared.stop_query = stop_query;
-      shared.first_head = first_head;
-      shared.head_shift = shift;
-      shared.key_head = key_head;
-    }
+    if (thread % kWarpSize == 0) shared.way.begin(params, first_query, stop_query);
     __syncwarp();
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) advance_shared(params, shared.way, shared.plans[i]);
+    for (int i = 0; i < 2; ++i) shared.way.advance(params, shared.plans[i]);
   }
-
-  if (thread < kQueries) {
-    const int query = first_query + (thread >> shift);
-    PairQuery own{query, 0, 0.0f, INFINITY};
-    float delta = 0.0f;
-    if (query < stop_query) {
-      own.lse = lse_in_log2(__ldg(params.lse + statistic(thread)));
-      delta = params.delta[statistic(thread)];
-      own.position = __ldg(params.position + query);
-      if (params.alibi_slopes) own.slope = kLog2E * __ldg(params.alibi_slopes + first_head + (thread & (heads - 1)));
-    }
-    shared.queries[thread] = own;
-    shared.delta[thread] = delta;
-  }
-
   ptx::cp_async_wait<0>();
   __syncthreads();
   uint32_t q[kKeySteps][4], grad_out[kHeldSteps][4];
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
     const bool holes = __syncthreads_or(thread < kKeys && shared.end[stage][thread] <= first_key + thread);
     const int next_key = shared.plans[(index + 1) % 4].key;
     if (next_key >= 0) start_copies(stage ^ 1, next_key);
-    if (warp == kPlanner) advance_shared(params, shared.way, shared.plans[(index + 2) % 4]);
+    if (warp == kPlanner) shared.way.advance(params, shared.plans[(index + 2) % 4]);
 
     const KeyRows k_rows{bytes, stage * Tile::kStageBytes, kKey};
     const ValueRows v_rows{bytes, k_rows.first + kKeys * kKey * 2, kValue};

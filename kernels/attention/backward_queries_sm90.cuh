@@ -165,7 +165,6 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
 
   QueryRows rows{};
   float lse[2], delta[2];
-  bool sees[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = 64 * group + thread / kWarpSize * 16 + lane / 4 + 8 * i;
@@ -174,9 +173,8 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
     const bool exists = token < tokens;
     const int64_t index = int64_t{token} * params.query_heads + head;
     lse[i] = exists ? __ldg(params.lse + index) * kLog2E : -INFINITY;
-    sees[i] = lse[i] != -INFINITY;
-    if (!sees[i]) lse[i] = INFINITY;
-    delta[i] = sees[i] ? __ldg(params.delta + index) : 0.0f;
+    if (lse[i] == -INFINITY) lse[i] = INFINITY;
+    delta[i] = lse[i] != INFINITY ? __ldg(params.delta + index) : 0.0f;
     rows.token[i] = exists ? token : -1;
     if (params.window > 0 || rule.slopes) rows.position[i] = exists ? __ldg(params.position + token) : 0;
     if (rule.slopes) rows.slope[i] = __ldg(params.alibi_slopes + head) * kLog2E;
@@ -281,6 +279,9 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
     shared.keys.release(tile);
   }
 
+  // Compared anew: the compiler would keep what it found out before the loop, at the cost of registers within.
+  ptx::keep_in_place(lse);
+  const bool sees[2] = {lse[0] != INFINITY, lse[1] != INFINITY};
   // Nobody else reads this warpgroup's queries, so their memory takes the gradients.
   write_tile<T, kRowsOfBlock, Sizes::kKey>(query_tile, grad_q, params.scale, sees);
   ptx::fence_proxy_async();

@@ -14,6 +14,7 @@ struct PrefixAttentionBackwardSm90 {
   TensorMap k, v, grad_k, grad_v;
   PrefixAttentionBackward params;
   int group, heads_shift;  // query heads of a key head, and the logarithm of packed heads
+  int shared_blocks;       // of the order of keys: the first that may be shared out
 };
 
 // Of the threads: a warpgroup that has tiles copied, of which one warp works, and two that multiply.

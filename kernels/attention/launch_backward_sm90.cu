@@ -7,7 +7,8 @@ namespace {
 
 // Boxes of 64 rows: `heads` heads of 64 / heads tokens, 64 columns each.
 template <class T>
-const char* make_map(TensorMap& map, const AttentionHeads& heads, int head_count, int size, int64_t tokens, int packed) {
+const char* make_map(TensorMap& map, const AttentionHeads& heads, int head_count, int size, int64_t tokens,
+                     int packed) {
   TensorLayout layout{};
   layout.data = heads.data;
   layout.rank = 3;
@@ -47,7 +48,27 @@ const char* make_maps(PrefixAttentionBackwardSm90& call) {
   return error;
 }
 
+// As many of the longest blocks of the order as it takes to give every multiprocessor one; none where too short.
+int shared_blocks(const PrefixAttentionBackward& params) {
+  if (params.tokens < 2 * kLeastShare) return 0;
+  const int64_t blocks = (params.tokens + kOrderTokens - 1) / kOrderTokens;
+  const int wanted = (multiprocessors() + params.key_heads - 1) / params.key_heads;
+  return blocks < wanted ? static_cast<int>(blocks) : wanted;
+}
+
+template <class T>
+const char* join_shares(const PrefixAttentionBackwardSm90& call, Stream stream) {
+  if (call.shared_blocks == 0) return nullptr;
+  const dim3 blocks(static_cast<unsigned>(call.shared_blocks * call.params.key_heads), kOrderTokens / kJoinRows);
+  return launch(prefix_attention_join_shares_sm90_kernel<T>, Grid{blocks, kJoinThreads}, stream, call);
+}
+
 }  // namespace
+
+int64_t prefix_attention_key_shares_sm90(const PrefixAttentionBackward& params) {
+  return int64_t{shared_blocks(params)} * kOrderTokens * params.key_heads * kKeyShares *
+         (params.key_size + params.value_size);
+}
 
 const char* launch_prefix_attention_backward_sm90(const PrefixAttentionBackward& params, Stream stream) {
   // Tensor maps have no size of 0.
@@ -62,14 +83,17 @@ const char* launch_prefix_attention_backward_sm90(const PrefixAttentionBackward&
     const int packed = packed_heads(params.query_heads, params.key_heads);
     while (1 << call.heads_shift < packed) ++call.heads_shift;
     if (const char* error = make_maps<typename Sizes::T>(call)) return error;
-    const auto grid = [&](int blocks_of_order, int shared) {
-      const int64_t blocks = (params.tokens + kOrderTokens - 1) / kOrderTokens * blocks_of_order;
-      return Grid{dim3(static_cast<unsigned>(blocks)), kBackwardThreads, static_cast<size_t>(shared)};
-    };
-    const Grid keys = grid(params.key_heads * (kOrderTokens / Keys::kKeys), Keys::kSharedBytes);
-    if (const char* error = launch(prefix_attention_backward_keys_sm90_kernel<Sizes>, keys, stream, call)) return error;
-    return launch(prefix_attention_backward_queries_sm90_kernel<Sizes>, grid(params.query_heads, Queries::kSharedBytes),
-                  stream, call);
+    call.shared_blocks = shared_blocks(params);
+
+    const int64_t blocks = (params.tokens + kOrderTokens - 1) / kOrderTokens;
+    const int64_t tiles = (blocks + int64_t{call.shared_blocks} * (kKeyShares - 1)) * (kOrderTokens / Keys::kKeys);
+    const Grid keys{dim3(static_cast<unsigned>(tiles * params.key_heads)), kBackwardThreads, Keys::kSharedBytes};
+    const char* error = launch(prefix_attention_backward_keys_sm90_kernel<Sizes>, keys, stream, call);
+    if (!error) error = join_shares<typename Sizes::T>(call, stream);
+    if (error) return error;
+    const Grid queries{dim3(static_cast<unsigned>(blocks * params.query_heads)), kBackwardThreads,
+                       Queries::kSharedBytes};
+    return launch(prefix_attention_backward_queries_sm90_kernel<Sizes>, queries, stream, call);
   });
 }
 

@@ -30,18 +30,4 @@ struct VisibleUnits {
   }
 };
 
-// Takes a step of a way that lies in shared memory, where one warp walks it while the registers of all hold matrices.
-// All lanes of that warp must call; others may read `plan` after the next barrier.
-template <class Way, class Plan>
-__device__ __forceinline__ void advance_shared(const PrefixAttentionProblem& problem, Way& way, Plan& plan) {
-  Way own = way;
-  __syncwarp();
-  const Plan next = own.step(problem);
-  if (threadIdx.x % kWarpSize == 0) {
-    way = own;
-    plan = next;
-  }
-  __syncwarp();
-}
-
 }  // namespace pykern
