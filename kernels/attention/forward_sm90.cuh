@@ -5,6 +5,9 @@
 // of the queries: while the tensor cores work at the product with the next keys and at that of the weights with the
 // values, the weights of the next keys are made; and the two take turns, so that one's products run during the other's
 // exponentials.
+//
+// The machine code is as fragile as it is fast: look there after a change for spills, for the order of exponentials and
+// WARPGROUP.DEPBAR, and for what ptxas says of products that it serializes or fences.
 #pragma once
 
 #include "kernels/attention/online_softmax.cuh"
@@ -321,7 +324,8 @@ __device__ __forceinline__ void store_forward(const ForwardSm90& params, const F
                  result);
     largest[i] = exists ? softmax.largest[i] * factor * kLn2 : -INFINITY;
   }
-  if (params.max_logits) store_max_logits(params.max_logits, rows.first_head, 1 << params.schedule.packed_log2, largest);
+  const int packed = 1 << params.schedule.packed_log2;
+  if (params.max_logits) store_max_logits(params.max_logits, rows.first_head, packed, largest);
 }
 
 // One stream of tiles through all queries of the block. While the weights of a tile are made, the product of those

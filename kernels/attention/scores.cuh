@@ -117,7 +117,8 @@ __device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRo
 }
 
 template <int n>
-__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key, float (&s)[n]) {
+__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key,
+                                            float (&s)[n]) {
   mask_logits(
       rule, rows, first_key,
       [&](int column) { return __ldg(rule.subtree_end + rule.existing(first_key + column)); }, s);
