@@ -23,7 +23,7 @@ bool is_aligned(const Tensor& tensor) {
   for (int64_t dim = 0; dim < 2; ++dim) {
     if (tensor.size(dim) > 1 && (tensor.stride(dim) <= 0 || tensor.stride(dim) % kAlignment)) return false;
   }
-  return true;
+  return tensor.size(0) < 2 || tensor.stride(0) <= INT32_MAX;
 }
 
 // The tensor as kernels read it: a copy where its memory isn't aligned for them, with zeros behind a head whose size
@@ -161,6 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, std::option
       params.sink_shares = cuda::workspace<float>(*sink_shares);
       params.grad_sinks = cuda::output<float>(grad_sinks);
     }
+    Tensor key_shares = cuda::empty(lse, {prefix_attention_key_shares(params)}, ScalarType::Float);
+    params.key_shares = cuda::workspace<float>(key_shares);
     cuda::check_launch(launch_prefix_attention_backward(params, cuda::current_stream(q)), "prefix_attention");
   }
   return {without_padding(grad_q, key_size), without_padding(grad_k, key_size), without_padding(grad_v, value_size),

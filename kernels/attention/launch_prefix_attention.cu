@@ -12,6 +12,15 @@ const char* launch_prefix_attention_forward(const PrefixAttentionForward& params
   return launch_prefix_attention_forward_sm80(params, stream);
 }
 
+int64_t prefix_attention_key_shares(const PrefixAttentionBackward& params) {
+#if defined(PYKERN_HAS_SM90)
+  if (compute_capability() == 90) return prefix_attention_key_shares_sm90(params);
+#else
+  (void)params;
+#endif
+  return 0;
+}
+
 const char* launch_prefix_attention_backward(const PrefixAttentionBackward& params, Stream stream) {
   if (const char* error = launch_prefix_attention_delta(params, stream)) return error;
 #if defined(PYKERN_HAS_SM90)

@@ -9,7 +9,7 @@
 namespace pykern {
 
 // [tokens, heads, size] of 2-byte elements: data a multiple of 16 bytes, sizes and strides (in elements) multiples of
-// 8, the elements of a head side by side.
+// 8, the elements of a head side by side; the token stride is less than 2^31, as some kernels take it as 32 bits.
 struct AttentionHeads {
   const void* data;
   int64_t token_stride, head_stride;
@@ -58,10 +58,14 @@ struct PrefixAttentionBackward : PrefixAttentionProblem {
   float* grad_sinks;      // [query_heads], or null where there are no sinks
   // With sinks: workspace [ceil(tokens / 128), query_heads], the share of each block of tokens in grad_sinks.
   float* sink_shares;
+  // Workspace of prefix_attention_key_shares() values: what several blocks add to the gradients of the same keys.
+  float* key_shares;
 };
 
 const char* launch_prefix_attention_forward(const PrefixAttentionForward& params, Stream stream);
 const char* launch_prefix_attention_backward(const PrefixAttentionBackward& params, Stream stream);
+// By sizes alone.
+int64_t prefix_attention_key_shares(const PrefixAttentionBackward& params);
 
 // For every architecture from 8.0 on, and for 9.0 alone.
 const char* launch_prefix_attention_forward_sm80(const PrefixAttentionForward& params, Stream stream);
@@ -70,5 +74,6 @@ const char* launch_prefix_attention_forward_sm90(const PrefixAttentionForward& p
 const char* launch_prefix_attention_delta(const PrefixAttentionBackward& params, Stream stream);
 const char* launch_prefix_attention_backward_sm80(const PrefixAttentionBackward& params, Stream stream);
 const char* launch_prefix_attention_backward_sm90(const PrefixAttentionBackward& params, Stream stream);
+int64_t prefix_attention_key_shares_sm90(const PrefixAttentionBackward& params);
 
 }  // namespace pykern

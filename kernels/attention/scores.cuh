@@ -33,7 +33,7 @@ struct ScoreRule {
   const int32_t* subtree_end;
   const int32_t* position;
 
-  __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
+  __host__ __device__ __forceinline__ explicit ScoreRule(const PrefixAttentionProblem& problem)
       : transforms(problem.softcap > 0.0f || problem.alibi_slopes != nullptr || !(problem.scale > 0.0f)),
         slopes(problem.alibi_slopes != nullptr),
         factor(transforms ? 1.0f : problem.scale * kLog2E),
@@ -43,63 +43,93 @@ struct ScoreRule {
         tokens(static_cast<int>(problem.tokens)),
         subtree_end(problem.subtree_end),
         position(problem.position) {}
+
+  // A key that can be read; behind the last token another one, which changes nothing: no row comes after it.
+  __device__ __forceinline__ unsigned existing(int key) const {
+    return static_cast<unsigned>(key < tokens ? key : tokens - 1);
+  }
 };
 
-// Absolute error about 2^-23. That of the instruction for it, 2^-11, is too large here: the softcap multiplies it.
+// Absolute error about 2^-22. That of the instruction for it, 2^-11, is too large here: the softcap multiplies it.
 __device__ __forceinline__ float accurate_tanh(float value) {
-  const float power = exp2f(2.0f * kLog2E * fabsf(value));
-  return copysignf(1.0f - __fdividef(2.0f, power + 1.0f), value);
+  // Large powers make the quotient 0, small ones are lost in the sum, so neither end needs a case of its own.
+  return 1.0f - __fdividef(2.0f, fast_exp2(2.0f * kLog2E * value) + 1.0f);
 }
 
-// Products become logits, up to rule.factor; with `masked`, -inf where the key is invisible to the row. `first_key` is
-// the key of s[0] for this thread, an even number. Without `masked` every key must exist.
+// Products become logits, up to rule.factor. `key_position(column)` is the position of the key in column
+// 8 j + c from the thread's first; asked for only with slopes.
+template <int n, class KeyPosition>
+__device__ __forceinline__ void transform_products(const ScoreRule& rule, const QueryRows& rows,
+                                                   const KeyPosition& key_position, float (&s)[n]) {
+  static_assert(n % 4 == 0, "scores come in fours");
+  if (!rule.transforms) return;
+  if (rule.softcap_log2 > 0.0f) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) s[j] = rule.softcap_log2 * accurate_tanh(s[j] * rule.scale);
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) s[j] *= rule.scale;
+  }
+  if (rule.slopes) {
+#pragma unroll
+    for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int32_t position = key_position(8 * j + c);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          s[4 * j + 2 * i + c] -= rows.slope[i] * static_cast<float>(rows.position[i] - position);
+        }
+      }
+    }
+  }
+}
+
+// Logits of neighbouring keys become -inf where the key is invisible to the row.
+template <int n>
+__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key, float (&s)[n]) {
+#pragma unroll
+  for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int key = first_key + 8 * j + c;
+      const int32_t end = __ldg(rule.subtree_end + rule.existing(key));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (key > rows.token[i] || rows.token[i] >= end) s[4 * j + 2 * i + c] = -INFINITY;
+      }
+    }
+  }
+  if (rule.window == 0) return;
+#pragma unroll
+  for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int32_t position = __ldg(rule.position + rule.existing(first_key + 8 * j + c));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (rows.position[i] - position >= rule.window) s[4 * j + 2 * i + c] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Both for neighbouring keys. `first_key` is the key of s[0] for this thread, an even number.
 template <bool masked, int n>
 __device__ __forceinline__ void apply_rule(const ScoreRule& rule, const QueryRows& rows, int first_key,
                                            float (&s)[n]) {
-  static_assert(n % 4 == 0, "scores come in fours");
-  if (rule.transforms) {
-#pragma unroll
-    for (int j = 0; j < n / 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int key = first_key + 8 * j + c;
-        const int32_t position = rule.slopes && (!masked || key < rule.tokens) ? __ldg(rule.position + key) : 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = s[4 * j + 2 * i + c];
-          score *= rule.scale;
-          if (rule.softcap_log2 > 0.0f) score = rule.softcap_log2 * accurate_tanh(score);
-          if (rule.slopes) score -= rows.slope[i] * static_cast<float>(rows.position[i] - position);
-        }
-      }
-    }
-  }
-  if (masked) {
-#pragma unroll
-    for (int j = 0; j < n / 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int key = first_key + 8 * j + c;
-        const bool exists = key < rule.tokens;
-        const int32_t end = exists ? __ldg(rule.subtree_end + key) : 0;
-        const int32_t position = rule.window > 0 && exists ? __ldg(rule.position + key) : 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          bool sees = key <= rows.token[i] && rows.token[i] < end;
-          if (rule.window > 0) sees = sees && rows.position[i] - position < rule.window;
-          if (!sees) s[4 * j + 2 * i + c] = -INFINITY;
-        }
-      }
-    }
-  }
+  transform_products(
+      rule, rows, [&](int column) { return __ldg(rule.position + rule.existing(first_key + column)); }, s);
+  if (masked) mask_logits(rule, rows, first_key, s);
 }
 
 // The derivative of the softcap where a weight is exp2(logit - lse), both in log2: 1 - tanh^2. The logit is recovered
 // from the weight, so that no register has to hold it; where the weight is 0 the result is meaningless but finite.
 __device__ __forceinline__ float softcap_derivative(const ScoreRule& rule, float weight, float lse_log2,
                                                     float slope_distance_log2) {
-  const float logit = weight > 0.0f ? log2f(weight) + lse_log2 + slope_distance_log2 : 0.0f;
-  const float tanh = logit / rule.softcap_log2;
+  // By instructions without the branches that subnormal operands need: fast_exp2 makes no such weights.
+  const float logit = weight > 0.0f ? fast_log2(weight) + lse_log2 + slope_distance_log2 : 0.0f;
+  const float tanh = __fdividef(logit, rule.softcap_log2);
   return 1.0f - tanh * tanh;
 }
 

@@ -7,6 +7,17 @@
 
 namespace pykern::ptx {
 
+// --- registers ---------------------------------------------------------------------------------------------
+
+// The value, of which the compiler doesn't know where it comes from: what is made of it in a loop is made again each
+// time, instead of being kept in a register.
+PYKERN_PTX int forget_origin(int value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // --- matrices of a warp ----------------------------------------------------------------------------------
 // Fragments, with g = lane / 4 and t = lane % 4; a register holds two 16-bit elements, the lower column first:
 //   A m16k16  a[0] (g, 2t)  a[1] (g + 8, 2t)  a[2] (g, 2t + 8)  a[3] (g + 8, 2t + 8)

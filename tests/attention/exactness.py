@@ -122,17 +122,36 @@ def plain(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
     return differentiate(outputs, leaves, tuple(grad.to(dtype) for grad in call.grads))
 
 
-def used(actual: Tensor, exact: Tensor, baseline: Tensor) -> float:
-    """The error's share of what is allowed: FACTOR times PyTorch's own error, and 4 roundings of the largest value."""
+def differences(call: Call, exact: dict[str, Tensor]) -> dict[str, float]:
+    """Magnitudes of the terms whose differences some gradients are: where these cancel, the terms' roundings remain.
+
+    A logit's gradient is weight * (grad_out . v - delta), with delta = grad_out . out - the gradient of lse; a sink's
+    is the sum of weight * delta over all rows. A product's terms are as large as its vectors.
+    """
+    grad_out, grad_lse = (grad.double() for grad in call.grads)
+    delta = (exact["out"] * grad_out).sum(dim=-1) - grad_lse
+    q, k, v, *sinks = (tensor.double() for tensor in call.inputs)
+    product = largest_finite(grad_out.norm(dim=-1)) * largest_finite(v.norm(dim=-1)) + largest_finite(grad_lse)
+    scale = abs(call.options.get("scale", q.shape[2] ** -0.5)) * product
+    terms = {"grad_q": scale * largest_finite(k), "grad_k": scale * largest_finite(q)}
+    if sinks:
+        # Where a row sees nothing, lse is -inf and its share 0.
+        shares = torch.exp(sinks[0] - exact["lse"].masked_fill(exact["lse"].isinf(), float("inf")))
+        terms["grad_sinks"] = largest_finite((shares * delta).abs().sum(dim=0))
+    return terms
+
+
+def largest_finite(values: Tensor) -> float:
+    finite = values[values.isfinite()].abs()
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def used(actual: Tensor, exact: Tensor, baseline: Tensor, rounding: float) -> float:
+    """The error's share of what is allowed: FACTOR times PyTorch's own error, and `rounding`."""
     got, want, other = (tensor.detach().double().cpu() for tensor in (actual, exact, baseline))
     assert torch.equal(got.isinf(), want.isinf()) and not got.isnan().any(), "infinities or NaN in other places"
-    finite = want.isfinite()
-    if not finite.any():
-        return 0.0
-    error = (got - want)[finite].abs().max().item()
-    own = (other - want)[finite & other.isfinite()].abs()
-    allowed = FACTOR * (own.max().item() if own.numel() else 0.0)
-    allowed += 4.0 * torch.finfo(actual.dtype).eps * want[finite].abs().max().item()
+    error = largest_finite(got - want)
+    allowed = FACTOR * largest_finite(other - want) + rounding
     return error / allowed if allowed > 0 else float(error > 0)
 
 
@@ -140,17 +159,17 @@ def check(seed: int, device: str, place: torch.device, tokens: int) -> dict[str,
     """The share of the allowed error that each result of call number `seed` uses. AssertionError above 1."""
     call = draw(seed, kernels=device != "cpu", tokens=tokens)
     dtype = call.inputs[0].dtype
-    actual = ours(call, place)
-    with threads(1):  # tensors this small are not worth a second one
-        exact, baseline = plain(call, torch.float64), plain(call, dtype)
-    shares = {}
+    actual, exact, baseline = ours(call, place), plain(call, torch.float64), plain(call, dtype)
+    shares, terms = {}, differences(call, exact)
     for name, got in actual.items():
         # The reference divides 0 by 0 where a row sees nothing.
         want, other = exact[name], baseline[name]
         if name.startswith("grad"):
             want, other = want.nan_to_num(), other.nan_to_num()
+        rounding = 4.0 * torch.finfo(got.dtype).eps * largest_finite(want)
+        rounding += torch.finfo(dtype).eps * terms.get(name, 0.0)
         try:
-            shares[name] = used(got, want, other)
+            shares[name] = used(got, want, other, rounding)
         except AssertionError as error:
             raise AssertionError(f"tree {seed} on {device}: {name}: {error}; {call.describe()}") from error
         assert shares[name] <= 1.0, (
@@ -162,7 +181,7 @@ def check(seed: int, device: str, place: torch.device, tokens: int) -> dict[str,
 def check_all(device: str, first: int, trees: int, tokens: int, progress: bool = False) -> dict[str, float]:
     """Checks calls first, first + 1, ...; the largest share that each result has used."""
     largest: dict[str, float] = defaultdict(float)
-    with on(device) as place:
+    with on(device) as place, threads(1):  # tensors this small are not worth a second one
         for seed in tqdm(range(first, first + trees), disable=not progress, unit="tree"):
             for name, share in check(seed, device, place, tokens).items():
                 largest[name] = max(largest[name], share)

@@ -15,6 +15,7 @@ PEERS = {
     "galore_torch": "galore-torch",
     "fira": "fira",
     "prefix_grouper": "prefix-grouper",
+    "transformers": "transformers",
     "trl": "trl",
     "verl": "verl",
 }

@@ -1,0 +1,532 @@
+// Forward of prefix attention for every architecture from 8.0 on: cp.async, ldmatrix and mma.m16n8k16.
+//
+// A block of threads has one tile of 128 rows (queries with packed heads) and goes over the tiles of keys that they
+// see. While a tile is multiplied the next one arrives. Blocks are started longest first, and a multiprocessor takes
+// the next one as soon as it has room: a loop over tiles would only add a counter to that.
+#pragma once
+
+#include "kernels/attention/head_sizes.h"
+#include "kernels/attention/paths_sm80.cuh"
+
+namespace pykern {
+
+template <class Sizes>
+struct ForwardTiling {
+  static constexpr int kKey = Sizes::kKey, kValue = Sizes::kValue;
+  static constexpr int kRows = 128;
+  // Tiles of 16 rows of a warp. Two halve what the warp reads of keys and values from shared memory, whose bandwidth
+  // is just enough for one on 8.0; the sums of larger heads leave no registers for them.
+  static constexpr int kRowTiles = kKey <= 128 ? 2 : 1;
+  static constexpr int kWarps = kRows / (16 * kRowTiles), kThreads = kWarps * kWarpSize;
+  static constexpr int kKeys = kKey == 32 || kKey == 64 || kKey == 192 ? 64 : 32;
+  // Queries in registers leave their shared memory to a second stage of keys and values. At 128 there is no room for
+  // them; with one stage, values arrive during the first product and the next keys during the second.
+  static constexpr bool kQueriesInRegisters = kKey != 128;
+  static constexpr int kStages = kQueriesInRegisters ? 2 : 1;
+  static constexpr int kBlocks = kRowTiles == 2 ? 2 : 1;  // of a multiprocessor, at least
+
+  static constexpr int kQueryBytes = kRows * SharedTile<kKey>::kRowBytes;
+  static constexpr int kKeyBytes = kKeys * SharedTile<kKey>::kRowBytes;
+  static constexpr int kValueBytes = kKeys * SharedTile<kValue>::kRowBytes;
+  static constexpr int kStageBytes = kKeyBytes + kValueBytes;
+  // The first stage, then the second one where the queries were or the queries.
+  static constexpr int kSecondBytes = kStages == 2 && kStageBytes > kQueryBytes ? kStageBytes : kQueryBytes;
+  static constexpr int kSharedBytes = kStageBytes + kSecondBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "what 8.6, 8.9 and 12.0 have");
+  static_assert(kSharedBytes >= kRows * SharedTile<kValue>::kRowBytes, "results leave through it");
+};
+
+// Which queries the rows of a tile are.
+struct QueryTile {
+  int first, stop;  // tokens, no more than 128; the last tile reaches beyond the tokens
+  int head_bits;    // a token has 1 << head_bits neighbouring rows
+  int first_head, key_head;
+
+  __device__ __forceinline__ QueryTile(const PrefixAttentionProblem& problem, unsigned block) {
+    const int heads = packed_heads(problem.query_heads, problem.key_heads);
+    head_bits = __ffs(heads) - 1;
+    // Tiles of one block of tokens and one key head are neighbours, since they read the same keys.
+    const int tile = heads - 1 - static_cast<int>(block & (heads - 1));
+    block >>= head_bits;
+    const unsigned parts = problem.query_heads / problem.key_heads >> head_bits;
+    const int part = static_cast<int>(block % parts);
+    block /= parts;
+    key_head = static_cast<int>(block % problem.key_heads);
+    first_head = (key_head * static_cast<int>(parts) + part) << head_bits;
+    const int tile_tokens = kOrderTokens >> head_bits;
+    first = problem.query_order[block / problem.key_heads] * kOrderTokens + tile * tile_tokens;
+    stop = first + tile_tokens;
+  }
+
+  __device__ __forceinline__ int token(int row) const { return first + (row >> head_bits); }
+  __device__ __forceinline__ int head(int row) const { return first_head + (row & ((1 << head_bits) - 1)); }
+};
+
+// Tiles of `keys` keys that some query of a tile sees, in rising order. All threads of a block walk alike: a lane of
+// each warp judges one tile of the next 32.
+template <int keys>
+class VisibleTiles {
+ public:
+  struct Tile {
+    int first_key;
+    bool masked;  // some query doesn't see some key
+
+    // Whether it concerns any of the queries [first, last].
+    __device__ __forceinline__ bool concerns(int, int last) const { return first_key <= last; }
+
+    // Of the logits; else products stay as they are.
+    __device__ __forceinline__ bool changes(const ScoreRule& rule) const { return masked || rule.transforms; }
+    // Whether the rule asks for the rows' positions.
+    __device__ __forceinline__ bool asks_positions(const ScoreRule& rule) const {
+      return rule.slopes || rule.window > 0;
+    }
+
+    template <int m, int n>
+    __device__ __forceinline__ void apply(const ScoreRule& rule, const QueryRows (&rows)[m], int first_column,
+                                          float (&s)[m][n]) const {
+      // Eight keys at a time, so that what is read of keys stays in registers no longer than that.
+#pragma unroll
+      for (int j = 0; j < n; j += 4) {
+#pragma unroll
+        for (int tile = 0; tile < m; ++tile) {
+          auto& eight = reinterpret_cast<float(&)[4]>(s[tile][j]);
+          apply_rule<false>(rule, rows[tile], first_key + first_column + 2 * j, eight);
+          if (masked) mask_logits(rule, rows[tile], first_key + first_column + 2 * j, eight);
+        }
+      }
+    }
+  };
+
+  __device__ __forceinline__ VisibleTiles(const PrefixAttentionForward& params, int first_query, int stop_query)
+      : params_(params), first_query_(first_query), stop_query_(stop_query) {}
+
+  __device__ __forceinline__ bool advance() {
+    while (seen_ == 0) {
+      group_ += kWarpSize;
+      if (group_ * keys >= stop_query_) return false;
+      const int first = (group_ + static_cast<int>(threadIdx.x) % kWarpSize) * keys;
+      Visible visible = Visible::none;
+      // No key is seen by all of a tile that reaches beyond the tokens.
+      if (first < stop_query_ && first < params_.tokens) {
+        const TokenBounds bounds = token_bounds(params_, first, first + keys);
+        TokenBounds queries{};
+        if (params_.window > 0) queries = token_bounds(params_, first_query_, stop_query_);
+        visible = visible_keys(bounds, first, first + keys, queries, first_query_, stop_query_, params_.window);
+      }
+      seen_ = __ballot_sync(kFullWarp, visible != Visible::none);
+      by_all_ = __ballot_sync(kFullWarp, visible == Visible::all);
+    }
+    const int index = __ffs(seen_) - 1;
+    seen_ &= seen_ - 1;
+    tile_ = {(group_ + index) * keys, (by_all_ >> index & 1) == 0};
+    return true;
+  }
+
+  __device__ __forceinline__ Tile tile() const { return tile_; }
+
+  // For copy_rows: where the keys' rows of a tensor lie, `stride` bytes apart.
+  __device__ __forceinline__ auto sources(const unsigned char* data, uint32_t stride) const {
+    const unsigned char* const first = data + uint64_t{static_cast<uint32_t>(tile_.first_key)} * stride;
+    const int keys_left = static_cast<int>(params_.tokens) - tile_.first_key;
+    return [=](int key) {
+      return RowSource{first + uint64_t{static_cast<uint32_t>(key)} * stride, key < keys_left};
+    };
+  }
+
+  // Whether some values of the tile may be seen by no query. They may be NaN, which not even a weight of 0 removes.
+  __device__ __forceinline__ bool has_unseen() const { return tile_.masked; }
+  template <class Sources>
+  __device__ __forceinline__ auto without_unseen(Sources sources) const {
+    return [this, sources](int key) {
+      RowSource source = sources(key);
+      const int row = tile_.first_key + key;
+      source.exists = source.exists && __ldg(params_.subtree_end + row) > row;
+      return source;
+    };
+  }
+
+ private:
+  const PrefixAttentionForward& params_;
+  int first_query_, stop_query_;
+  int group_ = -kWarpSize;
+  unsigned seen_ = 0, by_all_ = 0;
+  Tile tile_{};
+};
+
+// Weights are 2^(s - reference). The reference of a row follows its largest logit only once that has grown by more
+// than this, in log2: until then weights are as exact, and sums need no new factor.
+constexpr float kReferenceSlack = 8.0f;
+
+// What a thread knows of the softmax of its two rows in a tile of 16.
+struct SoftmaxRows {
+  float reference[2], sum[2];  // the sum over the thread's columns alone
+
+  __device__ __forceinline__ SoftmaxRows() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      reference[i] = -INFINITY;
+      sum[i] = 0.0f;
+    }
+  }
+
+  // Logits become weights. Returns whether earlier sums must be multiplied by `scale`.
+  template <int n>
+  __device__ __forceinline__ bool weigh(float factor, float (&s)[n], float (&largest)[2], float (&scale)[2]) {
+    bool rescale = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = s[2 * i];
+#pragma unroll
+      for (int j = 0; j < n / 4; ++j) top = larger(top, larger(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
+      top = larger(top, __shfl_xor_sync(kFullWarp, top, 1));
+      top = larger(top, __shfl_xor_sync(kFullWarp, top, 2));
+      largest[i] = larger(largest[i], top);
+      scale[i] = 1.0f;
+      // A difference of infinities is NaN, for which this is false.
+      if ((top - reference[i]) * factor > kReferenceSlack) {
+        scale[i] = fast_exp2((reference[i] - top) * factor);
+        reference[i] = top;
+        rescale = true;
+      }
+      const float shift = reference[i] == -INFINITY ? 0.0f : reference[i] * factor;
+      float added = 0.0f;
+#pragma unroll
+      for (int j = 0; j < n / 4; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& weight = s[4 * j + 2 * i + c];
+          weight = fast_exp2(fmaf(weight, factor, -shift));
+          added += weight;
+        }
+      }
+      sum[i] = fmaf(sum[i], scale[i], added);
+    }
+    return rescale;
+  }
+};
+
+// Integers order floats of one sign; a NaN never gets here.
+__device__ __forceinline__ void atomic_largest(float* target, float value) {
+  if (value >= 0.0f) {
+    atomicMax(reinterpret_cast<int*>(target), __float_as_int(value));
+  } else {
+    atomicMin(reinterpret_cast<unsigned*>(target), __float_as_uint(value));
+  }
+}
+
+template <class Sizes>
+class ForwardTile {
+  using T = typename Sizes::T;
+  using Tiling = ForwardTiling<Sizes>;
+  static constexpr int kKey = Sizes::kKey, kValue = Sizes::kValue;
+  static constexpr int kKeys = Tiling::kKeys, kRowTiles = Tiling::kRowTiles, kThreads = Tiling::kThreads;
+  static constexpr int kSteps = kKey / 16;
+
+ public:
+  __device__ __forceinline__ ForwardTile(const PrefixAttentionForward& params, const QueryTile& queries,
+                                         unsigned char* shared)
+      : params_(params),
+        queries_(queries),
+        shared_(shared),
+        lane_(threadIdx.x % kWarpSize),
+        first_row_(static_cast<int>(threadIdx.x) / kWarpSize * 16 * kRowTiles) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kValue / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out_[m][j][c] = 0.0f;
+      }
+    }
+  }
+
+  template <class Tiles>
+  __device__ __forceinline__ void run() {
+    const ScoreRule rule(params_);
+    const int last_row = first_row_ + 16 * kRowTiles - 1;
+    const int first_query = queries_.token(first_row_), last_query = queries_.token(last_row);
+
+    Tiles tiles(params_, queries_.first, queries_.stop);
+    bool more = tiles.advance();
+    copy_queries();
+    if (more) {
+      copy_keys(tiles, 0);
+      if constexpr (Tiling::kStages == 2) copy_values(tiles, 0);
+    }
+    wait_for_copies();
+    if constexpr (Tiling::kQueriesInRegisters) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) load_queries(k, query_fragments_[k]);
+    }
+    for (int stage = 0; more; stage ^= Tiling::kStages - 1) {
+      const auto tile = tiles.tile();
+      // Also: all threads are done with what is overwritten next.
+      wait_for_copies();
+      if constexpr (Tiling::kStages == 2) {
+        more = tiles.advance();
+        if (more) {
+          copy_keys(tiles, stage ^ 1);
+          copy_values(tiles, stage ^ 1);
+        }
+      } else {
+        copy_values(tiles, 0);
+      }
+      const bool concerned = tile.concerns(first_query, last_query);
+      float s[kRowTiles][kKeys / 2] = {};
+      if (concerned) multiply_keys(stage, s);
+      if constexpr (Tiling::kStages == 1) {
+        wait_for_copies();
+        more = tiles.advance();
+        if (more) copy_keys(tiles, 0);
+      }
+      if (concerned) {
+        if (tile.changes(rule)) {
+          // Anew for every tile: registers are scarcer than time.
+          QueryRows rows[kRowTiles];
+          describe_rows(tile.asks_positions(rule), rows);
+          tile.apply(rule, rows, 2 * (lane_ % 4), s);
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          float scale[2];
+          const bool rescale = softmax_[m].weigh(rule.factor, s[m], largest_, scale);
+          if (__any_sync(kFullWarp, rescale)) {
+#pragma unroll
+            for (int j = 0; j < kValue / 8; ++j) {
+#pragma unroll
+              for (int c = 0; c < 4; ++c) out_[m][j][c] *= scale[c / 2];
+            }
+          }
+        }
+        multiply_values(stage, s);
+      }
+    }
+    finish(rule.factor);
+  }
+
+ private:
+  __device__ __forceinline__ unsigned char* keys(int stage) const { return shared_ + stage * Tiling::kStageBytes; }
+  __device__ __forceinline__ unsigned char* values(int stage) const { return keys(stage) + Tiling::kKeyBytes; }
+
+  // Of accumulators: row i of tile m of the thread, within the block's tile.
+  __device__ __forceinline__ int row_of(int m, int i) const { return first_row_ + 16 * m + 8 * i + lane_ / 4; }
+
+  __device__ __forceinline__ void describe_rows(bool with_positions, QueryRows (&rows)[kRowTiles]) const {
+    const int first = opaque(row_of(0, 0));
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first + 16 * m + 8 * i, token = queries_.token(row);
+        const bool exists = token < params_.tokens;
+        rows[m].token[i] = exists ? token : -1;
+        rows[m].position[i] = exists && with_positions ? params_.position[token] : 0;
+        rows[m].slope[i] = params_.alibi_slopes ? params_.alibi_slopes[queries_.head(row)] * kLog2E : 0.0f;
+      }
+    }
+  }
+
+  // --- from memory -----------------------------------------------------------------------------------------
+
+  // All that this thread has asked for, and by the barrier all that its block has.
+  __device__ __forceinline__ void wait_for_copies() const {
+    ptx::cp_async_wait_all();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void copy_queries() const {
+    const T* const data = static_cast<const T*>(params_.q.data);
+    copy_rows<kKey, Tiling::kRows, kThreads>(shared_ + Tiling::kStageBytes, params_.key_size, [&](int row) {
+      const int token = queries_.token(row);
+      const T* const source = data + token * params_.q.token_stride + queries_.head(row) * params_.q.head_stride;
+      return RowSource{reinterpret_cast<const unsigned char*>(source), token < params_.tokens};
+    });
+  }
+
+  template <class Tiles>
+  __device__ __forceinline__ auto sources(const Tiles& tiles, const AttentionHeads& heads) const {
+    const T* const data = static_cast<const T*>(heads.data) + queries_.key_head * heads.head_stride;
+    return tiles.sources(reinterpret_cast<const unsigned char*>(data),
+                         static_cast<uint32_t>(heads.token_stride) * static_cast<uint32_t>(sizeof(T)));
+  }
+  template <class Tiles>
+  __device__ __forceinline__ void copy_keys(const Tiles& tiles, int stage) const {
+    copy_rows<kKey, kKeys, kThreads>(keys(stage), params_.key_size, sources(tiles, params_.k));
+  }
+  template <class Tiles>
+  __device__ __forceinline__ void copy_values(const Tiles& tiles, int stage) const {
+    const auto rows = sources(tiles, params_.v);
+    if (tiles.has_unseen()) {
+      copy_rows<kValue, kKeys, kThreads>(values(stage), params_.value_size, tiles.without_unseen(rows));
+    } else {
+      copy_rows<kValue, kKeys, kThreads>(values(stage), params_.value_size, rows);
+    }
+  }
+
+  // --- products --------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void load_queries(int step, uint32_t (&fragments)[kRowTiles][4]) const {
+    const auto address = lane_rows_first<kKey>(lane_);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      ptx::ldmatrix<4>(fragments[m], address.at(shared_ + Tiling::kStageBytes, first_row_ + 16 * m, step));
+    }
+  }
+
+  __device__ __forceinline__ void multiply_keys(int stage, float (&s)[kRowTiles][kKeys / 2]) {
+    const auto address = lane_columns_first<kKey>(opaque(lane_));
+    const unsigned char* const tile = keys(stage);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t loaded[kRowTiles][4];
+      if constexpr (!Tiling::kQueriesInRegisters) load_queries(k, loaded);
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t pair[4];
+        ptx::ldmatrix<4>(pair, address.at(tile, 16 * n, k));
+        const uint32_t low[2] = {pair[0], pair[1]}, high[2] = {pair[2], pair[3]};
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          const auto& queries = Tiling::kQueriesInRegisters ? query_fragments_[k][m] : loaded[m];
+          ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n]), queries, low);
+          ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n + 4]), queries, high);
+        }
+      }
+    }
+  }
+
+  // Accumulators of two neighbouring tiles of 8 keys are operand A for the 16 keys.
+  __device__ __forceinline__ void multiply_values(int stage, const float (&s)[kRowTiles][kKeys / 2]) {
+    const auto address = lane_rows_first<kValue>(opaque(lane_));
+    const unsigned char* const tile = values(stage);
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t weights[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          weights[m][c] = narrow_pair(s[m][8 * k + 2 * c], s[m][8 * k + 2 * c + 1], T{}).bits;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kValue / 16; ++n) {
+        uint32_t pair[4];
+        ptx::ldmatrix<4, true>(pair, address.at(tile, 16 * k, n));
+        const uint32_t low[2] = {pair[0], pair[1]}, high[2] = {pair[2], pair[3]};
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          ptx::mma_m16n8k16<T>(out_[m][2 * n], weights[m], low);
+          ptx::mma_m16n8k16<T>(out_[m][2 * n + 1], weights[m], high);
+        }
+      }
+    }
+  }
+
+  // --- results ---------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void finish(float factor) {
+    using OutTile = SharedTile<kValue>;
+    // From here on a warp has the rows it has computed to itself.
+    __syncthreads();
+    unsigned char* const staged = shared_ + first_row_ * OutTile::kRowBytes;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = row_of(m, i), token = queries_.token(row), head = queries_.head(row);
+        const bool exists = token < params_.tokens;
+        float sum = softmax_[m].sum[i];
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        // Not so for NaN.
+        const bool sees_nothing = sum == 0.0f;
+        const float reference = softmax_[m].reference[i] == -INFINITY ? 0.0f : softmax_[m].reference[i] * factor;
+        float top = reference, share = 1.0f;
+        if (params_.sinks) {
+          const float sink = params_.sinks[head] * kLog2E;
+          top = larger(reference, sink);
+          share = exp2f(reference - top);
+          sum = sum * share + exp2f(sink - top);
+        }
+        const float inverse = share / sum;
+        if (exists && lane_ % 4 == 0) {
+          params_.lse[int64_t{token} * params_.query_heads + head] =
+              sees_nothing ? -INFINITY : (top + log2f(sum)) * kLn2;
+        }
+#pragma unroll
+        for (int j = 0; j < kValue / 8; ++j) {
+          // Adding 0 leaves no negative zero, of which it depends on tiles whether a sum is one.
+          const float low = sees_nothing ? 0.0f : out_[m][j][2 * i] * inverse + 0.0f;
+          const float high = sees_nothing ? 0.0f : out_[m][j][2 * i + 1] * inverse + 0.0f;
+          unsigned char* const target = staged + OutTile::offset(16 * m + 8 * i + lane_ / 4, j) + lane_ % 4 * 4;
+          *reinterpret_cast<uint32_t*>(target) = narrow_pair(low, high, T{}).bits;
+        }
+      }
+    }
+    if (params_.max_logits) report_largest(factor);
+    __syncwarp();
+    store(staged);
+  }
+
+  // Rows of one head lie 1 << head_bits apart, at most 16, so all row tiles of a thread have its two heads.
+  __device__ __forceinline__ void report_largest(float factor) {
+    const int heads = 1 << queries_.head_bits, row = lane_ / 4;
+    for (int distance = heads; distance < 8; distance *= 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        largest_[i] = larger(largest_[i], __shfl_xor_sync(kFullWarp, largest_[i], 4 * distance));
+      }
+    }
+    if (heads < 16) largest_[0] = larger(largest_[0], largest_[1]);
+    if (lane_ % 4 != 0 || row >= heads) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (8 * i < heads && largest_[i] > -INFINITY) {
+        atomic_largest(params_.max_logits + queries_.head(row + 8 * i), largest_[i] * (factor * kLn2));
+      }
+    }
+  }
+
+  // Sixteen bytes at a time, by the warp that has staged the rows.
+  __device__ __forceinline__ void store(const unsigned char* staged) const {
+    using OutTile = SharedTile<kValue>;
+    constexpr int kAcross = OutTile::kChunks & -OutTile::kChunks, kStep = kWarpSize / kAcross;
+    const int chunk = lane_ % kAcross;
+    T* const out = static_cast<T*>(params_.out);
+#pragma unroll 4
+    for (int below = lane_ / kAcross; below < 16 * kRowTiles; below += kStep) {
+      const int row = first_row_ + below, token = queries_.token(row);
+      if (token >= params_.tokens) break;
+      T* const target = out + (int64_t{token} * params_.query_heads + queries_.head(row)) * params_.value_size;
+#pragma unroll
+      for (int right = chunk; right < OutTile::kChunks; right += kAcross) {
+        if (8 * right >= params_.value_size) break;
+        store_pack(target + 8 * right,
+                   load_pack(reinterpret_cast<const T*>(staged + OutTile::offset(below, right))));
+      }
+    }
+  }
+
+  const PrefixAttentionForward& params_;
+  const QueryTile& queries_;
+  unsigned char* const shared_;
+  const int lane_, first_row_;
+  uint32_t query_fragments_[Tiling::kQueriesInRegisters ? kSteps : 1][kRowTiles][4];
+  float out_[kRowTiles][kValue / 8][4];
+  SoftmaxRows softmax_[kRowTiles];
+  float largest_[2] = {-INFINITY, -INFINITY};  // of the logits in rows i of all row tiles
+};
+
+template <class Sizes, bool along_paths>
+__global__ void __launch_bounds__(ForwardTiling<Sizes>::kThreads, ForwardTiling<Sizes>::kBlocks)
+    prefix_attention_forward_kernel(const PrefixAttentionForward params) {
+  constexpr int kKeys = ForwardTiling<Sizes>::kKeys;
+  PYKERN_DYNAMIC_SHARED(shared);
+  const QueryTile queries(params, blockIdx.x);
+  if (queries.first >= params.tokens) return;
+  ForwardTile<Sizes> tile(params, queries, shared);
+  tile.template run<std::conditional_t<along_paths, PathTiles<kKeys>, VisibleTiles<kKeys>>>();
+}
+
+}  // namespace pykern
