@@ -58,6 +58,8 @@ WIDE_STORES = (
     "attention: gather_rows_kernel<Pack*",
     "attention: gather_rows_backward_kernel<*, true>",
     "attention: prefix_attention_forward_sm90_kernel<*",
+    "attention: prefix_attention_backward_keys_kernel<*",
+    "attention: prefix_attention_backward_queries_kernel<*",
     "lowrank: adam_packs_kernel<*",
     "lowrank: adam_8bit_kernel<*, true>",
     "lowrank: weight_update_kernel<*, true, *>",
