@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import pykern
-from bench.attention import cases_rows
+from bench.attention import cases_gpu, cases_rows, cases_trees
 from bench.harness import Case
 
 
@@ -110,4 +110,4 @@ def cases(device: str) -> list[Case]:
         for dtype in (torch.float32, torch.bfloat16)
         for backward in (False, True)
     ]
-    return attention + cases_rows.cases(device)
+    return [*attention, *cases_gpu.cases(device), *cases_rows.cases(device), *cases_trees.cases(device)]

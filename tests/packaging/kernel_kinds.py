@@ -19,6 +19,7 @@ KINDS: dict[str, str] = {
     "attention: prefix_attention_sinks_kernel": OTHER,
     "attention: prefix_attention_backward_*_kernel<*": MATRIX,
     "attention: prefix_attention_forward_sm90_kernel<*": MATRIX,
+    "attention: prefix_attention_join_shares_sm90_kernel<*": MEMORY,
     "attention: prefix_attention_bounds_kernel": OTHER,
     "attention: prefix_attention_work_kernel": OTHER,
     "attention: prefix_attention_order_kernel": OTHER,
