@@ -102,6 +102,9 @@ def group_case(
 
 
 def cases(device: str) -> list[Case]:
+    others = [*cases_rows.cases(device), *cases_trees.cases(device)]
+    if device == "cuda":
+        return [*cases_gpu.cases(), *others]
     groups = [(1024, 8, 128), (512, 8, 512), (4096, 16, 256), (256, 64, 64)]
     attention = [
         group_case(*group, 8, 2, size, dtype, backward)
@@ -110,4 +113,4 @@ def cases(device: str) -> list[Case]:
         for dtype in (torch.float32, torch.bfloat16)
         for backward in (False, True)
     ]
-    return [*attention, *cases_gpu.cases(device), *cases_rows.cases(device), *cases_trees.cases(device)]
+    return [*attention, *others]
