@@ -534,6 +534,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     ptx::fence_mbarrier_init();
     shared.place = KeysPlace(call, kOrderTokens / Tiling::kKeys, Tiling::kKeys);
   }
+  if (threadIdx.x == kWarpSize) prefetch_maps(call);
   __syncthreads();
   const KeysPlace& place = shared.place;
   if (place.share >= place.shares) return;

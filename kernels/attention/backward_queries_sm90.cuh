@@ -19,7 +19,7 @@ struct QueriesTiling {
   static constexpr int kKeys = kLarge ? 64 : 128;  // of a tile
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // Values are needed for less long than keys, so that they do with fewer stages where memory is short.
-  static constexpr int kKeyStages = 2, kValueStages = kValue > 128 ? 1 : 2;
+  static constexpr int kKeyStages = kKey + kValue <= 128 ? 4 : 2, kValueStages = kValue > 128 ? 1 : kKeyStages;
   static constexpr int kQueryBytes = tile_bytes(kRowsOfBlock, kKey), kGradBytes = tile_bytes(kRowsOfBlock, kValue);
   static constexpr int kKeyBytes = tile_bytes(kKeys, kKey), kValueBytes = tile_bytes(kKeys, kValue);
 
@@ -225,18 +225,16 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
       transform_products(rule, rows, position_of, s);
       if (visible == Visible::some) {
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) {
+        for (int j = 0; j < kKeys / 2; ++j) {
+          const int column = j / 4 * 8 + j % 2, key = note.first_token + first_column + column;
+          const int32_t token = rows.token[j / 2 % 2];
+          if ((key > token) | (token >= columns.end[first_column + column])) s[j] = -INFINITY;
+        }
+        if (params.window > 0) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int column = 8 * j + c, key = note.first_token + first_column + column;
-            const int32_t end = columns.end[first_column + column];
-            const int32_t position = params.window > 0 ? position_of(column) : 0;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              bool seen = key <= rows.token[i] && rows.token[i] < end;
-              if (params.window > 0) seen = seen && rows.position[i] - position < params.window;
-              if (!seen) s[4 * j + 2 * i + c] = -INFINITY;
-            }
+          for (int j = 0; j < kKeys / 2; ++j) {
+            const int32_t distance = rows.position[j / 2 % 2] - position_of(j / 4 * 8 + j % 2);
+            if (distance >= params.window) s[j] = -INFINITY;
           }
         }
       }
@@ -310,6 +308,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     ptx::mbarrier_init(&shared.resident, 1);
     ptx::fence_mbarrier_init();
   }
+  if (threadIdx.x == kWarpSize) prefetch_maps(call);
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
