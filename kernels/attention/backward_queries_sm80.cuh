@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
 
   // The last tiles of a block of tokens see most, so they come first.
   const int heads = packed_heads(params.query_heads, params.key_heads), group = params.query_heads / params.key_heads;
-  const int tiles_per_block = kOrderTokens * heads / kQueries, tokens_per_tile = kQueries / heads, parts = group / heads;
+  const int tiles_per_block = kOrderTokens * heads / kQueries, tokens_per_tile = kQueries / heads;
+  const int parts = group / heads;
   const int key_head = blockIdx.x % params.key_heads, part = blockIdx.x / params.key_heads % parts;
   const int tile = blockIdx.x / params.key_heads / parts;
   const int first_query = params.query_order[tile / tiles_per_block] * kOrderTokens +
@@ -180,7 +181,8 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
     const ValueRows v_rows{bytes, k_rows.first + kKeys * kKey * 2, kValue};
     const auto key_row = [&](const AttentionHeads& tensor, int row) -> const T* {
       if (key + row >= params.tokens) return nullptr;
-      return static_cast<const T*>(tensor.data) + (key + row) * tensor.token_stride + shared.key_head * tensor.head_stride;
+      return static_cast<const T*>(tensor.data) + (key + row) * tensor.token_stride +
+             shared.key_head * tensor.head_stride;
     };
     copy_rows<kKeys, kKey, Tile::kThreads>(k_rows, params.k.data, params.key_size,
                                            [&](int row) { return key_row(params.k, row); });
