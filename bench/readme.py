@@ -1,5 +1,6 @@
 """Writes the measured tables of README.md from the records in bench/results: `python -m bench.readme [--check]`."""
 
+import itertools
 import json
 import re
 import sys
@@ -17,11 +18,13 @@ def conditions(environment: dict) -> str:
 
 
 def family_table(record: dict) -> str:
-    """One line per case and provider: median milliseconds and the time over pykern's."""
-    lines = ["| case | provider | ms | time over pykern's |", "| --- | --- | ---: | ---: |"]
-    for row in record["rows"]:
-        case = f"{row['name']} {row['shape']}"
-        lines.append(f"| {case} | {row['provider']} | {row['ms_p50']:.3f} | {row['time_over_pykern']:.2f} |")
+    """One line per case: median milliseconds, share of the binding limit, and each other provider's time over that."""
+    lines = ["| case | ms | of the limit | the others' time over this |", "| --- | ---: | ---: | --- |"]
+    cases = itertools.groupby(record["rows"], key=lambda row: f"{row['name']} {row['shape']}")
+    for case, (ours, *others) in ((case, list(rows)) for case, rows in cases):
+        limit = f"{ours['percent_of_limit']:.0f} % {ours['limit']}" if ours["limit"] else ""
+        ratios = "; ".join(f"{row['provider']} {row['time_over_pykern']:.2f}" for row in others)
+        lines.append(f"| {case} | {ours['ms_p50']:.3f} | {limit} | {ratios} |")
     return "\n".join([*lines, "", conditions(record["environment"])])
 
 

@@ -274,10 +274,16 @@ class BackwardKeyTile {
       const KeyColumns keys{problem_.row + key, problem_.subtree_end + key, problem_.position + key};
       for (int64_t row = segment.rows.begin; row < segment.rows.end; row += 2) {
         const int64_t at = (panel * sizes_.tile_rows + row) * kPanel;
-        float lse[2], delta[2];
+        float lse[2], delta[2], slopes[2];
+        QueryToken token[2];
         for (int i = 0; i < 2; ++i) {
           lse[i] = data_.lse[first_row + row + i];
           delta[i] = data_.delta[first_row + row + i];
+          if (Masked || General) {
+            const int64_t index = (row + i) / group;
+            token[i] = QueryToken(problem_, tile.first_token + index, row + i < tile.rows);
+            slopes[i] = General && score_.slopes ? score_.slopes[head_ * group + row + i - index * group] : 0.0f;
+          }
         }
 #pragma GCC unroll 4
         for (int v = 0; v < kPanelVectors; ++v) {
@@ -292,22 +298,14 @@ class BackwardKeyTile {
               logit = score_.softcap * bent;
               slope -= bent * bent;
             }
-            if (Masked || General) {
-              const QueryToken token(problem_, tile.first_token + (row + i) / group, row + i < tile.rows);
-              if (General && score_.slopes) {
-                logit -= score_.slopes[head_ * group + (row + i) % group] * token.distance(keys, v * kLanes);
-              }
-              weight[i] = exp2<C>((logit - lse[i]) * static_cast<float>(kLog2E));
-              grad[i] = weight[i] * (load(grads + here) - delta[i]);
-              if (General) grad[i] *= slope;
-              if (Masked) {
-                const vint sees = token.sees(keys, v * kLanes, score_.windowed);
-                weight[i] = select(sees, weight[i], zero());
-                grad[i] = select(sees, grad[i], zero());
-              }
-            } else {
-              weight[i] = exp2<C>((logit - lse[i]) * static_cast<float>(kLog2E));
-              grad[i] = weight[i] * (load(grads + here) - delta[i]);
+            if (General && score_.slopes) logit -= slopes[i] * token[i].distance(keys, v * kLanes);
+            weight[i] = exp2<C>((logit - lse[i]) * static_cast<float>(kLog2E));
+            grad[i] = weight[i] * (load(grads + here) - delta[i]);
+            if (General) grad[i] *= slope;
+            if (Masked) {
+              const vint sees = token[i].sees(keys, v * kLanes, score_.windowed);
+              weight[i] = select(sees, weight[i], zero());
+              grad[i] = select(sees, grad[i], zero());
             }
           }
           store_operands(segment, panel, row, v, weight, grad);
@@ -438,13 +436,24 @@ void pack_unit(const PrefixAttention& problem, const Operands<compute_t<T>>& dat
   data.keys_finite[unit] = finite;
 }
 
-template <class C>
-void transpose_rows(C* target, int64_t target_row, const C* source, int64_t source_row, int64_t rows, int64_t columns) {
-  constexpr int64_t block = 16;
-  for (int64_t row0 = 0; row0 < rows; row0 += block) {
-    const int64_t stop = row0 + block < rows ? row0 + block : rows;
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t row = row0; row < stop; ++row) target[column * target_row + row] = source[row * source_row + column];
+// Both strides and the number of rows are even. Pairs of rows are interleaved, then turned as units.
+PYKERN_INLINE void transpose_rows(bf16* target, int64_t target_row, const bf16* source, int64_t source_row,
+                                  int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; row += 2 * kLanes) {
+    const int64_t pairs = (rows - row < 2 * kLanes ? rows - row : 2 * kLanes) / 2;
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const int64_t width = columns - column < kLanes ? columns - column : kLanes;
+      vuint units[kLanes];
+      for (int64_t pair = 0; pair < kLanes; ++pair) {
+        const bf16* even = source + (row + 2 * pair) * source_row + column;
+        units[pair] = pair < pairs ? detail::bf16_bits<bf16>(detail::load_up_to(even, width)) |
+                                         detail::bf16_bits<bf16>(detail::load_up_to(even + source_row, width)) << 16
+                                   : vuint{};
+      }
+      detail::transpose<kLanes>(units);
+      for (int64_t i = 0; i < width; ++i) {
+        std::memcpy(target + (column + i) * target_row + row, &units[i], pairs * 4);
+      }
     }
   }
 }

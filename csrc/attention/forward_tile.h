@@ -210,7 +210,8 @@ class ForwardTile {
     const vfloat before = load_up_to(work_.largest + row, rows);
     const vfloat largest = maximum(load_up_to(work_.shift + row, rows), before);
     const vfloat shift = largest * factor_;
-    store_up_to(work_.factor + row, select(largest == before, broadcast(1.0f), exp2<float>(before * factor_ - shift)), rows);
+    const vfloat factor = exp2<float>(before * factor_ - shift);
+    store_up_to(work_.factor + row, select(largest == before, broadcast(1.0f), factor), rows);
     store_up_to(work_.largest + row, largest, rows);
     store_up_to(work_.shift + row, shift, rows);
     if (!any(largest == broadcast(-kInfinity))) return;

@@ -110,10 +110,11 @@ struct Score {
 
 // One token as a query.
 struct QueryToken {
-  int32_t row;  // -1: sees nothing
-  int32_t position;
-  int32_t horizon;
+  int32_t row = -1;  // -1: sees nothing
+  int32_t position = 0;
+  int32_t horizon = 0;  // no key at or before this position is seen
 
+  PYKERN_INLINE QueryToken() = default;
   PYKERN_INLINE QueryToken(const PrefixAttention& problem, int64_t token, bool real)
       : row(real ? static_cast<int32_t>(token) : -1),
         position(real ? problem.position[token] : 0),

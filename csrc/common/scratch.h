@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/numeric.h"
 
 namespace pykern {
@@ -13,7 +17,15 @@ namespace pykern {
 // has no memory left; the host wrapper turns that into an error.
 class Scratch {
  public:
-  PYKERN_INLINE explicit Scratch(size_t bytes) : pointer_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
+  PYKERN_INLINE explicit Scratch(size_t bytes) {
+    // Large ones in large pages where the system gives them on demand: the first touch of a page costs
+    // more than what is done with a small one.
+    const size_t page = bytes < kLargePage ? 64 : kLargePage;
+    pointer_ = std::aligned_alloc(page, (bytes + 64 + page - 1) / page * page);
+#if defined(__linux__)
+    if (pointer_ && page == kLargePage) madvise(pointer_, bytes, MADV_HUGEPAGE);
+#endif
+  }
   PYKERN_INLINE ~Scratch() { std::free(pointer_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -24,6 +36,7 @@ class Scratch {
   }
 
  private:
+  static constexpr size_t kLargePage = size_t{2} << 20;
   void* pointer_;
 };
 

@@ -19,19 +19,21 @@ struct ForwardTiling {
   static constexpr int kRowTiles = kKey <= 128 ? 2 : 1;
   static constexpr int kWarps = kRows / (16 * kRowTiles), kThreads = kWarps * kWarpSize;
   static constexpr int kKeys = kKey == 32 || kKey == 64 || kKey == 192 ? 64 : 32;
-  // Queries in registers leave their shared memory to a second stage of keys and values. At 128 there is no room for
-  // them; with one stage, values arrive during the first product and the next keys during the second.
-  static constexpr bool kQueriesInRegisters = kKey != 128;
-  static constexpr int kStages = kQueriesInRegisters ? 2 : 1;
+  // Columns of the queries that stay in registers, and leave their shared memory to a second stage of keys and values;
+  // the others are read anew for every tile. At 128 there are registers for none of them: with one stage, values
+  // arrive during the first product and the next keys during the second.
+  static constexpr int kHeldColumns = kKey == 128 ? 0 : kKey == 96 ? 64 : kKey == 256 ? 192 : kKey;
+  static constexpr int kReadColumns = kKey - kHeldColumns;
+  static constexpr int kStages = kHeldColumns > 0 ? 2 : 1;
   static constexpr int kBlocks = kRowTiles == 2 ? 2 : 1;  // of a multiprocessor, at least
 
-  static constexpr int kQueryBytes = kRows * SharedTile<kKey>::kRowBytes;
   static constexpr int kKeyBytes = kKeys * SharedTile<kKey>::kRowBytes;
   static constexpr int kValueBytes = kKeys * SharedTile<kValue>::kRowBytes;
   static constexpr int kStageBytes = kKeyBytes + kValueBytes;
-  // The first stage, then the second one where the queries were or the queries.
-  static constexpr int kSecondBytes = kStages == 2 && kStageBytes > kQueryBytes ? kStageBytes : kQueryBytes;
-  static constexpr int kSharedBytes = kStageBytes + kSecondBytes;
+  // The first stage; the held columns of the queries, later the second stage; the other columns.
+  static constexpr int kHeldBytes = kRows * 2 * kHeldColumns;
+  static constexpr int kReadOffset = kStageBytes + (kStages == 2 && kStageBytes > kHeldBytes ? kStageBytes : kHeldBytes);
+  static constexpr int kSharedBytes = kReadOffset + kRows * 2 * kReadColumns;
   static_assert(kSharedBytes <= 99 * 1024, "what 8.6, 8.9 and 12.0 have");
   static_assert(kSharedBytes >= kRows * SharedTile<kValue>::kRowBytes, "results leave through it");
 };
@@ -189,17 +191,17 @@ struct SoftmaxRows {
         rescale = true;
       }
       const float shift = reference[i] == -INFINITY ? 0.0f : reference[i] * factor;
-      float added = 0.0f;
+      float added[2] = {};  // two sums, of which each waits for itself alone
 #pragma unroll
       for (int j = 0; j < n / 4; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& weight = s[4 * j + 2 * i + c];
           weight = fast_exp2(fmaf(weight, factor, -shift));
-          added += weight;
+          added[c] += weight;
         }
       }
-      sum[i] = fmaf(sum[i], scale[i], added);
+      sum[i] = fmaf(sum[i], scale[i], added[0] + added[1]);
     }
     return rescale;
   }
@@ -220,7 +222,7 @@ class ForwardTile {
   using Tiling = ForwardTiling<Sizes>;
   static constexpr int kKey = Sizes::kKey, kValue = Sizes::kValue;
   static constexpr int kKeys = Tiling::kKeys, kRowTiles = Tiling::kRowTiles, kThreads = Tiling::kThreads;
-  static constexpr int kSteps = kKey / 16;
+  static constexpr int kSteps = kKey / 16, kHeldSteps = Tiling::kHeldColumns / 16;
 
  public:
   __device__ __forceinline__ ForwardTile(const PrefixAttentionForward& params, const QueryTile& queries,
@@ -243,9 +245,6 @@ class ForwardTile {
   template <class Tiles>
   __device__ __forceinline__ void run() {
     const ScoreRule rule(params_);
-    const int last_row = first_row_ + 16 * kRowTiles - 1;
-    const int first_query = queries_.token(first_row_), last_query = queries_.token(last_row);
-
     Tiles tiles(params_, queries_.first, queries_.stop);
     bool more = tiles.advance();
     copy_queries();
@@ -254,9 +253,11 @@ class ForwardTile {
       if constexpr (Tiling::kStages == 2) copy_values(tiles, 0);
     }
     wait_for_copies();
-    if constexpr (Tiling::kQueriesInRegisters) {
+    if constexpr (kHeldSteps > 0) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) load_queries(k, query_fragments_[k]);
+      for (int k = 0; k < kHeldSteps; ++k) {
+        load_queries<Tiling::kHeldColumns>(Tiling::kStageBytes, k, held_queries_[k]);
+      }
     }
     for (int stage = 0; more; stage ^= Tiling::kStages - 1) {
       const auto tile = tiles.tile();
@@ -271,7 +272,8 @@ class ForwardTile {
       } else {
         copy_values(tiles, 0);
       }
-      const bool concerned = tile.concerns(first_query, last_query);
+      const int first_row = opaque(first_row_), last_row = first_row + 16 * kRowTiles - 1;
+      const bool concerned = tile.concerns(queries_.token(first_row), queries_.token(last_row));
       float s[kRowTiles][kKeys / 2] = {};
       if (concerned) multiply_keys(stage, s);
       if constexpr (Tiling::kStages == 1) {
@@ -334,18 +336,25 @@ class ForwardTile {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void copy_queries() const {
-    const T* const data = static_cast<const T*>(params_.q.data);
-    copy_rows<kKey, Tiling::kRows, kThreads>(shared_ + Tiling::kStageBytes, params_.key_size, [&](int row) {
+  template <int columns>
+  __device__ __forceinline__ void copy_query_columns(int offset, int first_column) const {
+    const T* const data = static_cast<const T*>(params_.q.data) + first_column;
+    copy_rows<columns, Tiling::kRows, kThreads>(shared_ + offset, params_.key_size - first_column, [&](int row) {
       const int token = queries_.token(row);
       const T* const source = data + token * params_.q.token_stride + queries_.head(row) * params_.q.head_stride;
       return RowSource{reinterpret_cast<const unsigned char*>(source), token < params_.tokens};
     });
   }
+  __device__ __forceinline__ void copy_queries() const {
+    if constexpr (Tiling::kHeldColumns > 0) copy_query_columns<Tiling::kHeldColumns>(Tiling::kStageBytes, 0);
+    if constexpr (Tiling::kReadColumns > 0) {
+      copy_query_columns<Tiling::kReadColumns>(Tiling::kReadOffset, Tiling::kHeldColumns);
+    }
+  }
 
   template <class Tiles>
   __device__ __forceinline__ auto sources(const Tiles& tiles, const AttentionHeads& heads) const {
-    const T* const data = static_cast<const T*>(heads.data) + queries_.key_head * heads.head_stride;
+    const T* const data = static_cast<const T*>(heads.data) + opaque(queries_.key_head) * heads.head_stride;
     return tiles.sources(reinterpret_cast<const unsigned char*>(data),
                          static_cast<uint32_t>(heads.token_stride) * static_cast<uint32_t>(sizeof(T)));
   }
@@ -365,11 +374,12 @@ class ForwardTile {
 
   // --- products --------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void load_queries(int step, uint32_t (&fragments)[kRowTiles][4]) const {
-    const auto address = lane_rows_first<kKey>(lane_);
+  template <int columns>
+  __device__ __forceinline__ void load_queries(int offset, int step, uint32_t (&fragments)[kRowTiles][4]) const {
+    const auto address = lane_rows_first<columns>(lane_);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      ptx::ldmatrix<4>(fragments[m], address.at(shared_ + Tiling::kStageBytes, first_row_ + 16 * m, step));
+      ptx::ldmatrix<4>(fragments[m], address.at(shared_ + offset, first_row_ + 16 * m, step));
     }
   }
 
@@ -378,8 +388,10 @@ class ForwardTile {
     const unsigned char* const tile = keys(stage);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      uint32_t loaded[kRowTiles][4];
-      if constexpr (!Tiling::kQueriesInRegisters) load_queries(k, loaded);
+      uint32_t read[kRowTiles][4];
+      if constexpr (Tiling::kReadColumns > 0) {
+        if (k >= kHeldSteps) load_queries<Tiling::kReadColumns>(Tiling::kReadOffset, k - kHeldSteps, read);
+      }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t pair[4];
@@ -387,7 +399,7 @@ class ForwardTile {
         const uint32_t low[2] = {pair[0], pair[1]}, high[2] = {pair[2], pair[3]};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          const auto& queries = Tiling::kQueriesInRegisters ? query_fragments_[k][m] : loaded[m];
+          const auto& queries = k < kHeldSteps ? held_queries_[k][m] : read[m];
           ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n]), queries, low);
           ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n + 4]), queries, high);
         }
@@ -511,8 +523,9 @@ class ForwardTile {
   const PrefixAttentionForward& params_;
   const QueryTile& queries_;
   unsigned char* const shared_;
-  const int lane_, first_row_;
-  uint32_t query_fragments_[Tiling::kQueriesInRegisters ? kSteps : 1][kRowTiles][4];
+  const unsigned lane_;
+  const int first_row_;
+  uint32_t held_queries_[kHeldSteps > 0 ? kHeldSteps : 1][kRowTiles][4];
   float out_[kRowTiles][kValue / 8][4];
   SoftmaxRows softmax_[kRowTiles];
   float largest_[2] = {-INFINITY, -INFINITY};  // of the logits in rows i of all row tiles

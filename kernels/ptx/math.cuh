@@ -58,7 +58,9 @@ __device__ __forceinline__ uint32_t round_tf32(float value) {
 
 // The same value, of which the compiler knows nothing. What is computed from it stays where it is written, where it
 // would otherwise be computed once before a loop and hold registers all along.
-__device__ __forceinline__ int opaque(int value) {
+template <class T>
+__device__ __forceinline__ T opaque(T value) {
+  static_assert(sizeof(T) == 4, "one register");
 #if defined(__CUDACC__)
   asm volatile("" : "+r"(value));
 #endif

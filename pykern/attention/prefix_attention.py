@@ -12,6 +12,7 @@ from .tree import PrefixTree
 _MAX_HEAD_SIZE = 256
 _MAX_WINDOW = 2**31 - 1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 _forward = torch.ops.pykern.prefix_attention_forward.default
 _backward = torch.ops.pykern.prefix_attention_backward.default
@@ -173,6 +174,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, ...
             )
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if q.is_cuda and tensor.dtype not in _GPU_DTYPES:
+            raise TypeError(f"{name}: expected bfloat16 or float16 on a GPU, got {tensor.dtype}; cast q, k and v")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {tensor.dtype}; cast them alike")
         if tensor.device != q.device:

@@ -27,9 +27,7 @@ HOST_OPS = {
     "offload_load", "offload_release", "offload_map_allocations", "offload_synchronize", "offload_take_failure",
     "offload_description", "offload_counters", "offload_reset_counters",
 }  # fmt: skip
-NOT_YET = {
-    "prefix_attention_forward", "prefix_attention_backward", "linear_token_logprobs", "linear_token_logprobs_backward",
-}  # fmt: skip
+NOT_YET = {"linear_token_logprobs", "linear_token_logprobs_backward"}
 
 
 def in_sources(pattern, sources):
