@@ -116,8 +116,24 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
       for (int w = 0; w < kConsumers; ++w) {
         note.visible[w] = static_cast<Visible>(__shfl_sync(kFullWarp, visible[w], source));
       }
+      const auto copy_values = [&] {
+        shared.values.wait_empty(tile);
+        const int stage = shared.values.stage(tile);
+        ptx::mbarrier_arrive_expect_tx(&shared.values.full[stage], Tiling::kValueBytes);
+        load_tile<kKeys, Sizes::kValue>(value_tiles + stage * Tiling::kValueBytes, call.v, key_head, note.first_token,
+                                        0, &shared.values.full[stage]);
+      };
+      // With as many stages that of the values is empty before that of the keys, and nobody waits for it.
+      constexpr bool kTogether = Tiling::kValueStages == Tiling::kKeyStages;
       shared.keys.wait_empty(tile);
-      int stage = shared.keys.stage(tile);
+      const int stage = shared.keys.stage(tile);
+      uint64_t* full = &shared.keys.full[stage];
+      if (lane == 0) {
+        ptx::mbarrier_expect_tx(full, Tiling::kKeyBytes);
+        load_tile<kKeys, Sizes::kKey>(key_tiles + stage * Tiling::kKeyBytes, call.k, key_head, note.first_token, 0,
+                                      full);
+        if (kTogether) copy_values();
+      }
       typename Tiling::Columns& columns = shared.columns[stage];
 #pragma unroll
       for (int i = 0; i < kKeys / kWarpSize; ++i) {
@@ -128,16 +144,8 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
       __syncwarp();
       if (lane == 0) {
         shared.notes[stage] = note;
-        uint64_t* full = &shared.keys.full[stage];
-        ptx::mbarrier_arrive_expect_tx(full, Tiling::kKeyBytes);
-        load_tile<kKeys, Sizes::kKey>(key_tiles + stage * Tiling::kKeyBytes, call.k, key_head,
-                                      note.first_token, 0, full);
-        shared.values.wait_empty(tile);
-        stage = shared.values.stage(tile);
-        full = &shared.values.full[stage];
-        ptx::mbarrier_arrive_expect_tx(full, Tiling::kValueBytes);
-        load_tile<kKeys, Sizes::kValue>(value_tiles + stage * Tiling::kValueBytes, call.v, key_head,
-                                        note.first_token, 0, full);
+        ptx::mbarrier_arrive(full);
+        if (!kTogether) copy_values();
       }
       ++tile;
     }
