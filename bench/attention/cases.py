@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import pykern
-from bench.attention import cases_rows
+from bench.attention import cases_gpu, cases_rows, cases_trees
 from bench.harness import Case
 
 
@@ -103,6 +103,9 @@ def group_case(
 
 
 def cases(device: str) -> list[Case]:
+    others = [*cases_rows.cases(device), *cases_trees.cases(device)]
+    if device == "cuda":
+        return [*cases_gpu.cases(), *others]
     groups = [(1024, 8, 128), (512, 8, 512), (4096, 16, 256), (256, 64, 64)]
     attention = [
         group_case(*group, 8, 2, size, dtype, backward)
@@ -111,4 +114,4 @@ def cases(device: str) -> list[Case]:
         for dtype in (torch.float32, torch.bfloat16)
         for backward in (False, True)
     ]
-    return attention + cases_rows.cases(device)
+    return [*attention, *others]

@@ -109,7 +109,5 @@ def training_case(name: str, tree: pykern.PrefixTree, backward: bool) -> Case:
     )
 
 
-def cases(device: str) -> list[Case]:
-    if device != "cuda":
-        return []
+def cases() -> list[Case]:
     return [training_case(name, tree, backward) for name, tree in trees().items() for backward in (False, True)]

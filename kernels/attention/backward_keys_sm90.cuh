@@ -8,6 +8,8 @@
 // Where registers hold both gradients of 64 keys, each consumer warpgroup has 64 keys of its own. Wide heads have one
 // tile of 64 keys: the first warpgroup makes the weights and the gradient of values, and hands the weights to the
 // second, which makes that of keys. Each has two of the four products either way.
+//
+// Where a few tiles of keys hold most of the work, several blocks share each: key_shares_sm90.cuh.
 #pragma once
 
 #include "kernels/attention/key_shares_sm90.cuh"
@@ -534,6 +536,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     ptx::fence_mbarrier_init();
     shared.place = KeysPlace(call, kOrderTokens / Tiling::kKeys, Tiling::kKeys);
   }
+  if (threadIdx.x == kWarpSize) prefetch_maps(call);
   __syncthreads();
   const KeysPlace& place = shared.place;
   if (place.share >= place.shares) return;

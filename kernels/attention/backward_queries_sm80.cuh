@@ -64,8 +64,9 @@ template <class Sizes>
 struct BackwardQueries {
   static constexpr int kKey = Sizes::kKey, kValue = Sizes::kValue, kLargest = kKey > kValue ? kKey : kValue;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kQueries = 16 * kWarps;
-  // Of a stage.
+  // Of a stage, and of the accumulators of S.
   static constexpr int kKeys = kLargest <= 64 ? 64 : kLargest <= 192 ? 32 : 16;
+  static constexpr int kChunk = kLargest == 128 ? 32 : 16;
   static constexpr int kStageBytes = kKeys * (kKey + kValue) * 2;
   // Q and dO lie where the stages come to lie, or dO behind them where registers can't hold it.
   static constexpr bool kHoldsGradOut = kLargest <= 192;
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
   using T = typename Sizes::T;
   constexpr int kKey = Tile::kKey, kValue = Tile::kValue, kKeys = Tile::kKeys, kQueries = Tile::kQueries;
   constexpr int kKeySteps = kKey / 16, kValueSteps = kValue / 16;
-  constexpr int kHeldSteps = Tile::kHoldsGradOut ? kValueSteps : 1;
+  constexpr int kGroups = Tile::kChunk / 16, kHeldSteps = Tile::kHoldsGradOut ? kValueSteps : 1;
   using KeyRows = SharedRows<T, kWholeRows<kKey>>;
   using ValueRows = SharedRows<T, kWholeRows<kValue>>;
 
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
 
   // The last tiles of a block of tokens see most, so they come first.
   const int heads = packed_heads(params.query_heads, params.key_heads), group = params.query_heads / params.key_heads;
-  const int tiles_per_block = kOrderTokens * heads / kQueries, tokens_per_tile = kQueries / heads, parts = group / heads;
+  const int tiles_per_block = kOrderTokens * heads / kQueries, tokens_per_tile = kQueries / heads;
+  const int parts = group / heads;
   const int key_head = blockIdx.x % params.key_heads, part = blockIdx.x / params.key_heads % parts;
   const int tile = blockIdx.x / params.key_heads / parts;
   const int first_query = params.query_order[tile / tiles_per_block] * kOrderTokens +
@@ -179,7 +181,8 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
     const ValueRows v_rows{bytes, k_rows.first + kKeys * kKey * 2, kValue};
     const auto key_row = [&](const AttentionHeads& tensor, int row) -> const T* {
       if (key + row >= params.tokens) return nullptr;
-      return static_cast<const T*>(tensor.data) + (key + row) * tensor.token_stride + shared.key_head * tensor.head_stride;
+      return static_cast<const T*>(tensor.data) + (key + row) * tensor.token_stride +
+             shared.key_head * tensor.head_stride;
     };
     copy_rows<kKeys, kKey, Tile::kThreads>(k_rows, params.k.data, params.key_size,
                                            [&](int row) { return key_row(params.k, row); });
@@ -218,25 +221,29 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
     }
 
 #pragma unroll 1
-    for (int chunk = 0; chunk < kKeys; chunk += 16) {
+    for (int chunk = 0; chunk < kKeys; chunk += Tile::kChunk) {
       const int lane = ptx::forget_origin(thread) % kWarpSize;
       if (first_key + chunk > shared.queries[16 * warp + 15].token) break;
-      float s[2][4] = {}, grad[2][4] = {};
+      float s[2 * kGroups][4] = {}, grad[2 * kGroups][4] = {};
 #pragma unroll
       for (int k = 0; k < (kKeySteps > kValueSteps ? kKeySteps : kValueSteps); ++k) {
-        uint32_t b[4];
-        if (k < kKeySteps) {
-          k_rows.load_b_of_columns(b, lane, chunk, k);
-          multiply_both<T>(s[0], s[1], q[k < kKeySteps ? k : 0], b);
-        }
-        if (k < kValueSteps) {
-          v_rows.load_b_of_columns(b, lane, chunk, k);
-          if constexpr (Tile::kHoldsGradOut) {
-            multiply_both<T>(grad[0], grad[1], grad_out[k < kValueSteps ? k : 0], b);
-          } else {
-            uint32_t a[4];
-            grad_rows.load_a(a, lane, 16 * warp, k);
-            multiply_both<T>(grad[0], grad[1], a, b);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          const int row = chunk + 16 * group;
+          uint32_t b[4];
+          if (k < kKeySteps) {
+            k_rows.load_b_of_columns(b, lane, row, k);
+            multiply_both<T>(s[2 * group], s[2 * group + 1], q[k < kKeySteps ? k : 0], b);
+          }
+          if (k < kValueSteps) {
+            v_rows.load_b_of_columns(b, lane, row, k);
+            if constexpr (Tile::kHoldsGradOut) {
+              multiply_both<T>(grad[2 * group], grad[2 * group + 1], grad_out[k < kValueSteps ? k : 0], b);
+            } else {
+              uint32_t a[4];
+              grad_rows.load_a(a, lane, 16 * warp, k);
+              multiply_both<T>(grad[2 * group], grad[2 * group + 1], a, b);
+            }
           }
         }
       }
@@ -254,7 +261,7 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
           delta[i] = shared.delta[row];
         }
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < 2 * kGroups; ++j) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int column = chunk + 8 * j + 2 * (lane % 4) + c;
@@ -280,13 +287,16 @@ __global__ void __launch_bounds__(BackwardQueries<Sizes>::kThreads, BackwardQuer
                : differentiate(std::false_type{}, std::false_type{});
       }
 
-      uint32_t a[4];
-      accumulators_as_a<T>(a, s[0], s[1]);
 #pragma unroll
-      for (int n = 0; n < kKeySteps; ++n) {
-        uint32_t b[4];
-        k_rows.load_b_of_rows(b, lane, chunk, n);
-        multiply_both<T>(sums[2 * n], sums[2 * n + 1], a, b);
+      for (int group = 0; group < kGroups; ++group) {
+        uint32_t a[4];
+        accumulators_as_a<T>(a, s[2 * group], s[2 * group + 1]);
+#pragma unroll
+        for (int n = 0; n < kKeySteps; ++n) {
+          uint32_t b[4];
+          k_rows.load_b_of_rows(b, lane, chunk + 16 * group, n);
+          multiply_both<T>(sums[2 * n], sums[2 * n + 1], a, b);
+        }
       }
     }
   }

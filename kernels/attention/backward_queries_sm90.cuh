@@ -19,7 +19,7 @@ struct QueriesTiling {
   static constexpr int kKeys = kLarge ? 64 : 128;  // of a tile
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   // Values are needed for less long than keys, so that they do with fewer stages where memory is short.
-  static constexpr int kKeyStages = 2, kValueStages = kValue > 128 ? 1 : 2;
+  static constexpr int kKeyStages = kKey + kValue <= 128 ? 4 : 2, kValueStages = kValue > 128 ? 1 : kKeyStages;
   static constexpr int kQueryBytes = tile_bytes(kRowsOfBlock, kKey), kGradBytes = tile_bytes(kRowsOfBlock, kValue);
   static constexpr int kKeyBytes = tile_bytes(kKeys, kKey), kValueBytes = tile_bytes(kKeys, kValue);
 
@@ -116,8 +116,24 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
       for (int w = 0; w < kConsumers; ++w) {
         note.visible[w] = static_cast<Visible>(__shfl_sync(kFullWarp, visible[w], source));
       }
+      const auto copy_values = [&] {
+        shared.values.wait_empty(tile);
+        const int stage = shared.values.stage(tile);
+        ptx::mbarrier_arrive_expect_tx(&shared.values.full[stage], Tiling::kValueBytes);
+        load_tile<kKeys, Sizes::kValue>(value_tiles + stage * Tiling::kValueBytes, call.v, key_head, note.first_token,
+                                        0, &shared.values.full[stage]);
+      };
+      // With as many stages that of the values is empty before that of the keys, and nobody waits for it.
+      constexpr bool kTogether = Tiling::kValueStages == Tiling::kKeyStages;
       shared.keys.wait_empty(tile);
-      int stage = shared.keys.stage(tile);
+      const int stage = shared.keys.stage(tile);
+      uint64_t* full = &shared.keys.full[stage];
+      if (lane == 0) {
+        ptx::mbarrier_expect_tx(full, Tiling::kKeyBytes);
+        load_tile<kKeys, Sizes::kKey>(key_tiles + stage * Tiling::kKeyBytes, call.k, key_head, note.first_token, 0,
+                                      full);
+        if (kTogether) copy_values();
+      }
       typename Tiling::Columns& columns = shared.columns[stage];
 #pragma unroll
       for (int i = 0; i < kKeys / kWarpSize; ++i) {
@@ -128,16 +144,8 @@ __device__ __forceinline__ void produce_keys(const PrefixAttentionBackwardSm90& 
       __syncwarp();
       if (lane == 0) {
         shared.notes[stage] = note;
-        uint64_t* full = &shared.keys.full[stage];
-        ptx::mbarrier_arrive_expect_tx(full, Tiling::kKeyBytes);
-        load_tile<kKeys, Sizes::kKey>(key_tiles + stage * Tiling::kKeyBytes, call.k, key_head,
-                                      note.first_token, 0, full);
-        shared.values.wait_empty(tile);
-        stage = shared.values.stage(tile);
-        full = &shared.values.full[stage];
-        ptx::mbarrier_arrive_expect_tx(full, Tiling::kValueBytes);
-        load_tile<kKeys, Sizes::kValue>(value_tiles + stage * Tiling::kValueBytes, call.v, key_head,
-                                        note.first_token, 0, full);
+        ptx::mbarrier_arrive(full);
+        if (!kTogether) copy_values();
       }
       ++tile;
     }
@@ -225,18 +233,16 @@ __device__ __forceinline__ void consume_keys(const PrefixAttentionBackwardSm90& 
       transform_products(rule, rows, position_of, s);
       if (visible == Visible::some) {
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) {
+        for (int j = 0; j < kKeys / 2; ++j) {
+          const int column = j / 4 * 8 + j % 2, key = note.first_token + first_column + column;
+          const int32_t token = rows.token[j / 2 % 2];
+          if ((key > token) | (token >= columns.end[first_column + column])) s[j] = -INFINITY;
+        }
+        if (params.window > 0) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int column = 8 * j + c, key = note.first_token + first_column + column;
-            const int32_t end = columns.end[first_column + column];
-            const int32_t position = params.window > 0 ? position_of(column) : 0;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              bool seen = key <= rows.token[i] && rows.token[i] < end;
-              if (params.window > 0) seen = seen && rows.position[i] - position < params.window;
-              if (!seen) s[4 * j + 2 * i + c] = -INFINITY;
-            }
+          for (int j = 0; j < kKeys / 2; ++j) {
+            const int32_t distance = rows.position[j / 2 % 2] - position_of(j / 4 * 8 + j % 2);
+            if (distance >= params.window) s[j] = -INFINITY;
           }
         }
       }
@@ -310,6 +316,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     ptx::mbarrier_init(&shared.resident, 1);
     ptx::fence_mbarrier_init();
   }
+  if (threadIdx.x == kWarpSize) prefetch_maps(call);
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {

@@ -145,6 +145,14 @@ __device__ __forceinline__ void store_tile(const TensorMap& map, int head, int f
   }
 }
 
+// Early, by one thread: a copy waits for its map.
+__device__ __forceinline__ void prefetch_maps(const PrefixAttentionBackwardSm90& call) {
+  ptx::prefetch_tensor_map(call.q);
+  ptx::prefetch_tensor_map(call.grad_out);
+  ptx::prefetch_tensor_map(call.k);
+  ptx::prefetch_tensor_map(call.v);
+}
+
 // --- rings of stages --------------------------------------------------------------------------------------------
 
 // Tile t is in stage t % stages. A stage is full when its producer has arrived and its copies have landed, empty when

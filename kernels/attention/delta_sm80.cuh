@@ -16,7 +16,7 @@ constexpr int kDeltaRows = 4;
 // A block for the rows of one head in kOrderTokens tokens; as many threads along a row as hold its packs, a power of
 // two. Blocks of one token's heads follow each other, so that they share the pages of memory they read.
 template <class T>
-__global__ void __launch_bounds__(kDeltaThreads, 3) prefix_attention_delta_kernel(PrefixAttentionBackward params) {
+__global__ void __launch_bounds__(kDeltaThreads) prefix_attention_delta_kernel(PrefixAttentionBackward params) {
   PYKERN_SHARED(WarpValues<float>, sums);
   constexpr int kSize = Pack<T>::kSize;
   const int packs = params.value_size / kSize;

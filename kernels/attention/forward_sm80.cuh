@@ -6,7 +6,9 @@
 #pragma once
 
 #include "kernels/attention/head_sizes.h"
+#include "kernels/attention/online_softmax.cuh"
 #include "kernels/attention/paths_sm80.cuh"
+#include "kernels/attention/visible_units.cuh"
 
 namespace pykern {
 
@@ -18,22 +20,25 @@ struct ForwardTiling {
   // is just enough for one on 8.0; the sums of larger heads leave no registers for them.
   static constexpr int kRowTiles = kKey <= 128 ? 2 : 1;
   static constexpr int kWarps = kRows / (16 * kRowTiles), kThreads = kWarps * kWarpSize;
+  // As many as leave registers for two blocks of a multiprocessor (one of 256 threads), and two blocks 99 KiB.
   static constexpr int kKeys = kKey == 32 || kKey == 64 || kKey == 192 ? 64 : 32;
-  // Queries in registers leave their shared memory to a second stage of keys and values. At 128 there is no room for
-  // them; with one stage, values arrive during the first product and the next keys during the second.
-  static constexpr bool kQueriesInRegisters = kKey != 128;
-  static constexpr int kStages = kQueriesInRegisters ? 2 : 1;
+  // Columns of the queries that stay in registers, and leave their shared memory to a second stage of keys and values;
+  // the others are read anew for every tile. At 128 there are registers for none of them: with one stage, values
+  // arrive during the first product and the next keys during the second.
+  static constexpr int kHeldColumns = kKey == 128 ? 0 : kKey == 96 ? 64 : kKey == 256 ? 128 : kKey;
+  static constexpr int kReadColumns = kKey - kHeldColumns;
+  static constexpr int kStages = kHeldColumns > 0 ? 2 : 1;
   static constexpr int kBlocks = kRowTiles == 2 ? 2 : 1;  // of a multiprocessor, at least
 
-  static constexpr int kQueryBytes = kRows * SharedTile<kKey>::kRowBytes;
   static constexpr int kKeyBytes = kKeys * SharedTile<kKey>::kRowBytes;
   static constexpr int kValueBytes = kKeys * SharedTile<kValue>::kRowBytes;
   static constexpr int kStageBytes = kKeyBytes + kValueBytes;
-  // The first stage, then the second one where the queries were or the queries.
-  static constexpr int kSecondBytes = kStages == 2 && kStageBytes > kQueryBytes ? kStageBytes : kQueryBytes;
-  static constexpr int kSharedBytes = kStageBytes + kSecondBytes;
+  // The first stage; the held columns of the queries, later the second stage; the other columns.
+  static constexpr int kHeldBytes = kRows * 2 * kHeldColumns;
+  static constexpr int kSecondBytes = kStages == 2 && kStageBytes > kHeldBytes ? kStageBytes : kHeldBytes;
+  static constexpr int kReadOffset = kStageBytes + kSecondBytes;
+  static constexpr int kSharedBytes = kReadOffset + kRows * 2 * kReadColumns;
   static_assert(kSharedBytes <= 99 * 1024, "what 8.6, 8.9 and 12.0 have");
-  static_assert(kSharedBytes >= kRows * SharedTile<kValue>::kRowBytes, "results leave through it");
 };
 
 // Which queries the rows of a tile are.
@@ -62,8 +67,7 @@ struct QueryTile {
   __device__ __forceinline__ int head(int row) const { return first_head + (row & ((1 << head_bits) - 1)); }
 };
 
-// Tiles of `keys` keys that some query of a tile sees, in rising order. All threads of a block walk alike: a lane of
-// each warp judges one tile of the next 32.
+// Tiles of `keys` keys that some query of a tile sees, in rising order. All threads of a block walk alike.
 template <int keys>
 class VisibleTiles {
  public:
@@ -98,28 +102,22 @@ class VisibleTiles {
   };
 
   __device__ __forceinline__ VisibleTiles(const PrefixAttentionForward& params, int first_query, int stop_query)
-      : params_(params), first_query_(first_query), stop_query_(stop_query) {}
+      : params_(params), first_query_(first_query), stop_query_(stop_query) {
+    const int stop = stop_query < params.tokens ? stop_query : static_cast<int>(params.tokens);
+    tiles_ = {0, (stop + keys - 1) / keys, 0, 0, false};
+  }
 
   __device__ __forceinline__ bool advance() {
-    while (seen_ == 0) {
-      group_ += kWarpSize;
-      if (group_ * keys >= stop_query_) return false;
-      const int first = (group_ + static_cast<int>(threadIdx.x) % kWarpSize) * keys;
-      Visible visible = Visible::none;
-      // No key is seen by all of a tile that reaches beyond the tokens.
-      if (first < stop_query_ && first < params_.tokens) {
-        const TokenBounds bounds = token_bounds(params_, first, first + keys);
-        TokenBounds queries{};
-        if (params_.window > 0) queries = token_bounds(params_, first_query_, stop_query_);
-        visible = visible_keys(bounds, first, first + keys, queries, first_query_, stop_query_, params_.window);
-      }
-      seen_ = __ballot_sync(kFullWarp, visible != Visible::none);
-      by_all_ = __ballot_sync(kFullWarp, visible == Visible::all);
-    }
-    const int index = __ffs(seen_) - 1;
-    seen_ &= seen_ - 1;
-    tile_ = {(group_ + index) * keys, (by_all_ >> index & 1) == 0};
-    return true;
+    const int index = tiles_.advance([&](int tile) {
+      const int first = tile * keys;
+      TokenBounds queries{};
+      if (params_.window > 0) queries = token_bounds(params_, first_query_, stop_query_);
+      // No key is seen by all of a tile of queries that reaches beyond the tokens.
+      return visible_keys(token_bounds(params_, first, first + keys), first, first + keys, queries, first_query_,
+                          stop_query_, params_.window);
+    });
+    tile_ = {index * keys, !tiles_.is_all};
+    return index >= 0;
   }
 
   __device__ __forceinline__ Tile tile() const { return tile_; }
@@ -148,71 +146,9 @@ class VisibleTiles {
  private:
   const PrefixAttentionForward& params_;
   int first_query_, stop_query_;
-  int group_ = -kWarpSize;
-  unsigned seen_ = 0, by_all_ = 0;
+  VisibleUnits tiles_;
   Tile tile_{};
 };
-
-// Weights are 2^(s - reference). The reference of a row follows its largest logit only once that has grown by more
-// than this, in log2: until then weights are as exact, and sums need no new factor.
-constexpr float kReferenceSlack = 8.0f;
-
-// What a thread knows of the softmax of its two rows in a tile of 16.
-struct SoftmaxRows {
-  float reference[2], sum[2];  // the sum over the thread's columns alone
-
-  __device__ __forceinline__ SoftmaxRows() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      reference[i] = -INFINITY;
-      sum[i] = 0.0f;
-    }
-  }
-
-  // Logits become weights. Returns whether earlier sums must be multiplied by `scale`.
-  template <int n>
-  __device__ __forceinline__ bool weigh(float factor, float (&s)[n], float (&largest)[2], float (&scale)[2]) {
-    bool rescale = false;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float top = s[2 * i];
-#pragma unroll
-      for (int j = 0; j < n / 4; ++j) top = larger(top, larger(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
-      top = larger(top, __shfl_xor_sync(kFullWarp, top, 1));
-      top = larger(top, __shfl_xor_sync(kFullWarp, top, 2));
-      largest[i] = larger(largest[i], top);
-      scale[i] = 1.0f;
-      // A difference of infinities is NaN, for which this is false.
-      if ((top - reference[i]) * factor > kReferenceSlack) {
-        scale[i] = fast_exp2((reference[i] - top) * factor);
-        reference[i] = top;
-        rescale = true;
-      }
-      const float shift = reference[i] == -INFINITY ? 0.0f : reference[i] * factor;
-      float added = 0.0f;
-#pragma unroll
-      for (int j = 0; j < n / 4; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& weight = s[4 * j + 2 * i + c];
-          weight = fast_exp2(fmaf(weight, factor, -shift));
-          added += weight;
-        }
-      }
-      sum[i] = fmaf(sum[i], scale[i], added);
-    }
-    return rescale;
-  }
-};
-
-// Integers order floats of one sign; a NaN never gets here.
-__device__ __forceinline__ void atomic_largest(float* target, float value) {
-  if (value >= 0.0f) {
-    atomicMax(reinterpret_cast<int*>(target), __float_as_int(value));
-  } else {
-    atomicMin(reinterpret_cast<unsigned*>(target), __float_as_uint(value));
-  }
-}
 
 template <class Sizes>
 class ForwardTile {
@@ -220,7 +156,7 @@ class ForwardTile {
   using Tiling = ForwardTiling<Sizes>;
   static constexpr int kKey = Sizes::kKey, kValue = Sizes::kValue;
   static constexpr int kKeys = Tiling::kKeys, kRowTiles = Tiling::kRowTiles, kThreads = Tiling::kThreads;
-  static constexpr int kSteps = kKey / 16;
+  static constexpr int kSteps = kKey / 16, kHeldSteps = Tiling::kHeldColumns / 16;
 
  public:
   __device__ __forceinline__ ForwardTile(const PrefixAttentionForward& params, const QueryTile& queries,
@@ -229,23 +165,11 @@ class ForwardTile {
         queries_(queries),
         shared_(shared),
         lane_(threadIdx.x % kWarpSize),
-        first_row_(static_cast<int>(threadIdx.x) / kWarpSize * 16 * kRowTiles) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int j = 0; j < kValue / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) out_[m][j][c] = 0.0f;
-      }
-    }
-  }
+        first_row_(static_cast<int>(threadIdx.x) / kWarpSize * 16 * kRowTiles) {}
 
   template <class Tiles>
   __device__ __forceinline__ void run() {
     const ScoreRule rule(params_);
-    const int last_row = first_row_ + 16 * kRowTiles - 1;
-    const int first_query = queries_.token(first_row_), last_query = queries_.token(last_row);
-
     Tiles tiles(params_, queries_.first, queries_.stop);
     bool more = tiles.advance();
     copy_queries();
@@ -254,9 +178,11 @@ class ForwardTile {
       if constexpr (Tiling::kStages == 2) copy_values(tiles, 0);
     }
     wait_for_copies();
-    if constexpr (Tiling::kQueriesInRegisters) {
+    if constexpr (kHeldSteps > 0) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) load_queries(k, query_fragments_[k]);
+      for (int k = 0; k < kHeldSteps; ++k) {
+        load_queries<Tiling::kHeldColumns>(Tiling::kStageBytes, k, held_queries_[k]);
+      }
     }
     for (int stage = 0; more; stage ^= Tiling::kStages - 1) {
       const auto tile = tiles.tile();
@@ -271,7 +197,8 @@ class ForwardTile {
       } else {
         copy_values(tiles, 0);
       }
-      const bool concerned = tile.concerns(first_query, last_query);
+      const int first_row = ptx::forget_origin(first_row_), last_row = first_row + 16 * kRowTiles - 1;
+      const bool concerned = tile.concerns(queries_.token(first_row), queries_.token(last_row));
       float s[kRowTiles][kKeys / 2] = {};
       if (concerned) multiply_keys(stage, s);
       if constexpr (Tiling::kStages == 1) {
@@ -288,14 +215,10 @@ class ForwardTile {
         }
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          float scale[2];
-          const bool rescale = softmax_[m].weigh(rule.factor, s[m], largest_, scale);
-          if (__any_sync(kFullWarp, rescale)) {
+          float rescale[2];
+          if (softmax_[m].take(rule.factor, s[m], rescale)) {
 #pragma unroll
-            for (int j = 0; j < kValue / 8; ++j) {
-#pragma unroll
-              for (int c = 0; c < 4; ++c) out_[m][j][c] *= scale[c / 2];
-            }
+            for (int j = 0; j < kValue / 2; ++j) out_[m][j] *= rescale[j / 2 % 2];
           }
         }
         multiply_values(stage, s);
@@ -312,7 +235,7 @@ class ForwardTile {
   __device__ __forceinline__ int row_of(int m, int i) const { return first_row_ + 16 * m + 8 * i + lane_ / 4; }
 
   __device__ __forceinline__ void describe_rows(bool with_positions, QueryRows (&rows)[kRowTiles]) const {
-    const int first = opaque(row_of(0, 0));
+    const int first = ptx::forget_origin(row_of(0, 0));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -334,18 +257,25 @@ class ForwardTile {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void copy_queries() const {
-    const T* const data = static_cast<const T*>(params_.q.data);
-    copy_rows<kKey, Tiling::kRows, kThreads>(shared_ + Tiling::kStageBytes, params_.key_size, [&](int row) {
+  template <int columns>
+  __device__ __forceinline__ void copy_query_columns(int offset, int first_column) const {
+    const T* const data = static_cast<const T*>(params_.q.data) + first_column;
+    copy_rows<columns, Tiling::kRows, kThreads>(shared_ + offset, params_.key_size - first_column, [&](int row) {
       const int token = queries_.token(row);
       const T* const source = data + token * params_.q.token_stride + queries_.head(row) * params_.q.head_stride;
       return RowSource{reinterpret_cast<const unsigned char*>(source), token < params_.tokens};
     });
   }
+  __device__ __forceinline__ void copy_queries() const {
+    if constexpr (Tiling::kHeldColumns > 0) copy_query_columns<Tiling::kHeldColumns>(Tiling::kStageBytes, 0);
+    if constexpr (Tiling::kReadColumns > 0) {
+      copy_query_columns<Tiling::kReadColumns>(Tiling::kReadOffset, Tiling::kHeldColumns);
+    }
+  }
 
   template <class Tiles>
   __device__ __forceinline__ auto sources(const Tiles& tiles, const AttentionHeads& heads) const {
-    const T* const data = static_cast<const T*>(heads.data) + queries_.key_head * heads.head_stride;
+    const T* const data = static_cast<const T*>(heads.data) + ptx::forget_origin(queries_.key_head) * heads.head_stride;
     return tiles.sources(reinterpret_cast<const unsigned char*>(data),
                          static_cast<uint32_t>(heads.token_stride) * static_cast<uint32_t>(sizeof(T)));
   }
@@ -365,21 +295,24 @@ class ForwardTile {
 
   // --- products --------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void load_queries(int step, uint32_t (&fragments)[kRowTiles][4]) const {
-    const auto address = lane_rows_first<kKey>(lane_);
+  template <int columns>
+  __device__ __forceinline__ void load_queries(int offset, int step, uint32_t (&fragments)[kRowTiles][4]) const {
+    const auto address = lane_rows_first<columns>(lane_);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      ptx::ldmatrix<4>(fragments[m], address.at(shared_ + Tiling::kStageBytes, first_row_ + 16 * m, step));
+      ptx::ldmatrix<4>(fragments[m], address.at(shared_ + offset, first_row_ + 16 * m, step));
     }
   }
 
   __device__ __forceinline__ void multiply_keys(int stage, float (&s)[kRowTiles][kKeys / 2]) {
-    const auto address = lane_columns_first<kKey>(opaque(lane_));
+    const auto address = lane_columns_first<kKey>(ptx::forget_origin(lane_));
     const unsigned char* const tile = keys(stage);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      uint32_t loaded[kRowTiles][4];
-      if constexpr (!Tiling::kQueriesInRegisters) load_queries(k, loaded);
+      uint32_t read[kRowTiles][4];
+      if constexpr (Tiling::kReadColumns > 0) {
+        if (k >= kHeldSteps) load_queries<Tiling::kReadColumns>(Tiling::kReadOffset, k - kHeldSteps, read);
+      }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t pair[4];
@@ -387,7 +320,7 @@ class ForwardTile {
         const uint32_t low[2] = {pair[0], pair[1]}, high[2] = {pair[2], pair[3]};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          const auto& queries = Tiling::kQueriesInRegisters ? query_fragments_[k][m] : loaded[m];
+          const auto& queries = k < kHeldSteps ? held_queries_[k][m] : read[m];
           ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n]), queries, low);
           ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(s[m][8 * n + 4]), queries, high);
         }
@@ -397,7 +330,7 @@ class ForwardTile {
 
   // Accumulators of two neighbouring tiles of 8 keys are operand A for the 16 keys.
   __device__ __forceinline__ void multiply_values(int stage, const float (&s)[kRowTiles][kKeys / 2]) {
-    const auto address = lane_rows_first<kValue>(opaque(lane_));
+    const auto address = lane_rows_first<kValue>(ptx::forget_origin(lane_));
     const unsigned char* const tile = values(stage);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
@@ -416,8 +349,8 @@ class ForwardTile {
         const uint32_t low[2] = {pair[0], pair[1]}, high[2] = {pair[2], pair[3]};
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          ptx::mma_m16n8k16<T>(out_[m][2 * n], weights[m], low);
-          ptx::mma_m16n8k16<T>(out_[m][2 * n + 1], weights[m], high);
+          ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(out_[m][8 * n]), weights[m], low);
+          ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(out_[m][8 * n + 4]), weights[m], high);
         }
       }
     }
@@ -426,96 +359,35 @@ class ForwardTile {
   // --- results ---------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void finish(float factor) {
-    using OutTile = SharedTile<kValue>;
-    // From here on a warp has the rows it has computed to itself.
-    __syncthreads();
-    unsigned char* const staged = shared_ + first_row_ * OutTile::kRowBytes;
+    float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
+      // No negative zero is left: whether a sum is one depends on tiles that the row doesn't see.
+#pragma unroll
+      for (int j = 0; j < kValue / 2; ++j) out_[m][j] += 0.0f;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = row_of(m, i), token = queries_.token(row), head = queries_.head(row);
         const bool exists = token < params_.tokens;
-        float sum = softmax_[m].sum[i];
-        sum += __shfl_xor_sync(kFullWarp, sum, 1);
-        sum += __shfl_xor_sync(kFullWarp, sum, 2);
-        // Not so for NaN.
-        const bool sees_nothing = sum == 0.0f;
-        const float reference = softmax_[m].reference[i] == -INFINITY ? 0.0f : softmax_[m].reference[i] * factor;
-        float top = reference, share = 1.0f;
-        if (params_.sinks) {
-          const float sink = params_.sinks[head] * kLog2E;
-          top = larger(reference, sink);
-          share = exp2f(reference - top);
-          sum = sum * share + exp2f(sink - top);
-        }
-        const float inverse = share / sum;
-        if (exists && lane_ % 4 == 0) {
-          params_.lse[int64_t{token} * params_.query_heads + head] =
-              sees_nothing ? -INFINITY : (top + log2f(sum)) * kLn2;
-        }
-#pragma unroll
-        for (int j = 0; j < kValue / 8; ++j) {
-          // Adding 0 leaves no negative zero, of which it depends on tiles whether a sum is one.
-          const float low = sees_nothing ? 0.0f : out_[m][j][2 * i] * inverse + 0.0f;
-          const float high = sees_nothing ? 0.0f : out_[m][j][2 * i + 1] * inverse + 0.0f;
-          unsigned char* const target = staged + OutTile::offset(16 * m + 8 * i + lane_ / 4, j) + lane_ % 4 * 4;
-          *reinterpret_cast<uint32_t*>(target) = narrow_pair(low, high, T{}).bits;
-        }
+        const SoftmaxRow result = softmax_[m].finish(i, factor, params_.sinks ? params_.sinks + head : nullptr);
+        const int64_t at = int64_t{token} * params_.query_heads + head;
+        if (exists && lane_ % 4 == 0) params_.lse[at] = result.lse;
+        T* const target = static_cast<T*>(params_.out) + at * params_.value_size;
+        store_row<T>(exists ? target : nullptr, params_.value_size, out_[m], i, result);
+        // Rows i of all tiles are of one head.
+        largest[i] = larger(largest[i], softmax_[m].largest[i] * factor * kLn2);
       }
     }
-    if (params_.max_logits) report_largest(factor);
-    __syncwarp();
-    store(staged);
-  }
-
-  // Rows of one head lie 1 << head_bits apart, at most 16, so all row tiles of a thread have its two heads.
-  __device__ __forceinline__ void report_largest(float factor) {
-    const int heads = 1 << queries_.head_bits, row = lane_ / 4;
-    for (int distance = heads; distance < 8; distance *= 2) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        largest_[i] = larger(largest_[i], __shfl_xor_sync(kFullWarp, largest_[i], 4 * distance));
-      }
-    }
-    if (heads < 16) largest_[0] = larger(largest_[0], largest_[1]);
-    if (lane_ % 4 != 0 || row >= heads) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (8 * i < heads && largest_[i] > -INFINITY) {
-        atomic_largest(params_.max_logits + queries_.head(row + 8 * i), largest_[i] * (factor * kLn2));
-      }
-    }
-  }
-
-  // Sixteen bytes at a time, by the warp that has staged the rows.
-  __device__ __forceinline__ void store(const unsigned char* staged) const {
-    using OutTile = SharedTile<kValue>;
-    constexpr int kAcross = OutTile::kChunks & -OutTile::kChunks, kStep = kWarpSize / kAcross;
-    const int chunk = lane_ % kAcross;
-    T* const out = static_cast<T*>(params_.out);
-#pragma unroll 4
-    for (int below = lane_ / kAcross; below < 16 * kRowTiles; below += kStep) {
-      const int row = first_row_ + below, token = queries_.token(row);
-      if (token >= params_.tokens) break;
-      T* const target = out + (int64_t{token} * params_.query_heads + queries_.head(row)) * params_.value_size;
-#pragma unroll
-      for (int right = chunk; right < OutTile::kChunks; right += kAcross) {
-        if (8 * right >= params_.value_size) break;
-        store_pack(target + 8 * right,
-                   load_pack(reinterpret_cast<const T*>(staged + OutTile::offset(below, right))));
-      }
-    }
+    if (params_.max_logits) store_max_logits(params_.max_logits, queries_.first_head, 1 << queries_.head_bits, largest);
   }
 
   const PrefixAttentionForward& params_;
   const QueryTile& queries_;
   unsigned char* const shared_;
   const int lane_, first_row_;
-  uint32_t query_fragments_[Tiling::kQueriesInRegisters ? kSteps : 1][kRowTiles][4];
-  float out_[kRowTiles][kValue / 8][4];
-  SoftmaxRows softmax_[kRowTiles];
-  float largest_[2] = {-INFINITY, -INFINITY};  // of the logits in rows i of all row tiles
+  uint32_t held_queries_[kHeldSteps > 0 ? kHeldSteps : 1][kRowTiles][4];
+  float out_[kRowTiles][kValue / 2] = {};
+  OnlineSoftmax softmax_[kRowTiles];
 };
 
 template <class Sizes, bool along_paths>

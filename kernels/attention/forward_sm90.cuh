@@ -5,6 +5,9 @@
 // of the queries: while the tensor cores work at the product with the next keys and at that of the weights with the
 // values, the weights of the next keys are made; and the two take turns, so that one's products run during the other's
 // exponentials.
+//
+// The machine code is as fragile as it is fast: look there after a change for spills, for the order of exponentials and
+// WARPGROUP.DEPBAR, and for what ptxas says of products that it serializes or fences.
 #pragma once
 
 #include "kernels/attention/online_softmax.cuh"
@@ -20,6 +23,25 @@ constexpr int kForwardGroups = 2, kGroupRows = kForwardRows / kForwardGroups;
 constexpr int kForwardThreads = 128 * (1 + kForwardGroups);
 static_assert(kGroupRows == 64, "a warpgroup multiplies 64 rows");
 
+struct alignas(8) KeyEnds {
+  int32_t end[2];  // of two neighbouring keys
+};
+
+// Phases of `full` end when a copy has landed, those of `empty` when all warps that compute with it have read it.
+template <int stages, int keys>
+struct ForwardBarriers {
+  uint64_t query_full[kForwardGroups], query_empty[kForwardGroups];
+  uint64_t key_full[stages], key_empty[stages];
+  uint64_t value_full[stages], value_empty[stages];
+  uint64_t value_copied;  // of values that are not full before padding has been taken out
+  // What the copying warp hands on with the queries and with the keys of a stage; after the last queries, token -1.
+  int query_token[kForwardGroups], query_head[kForwardGroups];
+  KeyTile key_tile[stages];
+  // Of masked tiles, 0 behind the last token. They are read when the stage of their keys is already free again: tile n
+  // follows tile n - stages - 1, all of whose readers have gone on to the next one's keys.
+  KeyEnds key_ends[stages + 1][keys / 2];
+};
+
 template <class Sizes>
 struct ForwardTiles {
   static constexpr int kKeys = Sizes::kValue > 128 ? 64 : 128;
@@ -31,12 +53,14 @@ struct ForwardTiles {
   static constexpr int kQueryBytes = kKeyPanels * kQueryPanelBytes;
   static constexpr int kKeyBytes = kKeyPanels * kPanelBytes, kValueBytes = kValuePanels * kPanelBytes;
 
-  // A little of the 227 KiB is left for barriers and for the tiles' alignment.
-  static constexpr int kStagesThatFit = (225 * 1024 - kForwardGroups * kQueryBytes) / (kKeyBytes + kValueBytes);
+  // A little of the 227 KiB is left for barriers, rounded up to the tiles' alignment.
+  static constexpr int kStagesThatFit = (224 * 1024 - kForwardGroups * kQueryBytes) / (kKeyBytes + kValueBytes);
   static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
   static_assert(kStages >= 2, "tiles too large for shared memory");
+  using Barriers = ForwardBarriers<kStages, kKeys>;
   static constexpr int kFirstKeys = kForwardGroups * kQueryBytes, kFirstValues = kFirstKeys + kStages * kKeyBytes;
   static constexpr int kSharedBytes = kFirstValues + kStages * kValueBytes;
+  static_assert(kSharedBytes + (sizeof(Barriers) + 1023) / 1024 * 1024 <= 227 * 1024, "too much shared memory");
 };
 
 // All that a launch knows, so that no thread has to keep it in registers.
@@ -49,18 +73,6 @@ struct ForwardSm90 : PrefixAttentionForward {
       : PrefixAttentionForward(problem), rule(problem), schedule(problem) {}
 };
 
-// Phases of `full` end when a copy has landed, those of `empty` when all warps that compute with it have read it.
-template <int stages>
-struct ForwardBarriers {
-  uint64_t query_full[kForwardGroups], query_empty[kForwardGroups];
-  uint64_t key_full[stages], key_empty[stages];
-  uint64_t value_full[stages], value_empty[stages];
-  uint64_t value_copied;  // of values that are not full before padding has been taken out
-  // What the copying warp hands on with the queries and with the keys of a stage; after the last queries, token -1.
-  int query_token[kForwardGroups], query_head[kForwardGroups];
-  KeyTile key_tile[stages];
-};
-
 // The stage of a tile, counted from the block's first, and the parity of the phase of its barriers.
 template <int stages>
 struct StageTurn {
@@ -68,6 +80,7 @@ struct StageTurn {
 
   __device__ __forceinline__ int stage() const { return static_cast<int>(tile % stages); }
   __device__ __forceinline__ uint32_t parity() const { return tile / stages & 1; }
+  __device__ __forceinline__ int end_slot() const { return static_cast<int>(tile % (stages + 1)); }
 };
 
 // --- the copying warp ------------------------------------------------------------------------------------------
@@ -75,7 +88,7 @@ struct StageTurn {
 template <class Sizes>
 struct ForwardCopies {
   using Tiles = ForwardTiles<Sizes>;
-  using Barriers = ForwardBarriers<Tiles::kStages>;
+  using Barriers = typename Tiles::Barriers;
   using Turn = StageTurn<Tiles::kStages>;
 
   const ForwardSm90& params;
@@ -110,11 +123,19 @@ struct ForwardCopies {
   }
 
   __device__ __forceinline__ void copy_keys(const KeyTile& tile, int key_head) {
-    if (threadIdx.x % kWarpSize == 0) {
-      const int stage = keys.stage();
-      uint64_t* full = &barriers.key_full[stage];
+    constexpr int kEnds = Tiles::kKeys / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize, stage = keys.stage();
+    uint64_t* full = &barriers.key_full[stage];
+    int32_t ends[kEnds] = {};
+    if (tile.is_masked()) {
+#pragma unroll
+      for (int i = 0; i < kEnds; ++i) {
+        const int key = tile.first() + i * kWarpSize + lane;
+        if (key < params.rule.tokens) ends[i] = __ldg(params.subtree_end + key);
+      }
+    }
+    if (lane == 0) {
       ptx::mbarrier_wait(&barriers.key_empty[stage], keys.parity() ^ 1);
-      barriers.key_tile[stage] = tile;
       ptx::mbarrier_arrive_expect_tx(full, Tiles::kKeyBytes);
       unsigned char* target = shared + Tiles::kFirstKeys + stage * Tiles::kKeyBytes;
 #pragma unroll
@@ -122,7 +143,18 @@ struct ForwardCopies {
         ptx::tensor_load(target + panel * Tiles::kPanelBytes, params.key_map,
                          {panel * kPanelSize, key_head, tile.first()}, full);
       }
+      barriers.key_tile[stage] = tile;
     }
+    if (tile.is_masked()) {
+      __syncwarp();  // the wait above was for all lanes
+#pragma unroll
+      for (int i = 0; i < kEnds; ++i) {
+        const int key = i * kWarpSize + lane;
+        barriers.key_ends[keys.end_slot()][key / 2].end[key % 2] = ends[i];
+      }
+      __syncwarp();
+    }
+    if (lane == 0) ptx::mbarrier_arrive(full);
     ++keys.tile;
   }
 
@@ -156,7 +188,7 @@ struct ForwardCopies {
 #pragma unroll 1
     for (int row = threadIdx.x % kWarpSize; row < Tiles::kKeys; row += kWarpSize) {
       const int key = first_key + row;
-      if (key >= params.tokens || __ldg(params.subtree_end + key) > key) continue;
+      if (key >= params.rule.tokens || __ldg(params.subtree_end + key) > key) continue;
 #pragma unroll 1
       for (int panel = 0; panel < Tiles::kValuePanels; ++panel) {
         auto* chunks = reinterpret_cast<Pack<uint32_t>*>(target + panel * Tiles::kPanelBytes + row * kPanelRowBytes);
@@ -170,7 +202,7 @@ struct ForwardCopies {
 // A tile's values are asked for after the next tile's keys, which are needed sooner.
 template <class Sizes>
 __device__ __forceinline__ void copy_forward_tiles(const ForwardSm90& params, unsigned char* shared,
-                                                   ForwardBarriers<ForwardTiles<Sizes>::kStages>& barriers) {
+                                                   typename ForwardTiles<Sizes>::Barriers& barriers) {
   ForwardCopies<Sizes> copies{params, shared, barriers, {}, {}};
   ForwardQueries queries;
   for (int turn = 0; params.schedule.find(params, turn, queries); ++turn) {
@@ -255,7 +287,7 @@ struct ForwardRows {
 
   __device__ __forceinline__ int token(const ForwardSm90& params, int i) const {
     const int token = first_token + ((row + 8 * i) >> params.schedule.packed_log2);
-    return token < params.tokens ? token : -1;
+    return token < params.rule.tokens ? token : -1;
   }
   __device__ __forceinline__ int head(const ForwardSm90& params, int i) const {
     return first_head + ((row + 8 * i) & ((1 << params.schedule.packed_log2) - 1));
@@ -292,14 +324,15 @@ __device__ __forceinline__ void store_forward(const ForwardSm90& params, const F
                  result);
     largest[i] = exists ? softmax.largest[i] * factor * kLn2 : -INFINITY;
   }
-  if (params.max_logits) store_max_logits(params.max_logits, rows.first_head, 1 << params.schedule.packed_log2, largest);
+  const int packed = 1 << params.schedule.packed_log2;
+  if (params.max_logits) store_max_logits(params.max_logits, rows.first_head, packed, largest);
 }
 
 // One stream of tiles through all queries of the block. While the weights of a tile are made, the product of those
 // before with their values is under way, and that of the next tile's keys comes with it, be they other queries' keys.
 template <class Sizes>
 __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsigned char* shared,
-                                                ForwardBarriers<ForwardTiles<Sizes>::kStages>& barriers) {
+                                                typename ForwardTiles<Sizes>::Barriers& barriers) {
   using Products = ForwardProducts<Sizes>;
   using Turn = StageTurn<ForwardTiles<Sizes>::kStages>;
   using T = typename Sizes::T;
@@ -347,13 +380,14 @@ __device__ __forceinline__ void compute_forward(const ForwardSm90& params, unsig
       ptx::mbarrier_arrive(&barriers.key_empty[keys.stage()]);
       if (last) ptx::mbarrier_arrive(&barriers.query_empty[group]);
     }
-    ++keys.tile;
-    const int first_key = tile.first() + lane % 4 * 2;
+    const int first_column = lane % 4 * 2, first_key = tile.first() + first_column;
+    if (rule.transforms) apply_rule<false>(rule, rows.describe(params), first_key, s);
     if (tile.is_masked()) {
-      apply_rule<true>(rule, rows.describe(params), first_key, s);
-    } else if (rule.transforms) {
-      apply_rule<false>(rule, rows.describe(params), first_key, s);
+      const KeyEnds* ends = &barriers.key_ends[keys.end_slot()][first_column / 2];
+      mask_logits(
+          rule, rows.describe(params), first_key, [&](int column) { return ends[column / 2].end[column % 2]; }, s);
     }
+    ++keys.tile;
     float rescale[2];
     const bool rescales = softmax.take(rule.factor, s, rescale);
     ptx::keep_in_place(s);
@@ -415,7 +449,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     prefix_attention_forward_sm90_kernel(const __grid_constant__ ForwardSm90 params) {
   constexpr int kStages = ForwardTiles<Sizes>::kStages;
   PYKERN_DYNAMIC_SHARED(shared);
-  PYKERN_SHARED(ForwardBarriers<kStages>, barriers);
+  PYKERN_SHARED(typename ForwardTiles<Sizes>::Barriers, barriers);
   if (threadIdx.x == 0) {
     constexpr uint32_t kWarps = 4 * kForwardGroups;
     ptx::prefetch_tensor_map(params.query_map);
@@ -427,7 +461,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
       ptx::mbarrier_init(&barriers.query_empty[group], 4);
     }
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(&barriers.key_full[stage], 1);
+      ptx::mbarrier_init(&barriers.key_full[stage], 2);
       ptx::mbarrier_init(&barriers.key_empty[stage], kWarps);
       ptx::mbarrier_init(&barriers.value_full[stage], 1);
       ptx::mbarrier_init(&barriers.value_empty[stage], kWarps);

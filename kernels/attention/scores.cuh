@@ -85,18 +85,20 @@ __device__ __forceinline__ void transform_products(const ScoreRule& rule, const 
   }
 }
 
-// Logits of neighbouring keys become -inf where the key is invisible to the row.
-template <int n>
-__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key, float (&s)[n]) {
+// Logits of neighbouring keys become -inf where the key is invisible to the row, by its end, which `key_end(column)`
+// tells, or by the window.
+template <int n, class KeyEnd>
+__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key,
+                                            const KeyEnd& key_end, float (&s)[n]) {
+  const int last_column[] = {rows.token[0] - first_key, rows.token[1] - first_key};
 #pragma unroll
   for (int j = 0; j < n / 4; ++j) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int key = first_key + 8 * j + c;
-      const int32_t end = __ldg(rule.subtree_end + rule.existing(key));
+      const int32_t end = key_end(8 * j + c);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (key > rows.token[i] || rows.token[i] >= end) s[4 * j + 2 * i + c] = -INFINITY;
+        if (8 * j + c > last_column[i] || rows.token[i] >= end) s[4 * j + 2 * i + c] = -INFINITY;
       }
     }
   }
@@ -112,6 +114,14 @@ __device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRo
       }
     }
   }
+}
+
+template <int n>
+__device__ __forceinline__ void mask_logits(const ScoreRule& rule, const QueryRows& rows, int first_key,
+                                            float (&s)[n]) {
+  mask_logits(
+      rule, rows, first_key,
+      [&](int column) { return __ldg(rule.subtree_end + rule.existing(first_key + column)); }, s);
 }
 
 // Both for neighbouring keys. `first_key` is the key of s[0] for this thread, an even number.

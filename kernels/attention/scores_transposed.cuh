@@ -25,40 +25,35 @@ template <int n>
 __device__ __forceinline__ void apply_rule(const ScoreRule& rule, const KeyRows& keys, const QueryColumns& queries,
                                            int first_column, bool masked, float (&s)[n]) {
   static_assert(n % 4 == 0, "scores come in fours");
+  // A loop for each option: branches within one would be taken for every score.
   if (rule.transforms) {
+    if (rule.softcap_log2 > 0.0f) {
 #pragma unroll
-    for (int j = 0; j < n / 4; ++j) {
+      for (int j = 0; j < n; ++j) s[j] = rule.softcap_log2 * accurate_tanh(s[j] * rule.scale);
+    } else {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int column = first_column + 8 * j + c;
-        const int32_t position = rule.slopes ? queries.position[column] : 0;
-        const float slope = rule.slopes ? queries.slope[column] : 0.0f;
+      for (int j = 0; j < n; ++j) s[j] *= rule.scale;
+    }
+    if (rule.slopes) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = s[4 * j + 2 * i + c];
-          score *= rule.scale;
-          if (rule.softcap_log2 > 0.0f) score = rule.softcap_log2 * accurate_tanh(score);
-          if (rule.slopes) score -= slope * static_cast<float>(position - keys.position[i]);
-        }
+      for (int j = 0; j < n; ++j) {
+        const int column = first_column + j / 4 * 8 + j % 2, i = j / 2 % 2;
+        s[j] -= queries.slope[column] * static_cast<float>(queries.position[column] - keys.position[i]);
       }
     }
   }
-  if (masked) {
+  if (!masked) return;
 #pragma unroll
-    for (int j = 0; j < n / 4; ++j) {
+  for (int j = 0; j < n; ++j) {
+    const int32_t token = queries.token[first_column + j / 4 * 8 + j % 2];
+    const int i = j / 2 % 2;
+    if ((token < keys.token[i]) | (token >= keys.end[i])) s[j] = -INFINITY;
+  }
+  if (rule.window == 0) return;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int column = first_column + 8 * j + c;
-        const int32_t token = queries.token[column];
-        const int32_t position = rule.window > 0 ? queries.position[column] : 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          bool sees = keys.token[i] <= token && token < keys.end[i];
-          if (rule.window > 0) sees = sees && position - keys.position[i] < rule.window;
-          if (!sees) s[4 * j + 2 * i + c] = -INFINITY;
-        }
-      }
-    }
+  for (int j = 0; j < n; ++j) {
+    const int32_t position = queries.position[first_column + j / 4 * 8 + j % 2];
+    if (position - keys.position[j / 2 % 2] >= rule.window) s[j] = -INFINITY;
   }
 }
 

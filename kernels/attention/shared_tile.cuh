@@ -16,8 +16,8 @@ struct SharedTile {
   static constexpr bool kWide = columns % 64 == 0;
   static constexpr int kMask = kWide ? 7 : 3;
 
-  static __device__ __forceinline__ int swizzle(int row) { return (kWide ? row : row / 2) & kMask; }
-  static __device__ __forceinline__ int offset(int row, int chunk) {
+  static __device__ __forceinline__ unsigned swizzle(unsigned row) { return (kWide ? row : row / 2) & kMask; }
+  static __device__ __forceinline__ unsigned offset(unsigned row, unsigned chunk) {
     return row * kRowBytes + ((chunk ^ swizzle(row)) << 4);
   }
 };
@@ -30,7 +30,7 @@ class LaneAddress {
 
  public:
   // The lane's row and chunk (0 or 1) where the matrices lie at the tile's origin.
-  __device__ __forceinline__ LaneAddress(int row, int chunk)
+  __device__ __forceinline__ LaneAddress(unsigned row, unsigned chunk)
       : row_(row * Tile::kRowBytes), chunk_(chunk ^ Tile::swizzle(row)) {}
 
   // `rows` below the origin, a multiple of 8, and 16 * `pair` elements to its right.
@@ -40,17 +40,17 @@ class LaneAddress {
   }
 
  private:
-  int row_, chunk_;
+  unsigned row_, chunk_;
 };
 
 // Matrices 0 to 3 of ldmatrix are the lower rows and columns first, then the upper rows (or columns) of a 16 x 16
 // block, as operand A of mma.m16n8k16 takes them (rows first) and two operands B, one for each 8 keys (columns first).
 template <int columns>
-__device__ __forceinline__ LaneAddress<columns> lane_rows_first(int lane) {
+__device__ __forceinline__ LaneAddress<columns> lane_rows_first(unsigned lane) {
   return {lane % 16, lane / 16};
 }
 template <int columns>
-__device__ __forceinline__ LaneAddress<columns> lane_columns_first(int lane) {
+__device__ __forceinline__ LaneAddress<columns> lane_columns_first(unsigned lane) {
   return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
 }
 
@@ -69,7 +69,8 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, int size, SourceO
   constexpr int kAcross = Tile::kChunks & -Tile::kChunks;
   constexpr int kStep = threads / kAcross;
   static_assert(rows % kStep == 0 && kStep % 8 == 0, "every thread copies as many rows");
-  const int thread = opaque(static_cast<int>(threadIdx.x)), first_row = thread / kAcross, chunk = thread % kAcross;
+  const unsigned thread = ptx::forget_origin(static_cast<int>(threadIdx.x));
+  const int first_row = static_cast<int>(thread / kAcross), chunk = static_cast<int>(thread % kAcross);
   unsigned char* const target = tile + Tile::offset(first_row, chunk);
 #pragma unroll
   for (int row = rows - kStep; row >= 0; row -= kStep) {

@@ -56,15 +56,6 @@ __device__ __forceinline__ uint32_t round_tf32(float value) {
 #endif
 }
 
-// The same value, of which the compiler knows nothing. What is computed from it stays where it is written, where it
-// would otherwise be computed once before a loop and hold registers all along.
-__device__ __forceinline__ int opaque(int value) {
-#if defined(__CUDACC__)
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 // --- the larger of two; a NaN loses against a number -------------------------------------------------------
 
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }

@@ -9,7 +9,7 @@ import pykern
 from bench.harness import load_cases
 from tests.support import emulated_ops
 
-NOT_ON_A_GPU = ("prefix_attention f", "linear_token_logprobs", "refresh", "offload/step_")
+NOT_ON_A_GPU = ("ward float32", "sequences", "linear_token_logprobs", "refresh", "offload/step_")
 
 # Their bench cases have everything a call needs on the device before it begins.
 CASES = [case for case in load_cases() if not any(part in case.label for part in NOT_ON_A_GPU)]
@@ -92,6 +92,8 @@ def test_every_op_has_a_case():
         "low_rank_adam_phase": "adam_phase",
         "adam_step": "adamw_step",
         "prefix_attention_tiles": "prefix_attention_tiles",
+        "prefix_attention_forward": "prefix_attention forward bfloat16",
+        "prefix_attention_backward": "prefix_attention backward bfloat16",
         "gather_rows": "gather_rows",
         "gather_rows_backward": "gather_rows backward",
         "offload_pack": "staging pack",

@@ -17,7 +17,11 @@ KINDS: dict[str, str] = {
     "attention: gather_rows_backward_kernel<*, false>": OTHER,
     "attention: prefix_attention_delta_kernel<*": MEMORY,
     "attention: prefix_attention_sinks_kernel": OTHER,
+    "attention: prefix_attention_forward_kernel<*": MATRIX,
+    "attention: prefix_attention_paths_kernel": OTHER,
     "attention: prefix_attention_backward_*_kernel<*": MATRIX,
+    "attention: prefix_attention_forward_sm90_kernel<*": MATRIX,
+    "attention: prefix_attention_join_shares_sm90_kernel<*": MEMORY,
     "attention: prefix_attention_bounds_kernel": OTHER,
     "attention: prefix_attention_work_kernel": OTHER,
     "attention: prefix_attention_order_kernel": OTHER,
@@ -56,6 +60,10 @@ KINDS: dict[str, str] = {
 WIDE_STORES = (
     "attention: gather_rows_kernel<Pack*",
     "attention: gather_rows_backward_kernel<*, true>",
+    "attention: prefix_attention_forward_kernel<*",
+    "attention: prefix_attention_forward_sm90_kernel<*",
+    "attention: prefix_attention_backward_keys_kernel<*",
+    "attention: prefix_attention_backward_queries_kernel<*",
     "lowrank: adam_packs_kernel<*",
     "lowrank: adam_8bit_kernel<*, true>",
     "lowrank: weight_update_kernel<*, true, *>",
@@ -67,6 +75,12 @@ WIDE_STORES = (
 )
 """Kernels whose results are as large as what they read: their machine code stores sixteen bytes at a time. nvcc may
 take an ordinary wide store apart."""
+
+WARPGROUP_KERNELS = (
+    "attention: prefix_attention_forward_sm90_kernel<*",
+    "attention: prefix_attention_backward_*_sm90_kernel<*",
+)
+"""Kernels for compute capability 9.0 alone: warpgroups multiply what tensor copies bring."""
 
 LOCAL_MEMORY: dict[str, str] = {}
 """Kernels that may spill or have a stack frame, and why."""

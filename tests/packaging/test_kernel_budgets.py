@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import budgets
-from .kernel_kinds import DOUBLES, KINDS, LOCAL_MEMORY, MATRIX, MEMORY, OTHER, WIDE_STORES
+from .kernel_kinds import DOUBLES, KINDS, LOCAL_MEMORY, MATRIX, MEMORY, OTHER, WARPGROUP_KERNELS, WIDE_STORES
 
 pytestmark = pytest.mark.skipif(not budgets.nvcc(), reason="no nvcc here to compile the kernels with")
 needs_disassembler = pytest.mark.skipif(
@@ -137,6 +137,19 @@ def test_matrix_kernels_use_the_matrix_units(usages):
         return allowed(KINDS, kernel) == MATRIX and not any(map(MATRIX_UNIT.match, usage.opcodes))
 
     assert not failing(usages, fails)
+
+
+@needs_disassembler
+def test_warpgroup_kernels_multiply_what_tensor_copies_bring(usages):
+    def concerned(pattern):
+        return [entry for entry in usages if fnmatchcase(entry[0], pattern)]
+
+    def fails(_, usage):
+        return [name for name in ("HGMMA", "UTMALDG") if not any(code.startswith(name) for code in usage.opcodes)]
+
+    for pattern in WARPGROUP_KERNELS:
+        assert concerned(pattern), f"no kernel is called {pattern}"
+        assert not failing(concerned(pattern), fails)
 
 
 # --- the gates see what they are for ------------------------------------------------------------------------
