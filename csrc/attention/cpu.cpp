@@ -41,6 +41,7 @@ struct Arguments {
     STD_TORCH_CHECK(window >= 0, "window: expected at least 1 token, or 0 for none, got ", window);
     STD_TORCH_CHECK(softcap >= 0.0 && std::isfinite(softcap),
                     "softcap: expected a finite number above 0, or 0 for none, got ", softcap);
+    // A block that is left out would leave its rows unwritten, one out of range would be written elsewhere.
     std::vector<bool> found(order.size(1));
     for (int64_t i = 0; i < order.size(1); ++i) {
       const int32_t block = input<int32_t>(order)[i];
@@ -89,14 +90,6 @@ class Problem {
     problem.tile_tokens = kBlockTokens;
     while (problem.tile_tokens > 1 && problem.tile_tokens * group > kTileRows) problem.tile_tokens /= 2;
     problem.tiles = ceil_div(problem.tokens, problem.tile_tokens);
-    tile_positions_.resize(problem.tiles);
-    for (int64_t tile = 0; tile < problem.tiles; ++tile) {
-      const auto first = positions_.begin() + tile * problem.tile_tokens;
-      const auto stop = positions_.begin() + std::min((tile + 1) * problem.tile_tokens, problem.tokens);
-      const auto [least, last] = std::minmax_element(first, stop);
-      tile_positions_[tile] = {*least, *last};
-    }
-    problem.tile_positions = tile_positions_.data();
   }
 
  private:
@@ -104,7 +97,6 @@ class Problem {
   static constexpr int64_t kTileRows = 256;
   const Tensor q_, k_, v_;
   std::vector<int32_t> rows_, ends_, positions_;
-  std::vector<Positions> tile_positions_;
 };
 
 // The tiles of rows, longest first: tiles divide the blocks that `order` ranks.

@@ -113,16 +113,6 @@ struct PathKeys {
     for (int64_t i = length; i < round_up(length, kRunKeys); ++i) row[i] = end[i] = position[i] = 0;
     return length;
   }
-
-  // What the window leaves to the tile of a run: none, some or all.
-  PYKERN_INLINE Range positions(int64_t first, int64_t count) const {
-    Range range{position[first], position[first]};
-    for (int64_t i = first + 1; i < first + count; ++i) {
-      range.begin = position[i] < range.begin ? position[i] : range.begin;
-      range.end = position[i] > range.end ? position[i] : range.end;
-    }
-    return range;
-  }
 };
 
 template <class T>
@@ -137,9 +127,9 @@ void attend_path(const PrefixAttentionForward& problem, const PathKeys<compute_t
     const int64_t count = length - first < kRunKeys ? length - first : kRunKeys;
     bool full = count == kRunKeys && keys.row[first + count - 1] <= tile.first_token;
     if (problem.window > 0) {
-      const Range range = keys.positions(first, count);
-      if (tile.positions.least - range.end >= problem.window) continue;
-      full &= tile.positions.last - range.begin < problem.window;
+      const Positions range = positions_of(keys.position + first, count);
+      if (tile.positions.least - int64_t{range.last} >= problem.window) continue;
+      full &= tile.positions.last - int64_t{range.least} < problem.window;
     }
     for (int64_t i = first; i < first + count; ++i) full &= keys.end[i] >= tile.stop_token;
     KeyRun<C> run{keys.across, keys.values, kRunKeys * kPanel, {}, kRunUnits, {}, {}, {}};

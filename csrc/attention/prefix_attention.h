@@ -22,7 +22,7 @@ struct HeadsView {
   int64_t head_stride;
 };
 
-// Of a tile of tokens.
+// The smallest and the largest of some tokens.
 struct Positions {
   int32_t least, last;
 };
@@ -56,7 +56,6 @@ struct PrefixAttention {
   // Queries are processed in tiles of this many tokens, all query heads of one key head together.
   int64_t tile_tokens;
   int64_t tiles;
-  const Positions* tile_positions;
 
   // The backward's key tiles, units each.
   int64_t key_tile_units;

@@ -62,6 +62,15 @@ struct Range {
   PYKERN_INLINE bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 
+PYKERN_INLINE Positions positions_of(const int32_t* position, int64_t count) {
+  Positions range{position[0], position[0]};
+  for (int64_t i = 1; i < count; ++i) {
+    range.least = position[i] < range.least ? position[i] : range.least;
+    range.last = position[i] > range.last ? position[i] : range.last;
+  }
+  return range;
+}
+
 struct Tile {
   int64_t first_token, stop_token;
   int64_t rows;  // of real queries; the tile's buffers have some more, which see nothing
@@ -69,13 +78,7 @@ struct Tile {
 
   PYKERN_INLINE Tile(const PrefixAttention& problem, int64_t first, int64_t stop)
       : first_token(first), stop_token(stop), rows((stop - first) * problem.group()) {
-    if (problem.window == 0) return;
-    positions = {problem.position[first], problem.position[first]};
-    for (int64_t token = first + 1; token < stop; ++token) {
-      const int32_t position = problem.position[token];
-      positions.least = position < positions.least ? position : positions.least;
-      positions.last = position > positions.last ? position : positions.last;
-    }
+    if (problem.window > 0) positions = positions_of(problem.position + first, stop - first);
   }
 
   PYKERN_INLINE static Tile of_index(const PrefixAttention& problem, int64_t index) {
