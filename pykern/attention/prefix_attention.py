@@ -144,8 +144,8 @@ def _check_score(q: Tensor, scale: float | None, window: int | None, softcap: fl
         raise TypeError(f"window: expected an integer or None, got {type(window).__name__}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}; None is no window")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number above 0, got {softcap}; None is no softcap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number above 0, got {softcap}; None is no softcap")
     return float(scale), 0 if window is None else min(window, _MAX_WINDOW), 0.0 if softcap is None else float(softcap)
 
 
