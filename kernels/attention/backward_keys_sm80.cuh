@@ -301,10 +301,11 @@ __global__ void __launch_bounds__(BackwardKeys<Sizes>::kThreads, BackwardKeys<Si
                 if (kTransforms) weights[i / 2 * 2 * kGroups + j][lane][i % 2 * 2 + c] = score * derivative;
               }
             }
-            if (kTransforms) continue;
+            if constexpr (!kTransforms) {
 #pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-              weights[t * 2 * kGroups + j][lane] = {s[t][j][0], s[t][j][1], s[t][j][2], s[t][j][3]};
+              for (int t = 0; t < kTiles; ++t) {
+                weights[t * 2 * kGroups + j][lane] = {s[t][j][0], s[t][j][1], s[t][j][2], s[t][j][3]};
+              }
             }
           }
         };
