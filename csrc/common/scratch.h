@@ -3,30 +3,22 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "common/numeric.h"
 
 namespace pykern {
 
+// The largest block that was given back is kept for the next taker, up to 128 MiB: a training step calls the same ops
+// again and again, and the first touch of fresh pages costs as much as what is done with them.
+void* take_scratch(size_t bytes, size_t& capacity);
+void give_scratch(void* pointer, size_t capacity);
+
 // Uninitialised, aligned to a cache line and to the widest vector. `get` is null if the machine
 // has no memory left; the host wrapper turns that into an error.
 class Scratch {
  public:
-  PYKERN_INLINE explicit Scratch(size_t bytes) {
-    // Large ones in large pages where the system gives them on demand: the first touch of a page costs
-    // more than what is done with a small one.
-    const size_t page = bytes < kLargePage ? 64 : kLargePage;
-    pointer_ = std::aligned_alloc(page, (bytes + 64 + page - 1) / page * page);
-#if defined(__linux__)
-    if (pointer_ && page == kLargePage) madvise(pointer_, bytes, MADV_HUGEPAGE);
-#endif
-  }
-  PYKERN_INLINE ~Scratch() { std::free(pointer_); }
+  PYKERN_INLINE explicit Scratch(size_t bytes) : pointer_(take_scratch(bytes, capacity_)) {}
+  PYKERN_INLINE ~Scratch() { give_scratch(pointer_, capacity_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -36,7 +28,7 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t kLargePage = size_t{2} << 20;
+  size_t capacity_ = 0;
   void* pointer_;
 };
 

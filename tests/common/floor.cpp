@@ -1,6 +1,7 @@
 // The vector and matrix floor of one instruction-set level as plain functions, for test_*.py.
 // Types are numbered as in DataType.
 #include "common/matmul.h"
+#include "common/scratch.cpp"
 #include "common/tile_check.h"
 
 #if defined(PYKERN_TILE_TWIN)

@@ -1,0 +1,56 @@
+#include "common/scratch.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pykern {
+namespace {
+
+constexpr size_t kLargePage = size_t{2} << 20;
+// A kept block is memory that the process has no other use of.
+constexpr size_t kMaxKept = size_t{128} << 20;
+
+struct Block {
+  void* pointer = nullptr;
+  size_t bytes = 0;
+};
+
+std::mutex mutex;
+Block kept;
+
+}  // namespace
+
+void* take_scratch(size_t bytes, size_t& capacity) {
+  if (bytes >= kLargePage) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (kept.bytes >= bytes) {
+      const Block block = std::exchange(kept, Block{});
+      capacity = block.bytes;
+      return block.pointer;
+    }
+  }
+  // Large ones in large pages where the system gives them on demand.
+  const size_t page = bytes < kLargePage ? 64 : kLargePage;
+  capacity = (bytes + 64 + page - 1) / page * page;
+  void* const pointer = std::aligned_alloc(page, capacity);
+#if defined(__linux__)
+  if (pointer && page == kLargePage) madvise(pointer, capacity, MADV_HUGEPAGE);
+#endif
+  return pointer;
+}
+
+void give_scratch(void* pointer, size_t capacity) {
+  Block block{pointer, capacity};
+  if (pointer && capacity >= kLargePage && capacity <= kMaxKept) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (capacity > kept.bytes) std::swap(block, kept);
+  }
+  std::free(block.pointer);
+}
+
+}  // namespace pykern
