@@ -240,7 +240,8 @@ def test_op_without_a_kernel_fails_by_name(op, monkeypatch):
     monkeypatch.setattr(_native, "cuda_unavailable_reason", None)
     monkeypatch.setattr(_native, "cuda_ops", _native.cuda_ops - {op})
     with torch._subclasses.FakeTensorMode():
-        x, hidden = torch.empty(4, 2, 8, device="cuda"), torch.empty(4, 8, device="cuda")
+        x = torch.empty(4, 2, 8, dtype=torch.bfloat16, device="cuda")
+        hidden = torch.empty(4, 8, device="cuda")
         positions = torch.empty(4, dtype=torch.int32, device="cuda")
         with pytest.raises(NotImplementedError) as raised:
             if op == "prefix_attention_forward":
