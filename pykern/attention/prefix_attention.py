@@ -43,9 +43,7 @@ def _(
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, tree, alibi_slopes, score, return_max_logits, order_invariant):
-        out, lse, max_logits = _forward(
-            q, k, v, *tree, sinks, alibi_slopes, *score, return_max_logits, order_invariant
-        )
+        out, lse, max_logits = _forward(q, k, v, *tree, sinks, alibi_slopes, *score, return_max_logits, order_invariant)
         ctx.save_for_backward(q, k, v, sinks, out, lse, alibi_slopes, *tree)
         ctx.score = score
         ctx.set_materialize_grads(False)
@@ -59,9 +57,7 @@ class _PrefixAttention(torch.autograd.Function):
             return (None,) * 9
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        *grads, grad_sinks = _backward(
-            grad_out, grad_lse, q, k, v, out, lse, *tree, sinks, alibi_slopes, *ctx.score
-        )
+        *grads, grad_sinks = _backward(grad_out, grad_lse, q, k, v, out, lse, *tree, sinks, alibi_slopes, *ctx.score)
         return *grads, None if sinks is None else grad_sinks, None, None, None, None, None
 
 
