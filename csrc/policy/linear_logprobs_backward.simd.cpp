@@ -259,8 +259,8 @@ class Backward {
     fill_lanes(input_, lanes_.entropy, 0.0f,
                [&](int64_t row) { return params_.grad_entropy ? at(params_.entropy, row) : 0.0f; });
     for (int64_t index = 0; index < tokens_; ++index) {
-      lanes_.target[index] =
-          index < input_.rows ? static_cast<int32_t>(input_.targets[input_.active[index]]) : -1;
+      const int64_t target = index < input_.rows ? input_.targets[input_.active[index]] - input_.vocabulary_start : -1;
+      lanes_.target[index] = target >= 0 && target < input_.vocabulary ? static_cast<int32_t>(target) : -1;
     }
     if (input_.bias) {
       for (int64_t v = 0; v < input_.vocabulary; ++v) bias_.get<float>()[v] = static_cast<float>(input_.bias[v]);

@@ -1,7 +1,8 @@
 """Group-normalised policy optimisation: advantages, policy losses, token log-probabilities."""
 
 from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
-from .logprobs import linear_token_logprobs, token_logprobs
+from .linear import linear_token_logprobs
+from .logprobs import token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
 
 __all__ = [

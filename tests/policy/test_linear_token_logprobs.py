@@ -274,12 +274,12 @@ def test_opcheck(dtype, everything):
     bias = torch.randn(40, dtype=torch.float64) if everything else None
     temperature = torch.rand(6, dtype=torch.float64) + 0.5 if everything else None
     arguments = (hidden, weight, targets, bias, temperature, 1.0, 3.0)
-    check_op(torch.ops.pykern.linear_token_logprobs.default, (*arguments, everything))
-    _, entropy, statistics = torch.ops.pykern.linear_token_logprobs.default(*arguments, everything)
+    check_op(torch.ops.pykern.linear_token_logprobs.default, (*arguments, everything, 11))
+    _, entropy, statistics = torch.ops.pykern.linear_token_logprobs.default(*arguments, everything, 11)
     grad = torch.randn(6).to(statistics.dtype)
     check_op(
         torch.ops.pykern.linear_token_logprobs_backward.default,
-        (*arguments, statistics, entropy, grad, grad if everything else None, True, everything, everything),
+        (*arguments, statistics, entropy, grad, grad if everything else None, 11, True, everything, everything),
     )
 
 
