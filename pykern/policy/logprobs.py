@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .logprobs_host import check_floating, prepared_targets, prepared_temperature, result_dtype
+from .logprobs_host import check_floating, check_targets, prepared_targets, prepared_temperature, result_dtype
 
 
 def token_logprobs(
@@ -56,7 +56,8 @@ def token_logprobs(
     check_floating("token_logprobs", "logits", logits)
     if logits.dim() < 1:
         raise ValueError("token_logprobs: logits: expected shape [..., V], got a scalar tensor")
-    targets = prepared_targets("token_logprobs", targets, logits, "logits", logits.shape[:-1], logits.shape[-1])
+    targets = prepared_targets("token_logprobs", targets, logits, "logits", logits.shape[:-1])
+    check_targets("token_logprobs", targets, logits.shape[-1])
     row_temperature, temperature = prepared_temperature("token_logprobs", temperature, targets)
     if backward_in_place:
         _check_overwritable("token_logprobs", logits)

@@ -22,9 +22,7 @@ def check_floating(function: str, name: str, tensor: Tensor) -> None:
     _native.require_kernels(tensor, name, function, f"{function}_backward")
 
 
-def prepared_targets(
-    function: str, targets: Tensor, rows: Tensor, rows_name: str, shape: torch.Size, vocabulary: int
-) -> Tensor:
+def prepared_targets(function: str, targets: Tensor, rows: Tensor, rows_name: str, shape: torch.Size) -> Tensor:
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{function}: targets: expected a tensor of int64 or int32, got {described(targets)}")
     if targets.shape != shape:
@@ -33,15 +31,23 @@ def prepared_targets(
         )
     if targets.device != rows.device:
         raise ValueError(f"{function}: targets: expected on {rows.device}, got on {targets.device}; move it there")
-    # On the CPU only, where looking costs no synchronisation; compiled code leaves it to the op itself.
-    if not torch.compiler.is_compiling() and targets.is_cpu and targets.numel() > 0:
+    return targets.to(torch.int64).contiguous()
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether a value decides what Python does: looking must cost no synchronisation and cut no compiled graph."""
+    return not torch.compiler.is_compiling() and tensor.is_cpu
+
+
+def check_targets(function: str, targets: Tensor, vocabulary: int) -> None:
+    """Where one can look. What is not looked at here is left to the op, or to who calls it."""
+    if can_look_at(targets) and targets.numel() > 0:
         largest = int(targets.max())
         if largest >= vocabulary:
             raise ValueError(
                 f"{function}: targets: expected values below the vocabulary size {vocabulary}, got {largest}; "
                 "use a negative value for rows to ignore"
             )
-    return targets.to(torch.int64).contiguous()
 
 
 def prepared_temperature(function: str, temperature: float | Tensor, targets: Tensor) -> tuple[Tensor | None, float]:
