@@ -63,7 +63,7 @@ def linear_token_logprobs(
     other math is in float32, also for float16. Gradients are accumulated in float32 and have the
     dtypes of their tensors. Results and gradients are the same bit for bit for any number of threads.
     Workspace: in the forward one copy of `hidden` and at most 400 bytes per token; in the backward two
-    copies of `hidden`, its gradient in float32, and about 24 MiB plus H KiB per thread, whatever V.
+    copies of `hidden`, its gradient in float32, and about 80 MiB plus H KiB per thread, whatever V.
 
     A target past the vocabulary, or shards with gaps or overlaps, are refused on the CPU. On CUDA, where looking
     would wait for the device, and in compiled code the log-probabilities and gradients concerned are NaN.

@@ -66,7 +66,7 @@ def test_everything_at_every_level(cpu_level, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_groups_and_slabs(dtype):
-    hidden, weight, targets, bias = make(1500, 16, 1537 + 193, dtype, bias=True)
+    hidden, weight, targets, bias = make(5600, 16, 1537 + 193, dtype, bias=True)
     check_against_torch(hidden, weight, targets, bias)
 
 
@@ -241,7 +241,7 @@ def test_views(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, vocabulary", [(700, 1700), (1700, 261)])
+@pytest.mark.parametrize("rows, vocabulary", [(5600, 1700), (1700, 261)])
 def test_same_bits_for_any_number_of_threads(dtype, rows, vocabulary):
     hidden, weight, targets, bias = make(rows, 24, vocabulary, dtype, bias=True)
     targets[5] = -100
