@@ -21,26 +21,9 @@ struct Prepared {
            int64_t vocabulary_start) {
     check_cpu(hidden, "hidden");
     check_cpu(weight, "weight");
-    check_dim(hidden, 2, "hidden");
-    check_dim(weight, 2, "weight");
+    check_linear_head(hidden, weight, targets, bias, vocabulary_start);
     const int64_t rows = hidden.size(0), hidden_size = hidden.size(1), vocabulary = weight.size(0);
-    check_size(weight, 1, hidden_size, "weight");
-    check_type(weight, hidden.scalar_type(), "weight");
-    check_dim(targets, 1, "targets");
-    check_size(targets, 0, rows, "targets");
-    check_type(targets, ScalarType::Long, "targets");
-    check_contiguous(targets, "targets");
-    STD_TORCH_CHECK(vocabulary_start >= 0, "vocabulary_start: expected 0 or more, got ", vocabulary_start);
-    STD_TORCH_CHECK(hidden_size <= 1 || (hidden.stride(1) == 1 && weight.stride(1) == 1),
-                    "hidden and weight: expected contiguous rows");
-    STD_TORCH_CHECK(vocabulary < (int64_t{1} << 31), "weight: expected fewer than 2^31 rows");
     const DataType type = data_type(hidden, "hidden");
-    if (bias) {
-      check_dim(*bias, 1, "bias");
-      check_size(*bias, 0, vocabulary, "bias");
-      check_type(*bias, ScalarType::Double, "bias");
-      check_contiguous(*bias, "bias");
-    }
     inverse_temperature = inverse_temperatures(row_temperature, temperature, rows);
     input = {type, rows, hidden_size, vocabulary, vocabulary_start, nullptr, hidden.const_data_ptr(),
              weight.const_data_ptr(), hidden.stride(0), weight.stride(0), bias ? pykern::input<double>(*bias) : nullptr,

@@ -65,6 +65,11 @@ def linear_token_logprobs(
     Workspace: in the forward one copy of `hidden` and at most 400 bytes per token; in the backward two
     copies of `hidden`, its gradient in float32, and about 80 MiB plus H KiB per thread, whatever V.
 
+    On CUDA the products are those of torch.mm, over chunks of the vocabulary; their sums stay float32, so that
+    logits of bfloat16 and float16 are not rounded either. For the same shapes results and gradients are the same
+    bit for bit. Rows that take no part cost their share of the products. Workspace: at most 320 MiB up to 200,000
+    tokens, and in the backward a copy of `hidden` and its gradient in float32.
+
     A target past the vocabulary, or shards with gaps or overlaps, are refused on the CPU. On CUDA, where looking
     would wait for the device, and in compiled code the log-probabilities and gradients concerned are NaN.
 

@@ -47,12 +47,18 @@ KINDS: dict[str, str] = {
     "policy: sequence_sums_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,
     "policy: token_logprobs_backward_kernel<*": MEMORY,
+    "policy: linear_logprobs_segments_kernel<*": MEMORY,
+    "policy: linear_logprobs_gradient_kernel<*": MEMORY,
+    "policy: linear_logprobs_accumulate_kernel<*": MEMORY,
+    "policy: linear_logprobs_hidden_kernel<*": MEMORY,
     # Few values: one number for the whole step; moments of rank by lines; a value per line, sequence or response.
     "lowrank: adam_rule_kernel": OTHER,
     "lowrank: measure_*_kernel<*": OTHER,
     "lowrank: line_residuals_kernel<*": OTHER,
     "lowrank: combine_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
+    "policy: linear_logprobs_join_kernel<*": OTHER,
+    "policy: linear_logprobs_bias_kernel<*": OTHER,
     "policy: group_advantages_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
@@ -72,6 +78,9 @@ WIDE_STORES = (
     "policy: policy_loss_gradient_kernel<*",
     "policy: policy_loss_kernel<*",
     "policy: token_logprobs_backward_kernel<*",
+    "policy: linear_logprobs_gradient_kernel<*",
+    "policy: linear_logprobs_accumulate_kernel<*",
+    "policy: linear_logprobs_hidden_kernel<*",
 )
 """Kernels whose results are as large as what they read: their machine code stores sixteen bytes at a time. nvcc may
 take an ordinary wide store apart."""
@@ -96,5 +105,10 @@ DOUBLES: dict[str, str] = {
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
+    "policy: linear_logprobs_segments_kernel<*": "a temperature per row, once per row and segment; the bias",
+    "policy: linear_logprobs_join_kernel<*": "sums over a vocabulary, once per row and segment",
+    "policy: linear_logprobs_gradient_kernel<*": "a temperature per row, once per row; the bias",
+    "policy: linear_logprobs_hidden_kernel<*, double>": "the tensors are float64",
+    "policy: linear_logprobs_bias_kernel<*": "sums over all rows, once per entry and 64 rows",
 }
 """Kernels that may compute in double precision, and why."""
