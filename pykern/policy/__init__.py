@@ -3,6 +3,7 @@
 from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import policy_loss, policy_loss_token_weights
+from .loss_weights import annealed_coef, copo_weights
 from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "KL_GRADIENTS",
     "LOSSES",
     "SCALES",
+    "annealed_coef",
+    "copo_weights",
     "group_advantages",
     "linear_token_logprobs",
     "policy_loss",
