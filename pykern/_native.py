@@ -38,6 +38,8 @@ FAMILY_OPS = {
         "token_logprobs_backward_in_place",
         "linear_token_logprobs",
         "linear_token_logprobs_backward",
+        "linear_chunk_logprobs",
+        "linear_chunk_gradients",
     ),
     "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
     "offload": ("offload_pack", "offload_unpack"),
