@@ -30,6 +30,7 @@ FAMILY_OPS = {
     ),
     "policy": (
         "group_advantages",
+        "group_entropy",
         "policy_loss_forward",
         "policy_loss_backward",
         "policy_loss_token_weights",
