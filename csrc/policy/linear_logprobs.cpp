@@ -17,7 +17,8 @@ struct Prepared {
   LinearLogprobsInput input;
 
   Prepared(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
-           const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
+           const std::optional<Tensor>& row_temperature, double temperature, double softcap,
+           int64_t vocabulary_start) {
     check_cpu(hidden, "hidden");
     check_cpu(weight, "weight");
     check_dim(hidden, 2, "hidden");
@@ -27,7 +28,9 @@ struct Prepared {
     check_type(weight, hidden.scalar_type(), "weight");
     check_dim(targets, 1, "targets");
     check_size(targets, 0, rows, "targets");
-    check_targets(targets, vocabulary);
+    check_type(targets, ScalarType::Long, "targets");
+    check_contiguous(targets, "targets");
+    STD_TORCH_CHECK(vocabulary_start >= 0, "vocabulary_start: expected 0 or more, got ", vocabulary_start);
     STD_TORCH_CHECK(hidden_size <= 1 || (hidden.stride(1) == 1 && weight.stride(1) == 1),
                     "hidden and weight: expected contiguous rows");
     STD_TORCH_CHECK(vocabulary < (int64_t{1} << 31), "weight: expected fewer than 2^31 rows");
@@ -39,8 +42,8 @@ struct Prepared {
       check_contiguous(*bias, "bias");
     }
     inverse_temperature = inverse_temperatures(row_temperature, temperature, rows);
-    input = {type, rows, hidden_size, vocabulary, nullptr, hidden.const_data_ptr(), weight.const_data_ptr(),
-             hidden.stride(0), weight.stride(0), bias ? pykern::input<double>(*bias) : nullptr,
+    input = {type, rows, hidden_size, vocabulary, vocabulary_start, nullptr, hidden.const_data_ptr(),
+             weight.const_data_ptr(), hidden.stride(0), weight.stride(0), bias ? pykern::input<double>(*bias) : nullptr,
              pykern::input<int64_t>(targets), inverse_temperature.data(), softcap};
   }
 
@@ -57,8 +60,8 @@ struct Prepared {
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor targets, std::optional<Tensor> bias,
                                            std::optional<Tensor> row_temperature, double temperature, double softcap,
-                                           bool entropy) {
-  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap);
+                                           bool entropy, int64_t vocabulary_start) {
+  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, vocabulary_start);
   const int64_t rows = prepared.input.rows;
   const DataType type = prepared.input.type;
   prepared.choose_rows([](int64_t) { return false; });
@@ -85,9 +88,9 @@ double value_or_zero(const std::optional<Tensor>& tensor, DataType type, int64_t
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor hidden, Tensor weight, Tensor targets, std::optional<Tensor> bias,
                                             std::optional<Tensor> row_temperature, double temperature, double softcap,
                                             Tensor statistics, Tensor entropy, std::optional<Tensor> grad_logprobs,
-                                            std::optional<Tensor> grad_entropy, bool hidden_needs_grad,
-                                            bool weight_needs_grad, bool bias_needs_grad) {
-  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap);
+                                            std::optional<Tensor> grad_entropy, int64_t vocabulary_start,
+                                            bool hidden_needs_grad, bool weight_needs_grad, bool bias_needs_grad) {
+  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, vocabulary_start);
   const int64_t rows = prepared.input.rows, vocabulary = prepared.input.vocabulary;
   const DataType type = prepared.input.type;
   grad_logprobs = contiguous_gradient(grad_logprobs, type, rows, "grad_logprobs");
@@ -98,13 +101,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor hidden, Tensor weight, Tensor
   prepared.choose_rows([&, type = type](int64_t row) {
     return value_or_zero(grad_logprobs, type, row) == 0 && value_or_zero(grad_entropy, type, row) == 0;
   });
-  const bool some = prepared.input.rows > 0;
+  const bool some = prepared.input.rows > 0 && vocabulary > 0;
   const auto gradient = [&](bool needed, const Tensor& like, std::vector<int64_t> sizes, bool whole) {
     if (!needed) sizes = {0};
     return whole ? new_empty(like, sizes) : torch::stable::new_zeros(like, sizes);
   };
   const int64_t hidden_size = prepared.input.hidden_size;
-  Tensor grad_hidden = gradient(hidden_needs_grad, hidden, {rows, hidden_size}, prepared.input.rows == rows);
+  Tensor grad_hidden = gradient(hidden_needs_grad, hidden, {rows, hidden_size}, some && prepared.input.rows == rows);
   Tensor grad_weight = gradient(weight_needs_grad, weight, {vocabulary, hidden_size}, some);
   Tensor grad_bias = torch::stable::new_zeros(hidden, {bias_needs_grad ? vocabulary : 0}, ScalarType::Double);
   const LinearLogprobsBackward params{prepared.input,

@@ -9,11 +9,13 @@
 namespace pykern {
 
 // What forward and backward share. Only the `rows` rows listed in `active`, in rising order, are
-// read or written. `bias` may be null; softcap 0 means none. Results are double where `type` is f64
+// read or written. `weight` and `bias` are the entries [vocabulary_start, vocabulary_start + vocabulary)
+// of the vocabulary that the targets count in; a target outside of them is a logit of 0, and in the
+// backward none. `bias` may be null; softcap 0 means none. Results are double where `type` is f64
 // and float otherwise. hidden, weight and the gradients of both have unit stride along hidden_size.
 struct LinearLogprobsInput {
   DataType type;
-  int64_t rows, hidden_size, vocabulary;
+  int64_t rows, hidden_size, vocabulary, vocabulary_start;
   const int64_t* active;
   const void *hidden, *weight;
   int64_t hidden_stride, weight_stride;

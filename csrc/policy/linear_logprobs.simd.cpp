@@ -118,6 +118,7 @@ bool forward(const LinearLogprobsForward& params) {
   if (bias) {
     for (int64_t v = 0; v < input.vocabulary; ++v) bias[v] = static_cast<float>(input.bias[v]);
   }
+  fill_lanes(input, target_logit, 0.0f, [](int64_t) { return 0.0f; });
   fill_lanes(input, inverse, 1.0f, [&](int64_t row) { return static_cast<float>(input.inverse_temperature[row]); });
 
   parallel_tasks(panels, [&](int64_t panel, int thread) {
@@ -158,7 +159,7 @@ bool forward(const LinearLogprobsForward& params) {
           finish_logits<false>(logits, count, tile_bias, softcap, largest);
         }
         for (int64_t lane = 0; lane < kPanel && token + lane < input.rows; ++lane) {
-          const int64_t target = input.targets[input.active[token + lane]] - first;
+          const int64_t target = input.targets[input.active[token + lane]] - input.vocabulary_start - first;
           if (target >= 0 && target < count) target_logit[token + lane] = logits[target * kPanel + lane];
         }
         float *maxima = partial.maximum + at, *sums = partial.sum + at, *weighted = partial.weighted + at;

@@ -1,5 +1,5 @@
 // Backward. A group of vocabulary entries x a slab of tokens at a time: its logits are recomputed and
-// turned into their gradients, which stay in a buffer of a few MiB; then every tile of the group adds
+// turned into their gradients, in a buffer of at most 64 MiB; then every tile of the group adds
 // its product with the hidden states to grad_weight, and every block of tokens its product with the
 // weight to grad_hidden. Each sum has one owner and a fixed order, whatever the number of threads.
 //
@@ -16,12 +16,13 @@
 namespace pykern::PYKERN_SIMD {
 namespace {
 
-constexpr int64_t kGradientElements = 1 << 19;      // of a group x slab
-constexpr int64_t kWeightElements = 1 << 21;        // of a group of weight rows
+// Of a group x slab. The threads wait for each other twice per slab, so slabs are long.
+constexpr int64_t kGradientElements = 1 << 23;
+constexpr int64_t kWeightElements = 1 << 21;  // of a group of weight rows
 constexpr int64_t kMaxGroupTiles = 8;
 constexpr int64_t kMinSlab = 256;
 constexpr int64_t kPartTokens = 512, kMaxParts = 16;
-constexpr int64_t kPartElements = 1 << 22;          // of the parts' sums for grad_weight
+constexpr int64_t kPartElements = 1 << 22;  // of the parts' sums for grad_weight
 constexpr int64_t kHiddenColumns = 4 * kPanel, kHiddenRows = 384;  // of one task of grad_hidden
 constexpr int64_t kWeightRows = 96;                                // of one task of grad_weight
 // Rows a power of two apart would share few cache sets.
@@ -259,8 +260,8 @@ class Backward {
     fill_lanes(input_, lanes_.entropy, 0.0f,
                [&](int64_t row) { return params_.grad_entropy ? at(params_.entropy, row) : 0.0f; });
     for (int64_t index = 0; index < tokens_; ++index) {
-      lanes_.target[index] =
-          index < input_.rows ? static_cast<int32_t>(input_.targets[input_.active[index]]) : -1;
+      const int64_t target = index < input_.rows ? input_.targets[input_.active[index]] - input_.vocabulary_start : -1;
+      lanes_.target[index] = target >= 0 && target < input_.vocabulary ? static_cast<int32_t>(target) : -1;
     }
     if (input_.bias) {
       for (int64_t v = 0; v < input_.vocabulary; ++v) bias_.get<float>()[v] = static_cast<float>(input_.bias[v]);

@@ -2,7 +2,8 @@
 
 from .advantages import group_advantages
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, SCALES, TRANSFORMS
-from .logprobs import linear_token_logprobs, token_logprobs
+from .linear import linear_token_logprobs
+from .logprobs import token_logprobs
 from .loss import policy_loss, policy_loss_token_weights
 from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 

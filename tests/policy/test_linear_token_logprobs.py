@@ -59,7 +59,7 @@ def test_everything_at_every_level(cpu_level, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_groups_and_slabs(dtype):
-    hidden, weight, targets, bias = make(1500, 16, 1537 + 193, dtype, bias=True)
+    hidden, weight, targets, bias = make(5600, 16, 1537 + 193, dtype, bias=True)
     check_against_torch(hidden, weight, targets, bias)
 
 
@@ -229,7 +229,7 @@ def test_views(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, vocabulary", [(700, 1700), (1700, 261)])
+@pytest.mark.parametrize("rows, vocabulary", [(5600, 1700), (1700, 261)])
 def test_same_bits_for_any_number_of_threads(dtype, rows, vocabulary):
     hidden, weight, targets, bias = make(rows, 24, vocabulary, dtype, bias=True)
     targets[5] = -100
@@ -274,12 +274,12 @@ def test_opcheck(dtype, everything):
     bias = torch.randn(40, dtype=torch.float64) if everything else None
     temperature = torch.rand(6, dtype=torch.float64) + 0.5 if everything else None
     arguments = (hidden, weight, targets, bias, temperature, 1.0, 3.0)
-    check_op(torch.ops.pykern.linear_token_logprobs.default, (*arguments, everything))
-    _, entropy, statistics = torch.ops.pykern.linear_token_logprobs.default(*arguments, everything)
+    check_op(torch.ops.pykern.linear_token_logprobs.default, (*arguments, everything, 11))
+    _, entropy, statistics = torch.ops.pykern.linear_token_logprobs.default(*arguments, everything, 11)
     grad = torch.randn(6).to(statistics.dtype)
     check_op(
         torch.ops.pykern.linear_token_logprobs_backward.default,
-        (*arguments, statistics, entropy, grad, grad if everything else None, True, everything, everything),
+        (*arguments, statistics, entropy, grad, grad if everything else None, 11, True, everything, everything),
     )
 
 
