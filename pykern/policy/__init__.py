@@ -3,6 +3,7 @@
 from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
+from .order_statistics import masked_moments, masked_quantile, share_mask
 
 __all__ = [
     "AGGREGATES",
@@ -13,6 +14,9 @@ __all__ = [
     "SCALES",
     "group_advantages",
     "linear_token_logprobs",
+    "masked_moments",
+    "masked_quantile",
     "policy_loss",
+    "share_mask",
     "token_logprobs",
 ]
