@@ -4,6 +4,7 @@ from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
 from .order_statistics import masked_moments, masked_quantile, share_mask
+from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, top_entropy_mask
 
 __all__ = [
     "AGGREGATES",
@@ -12,11 +13,16 @@ __all__ = [
     "KL_ESTIMATORS",
     "LOSSES",
     "SCALES",
+    "clip_cov_mask",
     "group_advantages",
+    "hapo_modulation",
+    "kl_cov_mask",
     "linear_token_logprobs",
+    "low_probability_mask",
     "masked_moments",
     "masked_quantile",
     "policy_loss",
     "share_mask",
     "token_logprobs",
+    "top_entropy_mask",
 ]
