@@ -171,8 +171,8 @@ def hapo_modulation(
     For policy_loss(clip_low=low, clip_high=high, advantages=factor * A). The division by the root of the mean square
     that the paper has between the two steps cancels in h.
 
-    Paper: arXiv 2509.16591. Its code divides by min(e - p) with its sign, so h is never negative there and the rules for
-    h <= 0 do nothing; `published=True` does so, too. Then it is its compute_policy_loss with adaptive_clip,
+    Paper: arXiv 2509.16591. Its code divides by min(e - p) with its sign, so h is never negative there and the rules
+    for h <= 0 do nothing; `published=True` does so, too. Then it is its compute_policy_loss with adaptive_clip,
     clip_alpha = clip_strength, adaptive_advantage, adv_beta = advantage_strength, entropy_pivot = pivot.
 
     Args:
