@@ -62,6 +62,28 @@ def loss() -> Iterator[Case]:
                 yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
 
 
+def selection() -> Iterator[Case]:
+    for size in (1, 77, 3000):
+        values, mask, candidates = torch.randn(size).round(decimals=1), torch.rand(size) < 0.7, torch.rand(size) < 0.6
+        mask[0] = True
+        for dtype in (torch.float32, torch.float64):
+            yield (
+                f"masked_quantile {size} {str(dtype)[6:]}",
+                lambda v=values.to(dtype), m=mask: [pykern.masked_quantile(v, [0.0, 0.33, 1.0], m)],
+            )
+            yield (
+                f"masked_moments {size} {str(dtype)[6:]}",
+                lambda v=values.to(dtype), m=mask: [pykern.masked_moments(v, m, centre=v[0])],
+            )
+            for order in ("largest", "smallest", "random"):
+                yield (
+                    f"share_mask {order} {size} {str(dtype)[6:]}",
+                    lambda v=values.to(dtype), m=mask, c=candidates, o=order: [
+                        pykern.share_mask(v, 0.3, m, order=o, minimum=1, candidates=c, seed=5)
+                    ],
+                )
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -176,7 +198,7 @@ def offload() -> Iterator[Case]:
         yield f"staging {codec}", lambda c=codec: staged(c)
 
 
-FAMILIES = (advantages, loss, logprobs, lowrank, attention, prefix_attention, offload)
+FAMILIES = (advantages, loss, selection, logprobs, lowrank, attention, prefix_attention, offload)
 
 
 class Calls(TorchDispatchMode):

@@ -6,6 +6,8 @@ from .linear import linear_token_logprobs
 from .logprobs import token_logprobs
 from .loss import policy_loss, policy_loss_token_weights
 from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
+from .order_statistics import masked_moments, masked_quantile, share_mask
+from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, top_entropy_mask
 
 __all__ = [
     "AGGREGATES",
@@ -18,9 +20,17 @@ __all__ = [
     "LOSSES",
     "SCALES",
     "TRANSFORMS",
+    "clip_cov_mask",
     "group_advantages",
+    "hapo_modulation",
+    "kl_cov_mask",
     "linear_token_logprobs",
+    "low_probability_mask",
+    "masked_moments",
+    "masked_quantile",
     "policy_loss",
     "policy_loss_token_weights",
+    "share_mask",
     "token_logprobs",
+    "top_entropy_mask",
 ]
