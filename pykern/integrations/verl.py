@@ -35,7 +35,7 @@ from ..policy import (
     masked_whiten,
     optimal_token_baseline,
     policy_loss,
-    token_weights,
+    policy_loss_token_weights,
 )
 
 try:
@@ -287,7 +287,8 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
                 advantages,
                 mask=response_mask,
                 share=_picked(config, "clip_cov_ratio", 2e-4),
-                bounds=(_picked(config, "clip_cov_lb", 1.0), _picked(config, "clip_cov_ub", 5.0)),
+                covariance_low=_picked(config, "clip_cov_lb", 1.0),
+                covariance_high=_picked(config, "clip_cov_ub", 5.0),
                 clip_low=keywords["clip_low"],
                 clip_high=keywords["clip_high"],
             )
@@ -300,7 +301,7 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
             rollout_is_weights = torch.exp(logs.sum(dim=-1) / ((response_mask != 0).sum(dim=-1) + 1e-8))
         elif rollout_is_weights is not None and name in ("dro", "kl_cov"):
             # They weigh the distance from the old policy as well.
-            share = token_weights(log_prob, mask=response_mask, aggregate=aggregate, **batch)
+            share = policy_loss_token_weights(log_prob, mask=response_mask, aggregate=aggregate, **batch)
             keywords["token_weights"], rollout_is_weights = share * rollout_is_weights, None
         loss, metrics = policy_loss(
             log_prob,
@@ -341,7 +342,7 @@ def agg_loss(
     if total is None and dp_size > 1 and loss_agg_mode != "token-sum":
         raise ValueError(f"{'batch_num_tokens' if loss_agg_mode == 'token-mean' else 'global_batch_size'}: expected "
                          f"the count of the global batch with dp_size {dp_size}, got None")  # fmt: skip
-    weights = token_weights(
+    weights = policy_loss_token_weights(
         loss_mat.detach(),
         mask=loss_mask,
         aggregate=loss_agg_mode,
@@ -382,7 +383,7 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(torch.nn.Module):
-    """verl's module of that name: (hidden_states, vocab_weights, input_ids, temperature) to the pair of `labels`' shape.
+    """verl's module of that name: (hidden_states, vocab_weights, input_ids, temperature) to log-probabilities, entropy.
 
     `chunk_size` and `impl_backend` are accepted and mean nothing here.
     """
