@@ -55,7 +55,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         loss: a row of pykern.LOSSES, with its own bounds and aggregate; None: what `loss_type` and the other settings
             of GRPOConfig say.
 
-    Not logged: clip_ratio/low_min and clip_ratio/high_max, extremes over sequences.
+    Logged clip ratios are shares of tokens, also for ratios of sequences; their extremes over sequences,
+    clip_ratio/low_min and clip_ratio/high_max, are not logged.
 
     Raises:
         ValueError: adaptive entropy control, which TRL keeps within its own loss.
