@@ -147,7 +147,8 @@ PYKERN_INLINE LossTerm<V> clip_term(const LossConstants<V>& p, const TokenRatio<
   LossTerm<V> term;
   term.clipped = held > free;
   term.loss = term.clipped ? held : free;
-  term.by_ratio = (term.clipped | beyond) ? nothing : free;
+  // Below its own bounds the held branch still moves with the ratio: where ratio_limit is the tighter one.
+  term.by_ratio = (term.clipped ? r.ratio != bounded : beyond) ? nothing : term.loss;
   const V floor = -advantage * p.dual_clip;
   term.dual = (advantage < nothing) & (term.loss > floor);
   term.loss = term.dual ? floor : term.loss;

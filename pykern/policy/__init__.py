@@ -5,6 +5,7 @@ from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, SCALES, TRANSF
 from .linear import linear_token_logprobs
 from .logprobs import token_logprobs
 from .loss import policy_loss, policy_loss_token_weights
+from .loss_weights import annealed_coef, copo_weights
 from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 from .order_statistics import masked_moments, masked_quantile, share_mask
 from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, top_entropy_mask
@@ -20,7 +21,9 @@ __all__ = [
     "LOSSES",
     "SCALES",
     "TRANSFORMS",
+    "annealed_coef",
     "clip_cov_mask",
+    "copo_weights",
     "group_advantages",
     "hapo_modulation",
     "kl_cov_mask",
