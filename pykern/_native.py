@@ -32,6 +32,7 @@ FAMILY_OPS = {
         "group_advantages",
         "policy_loss_forward",
         "policy_loss_backward",
+        "policy_loss_token_weights",
         "token_logprobs",
         "token_logprobs_backward",
         "token_logprobs_backward_in_place",

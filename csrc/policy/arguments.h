@@ -2,7 +2,6 @@
 #pragma once
 
 #include <optional>
-#include <vector>
 
 #include "common/checks.h"
 
@@ -38,61 +37,6 @@ inline void check_advantages(const Tensor& rewards, const Tensor& group_ids, con
   check_row_values(group_ids, rows, ScalarType::Long, "group_ids", on_device);
   check_row_values(lengths, rows, ScalarType::Long, "lengths", on_device);
   check_row_values(baseline_rewards, rows, type, "baseline_rewards", on_device);
-}
-
-// --- policy_loss -------------------------------------------------------------------------------------------
-
-// In the order of the floats that pykern/policy/loss.py passes.
-enum Setting : int {
-  kRatioLow,
-  kRatioHigh,
-  kDualClip,
-  kLogRatioLimit,
-  kSequenceLogRatioLimit,
-  kKlCoef,
-  kKlLogRatioLimit,
-  kKlLimit,
-  kRolloutClip,
-  kDenominator,  // zero: count the tokens or sequences of this call
-  kHorizon,
-  kSettings
-};
-
-inline void check_tokens(const std::optional<Tensor>& tensor, const Tensor& logprobs, ScalarType type,
-                         const char* name, DeviceCheck on_device) {
-  if (!tensor) return;
-  on_device(*tensor, name);
-  check_type(*tensor, type, name);
-  check_contiguous(*tensor, name);
-  check_dim(*tensor, logprobs.dim(), name);
-  for (int64_t dim = 0; dim < logprobs.dim(); ++dim) check_size(*tensor, dim, logprobs.size(dim), name);
-}
-
-// All but the advantages, whose size depends on the sequences.
-inline void check_loss(const Tensor& logprobs, const Tensor& old_logprobs, const std::optional<Tensor>& mask,
-                       const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
-                       int64_t kl, int64_t aggregate, const std::vector<double>& settings, DeviceCheck on_device) {
-  const ScalarType type = logprobs.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "logprobs: expected float32 or float64");
-  STD_TORCH_CHECK(settings.size() == kSettings, "settings: expected ", int(kSettings), " values");
-  STD_TORCH_CHECK(kl >= 0 && kl <= 3 && aggregate >= 0 && aggregate <= 4, "kl or aggregate: unknown");
-  STD_TORCH_CHECK(kl == 0 || ref_logprobs, "ref_logprobs: the KL estimate needs them");
-  check_tokens(logprobs, logprobs, type, "logprobs", on_device);
-  check_tokens(old_logprobs, logprobs, type, "old_logprobs", on_device);
-  check_tokens(ref_logprobs, logprobs, type, "ref_logprobs", on_device);
-  check_tokens(rollout_logprobs, logprobs, type, "rollout_logprobs", on_device);
-  check_tokens(mask, logprobs, ScalarType::Bool, "mask", on_device);
-}
-
-// Returns whether there is an advantage for each token, rather than for each sequence.
-inline bool check_loss_advantages(const Tensor& advantages, const Tensor& logprobs, int64_t sequences,
-                                  DeviceCheck on_device) {
-  const bool per_token = advantages.dim() != 1 || advantages.size(0) != sequences;
-  if (per_token) check_tokens(advantages, logprobs, logprobs.scalar_type(), "advantages", on_device);
-  on_device(advantages, "advantages");
-  check_type(advantages, logprobs.scalar_type(), "advantages");
-  check_contiguous(advantages, "advantages");
-  return per_token;
 }
 
 }  // namespace pykern

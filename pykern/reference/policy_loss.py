@@ -106,10 +106,11 @@ def policy_loss(
             advantage = torch.where(advantage < 0, advantage * negative_scale, advantage)
             bounded = rho.clamp(1 - low, 1 + high) if ratio != "clipped_sequence" else rho
             if rule == "weight":
-                weight = bounded.detach()
+                weight, clipped = bounded.detach(), rho != bounded
                 if weight_negative_only:
                     weight = torch.where(advantage < 0, weight, torch.ones_like(weight))
-                return -weight * advantage * logprob, rho != bounded, dual
+                    clipped = clipped & (advantage < 0)
+                return -weight * advantage * logprob, clipped, dual
             if rule == "log":
                 return -advantage * logprob, clipped, dual
             if rule == "gate":
