@@ -14,7 +14,7 @@
 
 namespace pykern {
 
-// Each in the order of its table in pykern/policy/loss.py; where an argument may be left out, zero stands for none.
+// Each in the order of its tuple in pykern/policy/losses.py; where an argument may be left out, zero stands for none.
 enum class LossRatio : int { token, sequence, product, clipped_sequence };
 enum class LossRule : int { clip, weight, log, gate, taper };
 enum class LossStabilisation : int { none, total_variation, binary_kl };
@@ -70,7 +70,7 @@ enum BlockSum : int {
   kBlockSums
 };
 
-// Four parts of the loss, then means over the tokens; see METRICS in pykern/policy/loss.py.
+// Four parts of the loss, then means over the tokens; see METRICS in pykern/policy/losses.py.
 constexpr int kLossMetrics = 15;
 
 struct LossGrid {

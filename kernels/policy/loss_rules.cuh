@@ -70,8 +70,9 @@ __device__ __forceinline__ void weight_rules(LossRule rule, bool negative_only, 
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
       const T ratio = ratios.value[i], bounded = clamp(ratio, ratios.lower[i], ratios.upper[i]);
-      terms.clipped |= (bounded < ratio || bounded > ratio ? 1u : 0u) << i;
-      if (!negative_only || advantage[i] < 0) terms.slope[i] *= bounded;
+      const bool weighs = !negative_only || advantage[i] < 0, clipped = bounded < ratio || bounded > ratio;
+      terms.clipped |= (weighs && clipped ? 1u : 0u) << i;
+      terms.slope[i] *= weighs ? bounded : T(1);
     }
   } else if (rule == LossRule::taper) {
 #pragma unroll
