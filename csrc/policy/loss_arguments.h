@@ -115,6 +115,10 @@ inline void check_floating(const Tensor& logprobs) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "logprobs: expected float32 or float64");
 }
 
+inline void check_aggregate(int64_t aggregate) {
+  STD_TORCH_CHECK(aggregate >= 0 && aggregate <= 4, "aggregate: unknown");
+}
+
 inline LossShape check_loss(const LossTensors& tensors, const std::vector<int64_t>& choices,
                             const std::vector<double>& settings, DeviceCheck on_device) {
   using Choice = LossChoice;
