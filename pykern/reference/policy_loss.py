@@ -104,6 +104,7 @@ def policy_loss(
             """Loss of each token, where its clip is in force, and where its dual clip is."""
             clipped = dual = torch.zeros_like(advantage, dtype=torch.bool)
             advantage = torch.where(advantage < 0, advantage * negative_scale, advantage)
+            shapes = advantage.new_tensor(shape)  # between two plain numbers torch.where chooses in float32
             bounded = rho.clamp(1 - low, 1 + high) if ratio != "clipped_sequence" else rho
             if rule == "weight":
                 weight, clipped = bounded.detach(), rho != bounded
@@ -114,11 +115,11 @@ def policy_loss(
             if rule == "log":
                 return -advantage * logprob, clipped, dual
             if rule == "gate":
-                temper = torch.where(advantage > 0, shape[0], shape[1])
+                temper = torch.where(advantage > 0, shapes[0], shapes[1])
                 return -advantage * 4 / temper * torch.sigmoid(temper * (rho - 1)), clipped, dual
             if rule == "taper":
-                power = torch.where(advantage < 0, shape[2], shape[0])
-                rate = torch.where(advantage < 0, shape[3], shape[1])
+                power = torch.where(advantage < 0, shapes[2], shapes[0])
+                rate = torch.where(advantage < 0, shapes[3], shapes[1])
                 taper = (rate + power * rho.log() - rate * rho).exp().detach()
                 return -taper * advantage * logprob, clipped, dual
             free, held = -advantage * rho.clamp(max=ratio_limit), -advantage * bounded
