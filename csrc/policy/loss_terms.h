@@ -147,7 +147,9 @@ PYKERN_INLINE LossTerm<V> clip_term(const LossConstants<V>& p, const TokenRatio<
   LossTerm<V> term;
   term.clipped = held > free;
   term.loss = term.clipped ? held : free;
-  term.by_ratio = (term.clipped | beyond) ? nothing : free;
+  // A limit below the upper bound leaves clipped ratios that still move.
+  const auto outside = (r.ratio < r.low) | (r.ratio > r.high);
+  term.by_ratio = term.clipped ? (outside ? nothing : held) : (beyond ? nothing : free);
   const V floor = -advantage * p.dual_clip;
   term.dual = (advantage < nothing) & (term.loss > floor);
   term.loss = term.dual ? floor : term.loss;

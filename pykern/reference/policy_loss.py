@@ -79,7 +79,8 @@ def policy_loss(
         advantage = select(advantages, index)
         distance = logprob - old
         log_ratio = distance.clamp(-log_ratio_limit, log_ratio_limit)
-        low, high = select(clip_low, index), select(clip_high, index)
+        # Tensors both, for clamp takes no mixture.
+        low, high = (torch.zeros_like(old) + select(clip, index) for clip in (clip_low, clip_high))
 
         # The ratio: of the token; or one of the sequence, from the mean or the sum of its log-ratios.
         clipped_log = torch.zeros_like(valid[pieces[index]][valid[pieces[index]]])

@@ -144,9 +144,11 @@ def run(named: dict, with_gradient=True) -> list[Tensor]:
     return [loss, coefficient, *([entropy_coefficient] if "entropy" in named else []), metrics]
 
 
-def assert_parts_match(named: dict, units: float = 8.0) -> None:
+def assert_parts_match(named: dict) -> None:
     """Loss, gradients and metrics of the op against the definition, within the error of the definition itself."""
     dtype = named["logprobs"].dtype
+    # In float64 the definition has no error against itself; the exponential of a sum takes all its roundings.
+    units = 8.0 if dtype == torch.float32 else 2.0**14 if named.get("ratio") == "product" else 64.0
     want, same, actual = exact(named), exact(named, dtype), run(named)
     count = len(want) - 2
     for got, true, other in zip(actual[1:-1], want[1:-1], same[1:-1]):
