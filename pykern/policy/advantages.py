@@ -55,9 +55,7 @@ def group_advantages(
     if ddof not in (0, 1):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
     eps = _first(eps, row.eps, numbers.std_eps)
-    finish_eps = _first(
-        finish_eps, row.finish_eps, numbers.std_eps if finish == "batch_std" else numbers.variance_eps
-    )
+    finish_eps = _first(finish_eps, row.finish_eps, numbers.std_eps if finish == "batch_std" else numbers.variance_eps)
     fallback = row.fallback if fallback is None else fallback
     for name, value in (("eps", eps), ("finish_eps", finish_eps), ("fallback", fallback)):
         if not value >= 0:

@@ -136,9 +136,7 @@ def _rows(**changes: dict) -> dict[str, Estimator]:
 
 PRESETS: dict[str | None, Preset] = {
     None: Preset(1e-6, 1e-8, 1, "zero"),
-    "verl": Preset(
-        1e-6, 1e-8, 1, "self", {"gpg": ESTIMATORS["gpg_nonzero"]} | _rows(gdpo={"finish": "token_whiten"})
-    ),
+    "verl": Preset(1e-6, 1e-8, 1, "self", {"gpg": ESTIMATORS["gpg_nonzero"]} | _rows(gdpo={"finish": "token_whiten"})),
     "trl": Preset(1e-4, 1e-8, 1, "zero"),
     # Over tokens it takes the population variance.
     "openrlhf": Preset(

@@ -48,7 +48,8 @@ def group_advantages(
     penalty = torch.zeros_like(components[:, 0])
     if overlong is not None:
         longest, buffer, factor = overlong
-        penalty = (-(lengths - (longest - buffer)) / buffer * factor).clamp(max=0).to(components.dtype)
+        beyond = lengths.to(components.dtype) - (longest - buffer)
+        penalty = (-beyond / buffer * factor).clamp(max=0)
     total = torch.where(present, weights * components, 0.0).sum(dim=1) + penalty
     counted = present.any(dim=1)
     keep, counts = _filtered(total, counted, group_ids, filter, window)
@@ -188,12 +189,16 @@ def _scaled(
         nonzero = int((batch != 0).sum())
         factor[:] = len(batch) / nonzero if nonzero else 0.0
     elif scale == "valid_share":
-        equal_rows = sum(len(rows) for rows in groups if rewards[rows].max() == rewards[rows].min())
-        factor[:] = 1 / ((len(batch) - equal_rows) / len(batch) + eps)
+        differ = [singleton == "self" if len(r) == 1 else bool(rewards[r].max() > rewards[r].min()) for r in groups]
+        valid = sum(len(rows) for rows, is_valid in zip(groups, differ) if is_valid)
+        factor[:] = 1 / (valid / len(batch) + eps) if valid else 0.0
     elif scale == "beta":
         shares = torch.stack([mean if len(rows) > 1 else torch.zeros_like(mean) for rows, mean in zip(groups, means)])
         shares = shares.clamp(0, 1)
-        mean, variance = (_mean(shares), shares.var(correction=1)) if len(groups) > 1 else (0.0, 1.0)
+        mean, variance = 0.0, 1.0
+        if len(groups) > 1:
+            mean = _mean(shares)
+            variance = (shares - mean).square().sum() / (len(groups) - 1)
         for rows, share in zip(groups, shares):
             factor[rows] = _inverse_beta_density(share, mean, variance)
     signal &= not (baseline == "groups_mean" and means_equal) and not (baseline == "batch_mean" and batch_equal)
@@ -215,8 +220,8 @@ def _transformed(
     """Transforms that need the rewards of the group; rewards above zero are correct."""
     n = len(values)
     if transform == "relative_length":
-        longest = lengths[rows].max().clamp(min=1)
-        return values - _mean(values) * relative_length * (lengths[rows] / longest).to(values.dtype)
+        length = lengths[rows].to(values.dtype)
+        return values - _mean(values) * relative_length * (length / length.max().clamp(min=1))
     if transform == "best_gap":
         best = int(values.argmax())
         gap = torch.zeros_like(values)
@@ -238,7 +243,7 @@ def _transformed(
         ),
         "pass_at_k_minus_one": (share * beside_correct, 0.0),
     }[transform]
-    return torch.where(correct, of_correct, of_wrong).to(values.dtype)
+    return torch.where(correct, values.new_tensor(of_correct), values.new_tensor(of_wrong))
 
 
 def _choose_ratio(a: int, b: int, k: int) -> float:
