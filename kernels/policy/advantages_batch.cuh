@@ -9,7 +9,7 @@
 
 namespace pykern {
 
-enum RowState : uint8_t { kTakesPart = 1, kSignal = 2, kFirstOfGroup = 4, kEqualGroup = 8, kSingle = 16 };
+enum RowState : uint8_t { kTakesPart = 1, kSignal = 2, kFirstOfGroup = 4, kValidGroup = 8, kSingle = 16 };
 
 struct Moments {
   double count, nonzero, low, high, weight, mean, squares;
@@ -102,7 +102,7 @@ class BetaPrior {
   double over_correct_, over_wrong_, scale_;
 };
 
-enum Population : int { kBatch, kGroups, kShares, kCentred, kEqualRows, kPopulations };
+enum Population : int { kBatch, kGroups, kShares, kCentred, kValidRows, kPopulations };
 
 struct BatchShared {
   bool last;
@@ -171,7 +171,7 @@ class WholeBatch {
       if (!needs(population)) continue;
       const double* values = population == kBatch       ? p_.columns.value
                              : population == kCentred   ? distance_source()
-                             : population == kEqualRows ? nullptr
+                             : population == kValidRows ? nullptr
                                                         : p_.columns.mean;
       const double baseline = population == kCentred ? subtracted() : 0;
       const Moments moments = block_moments(
@@ -179,7 +179,7 @@ class WholeBatch {
           [&](uint8_t state, double& value) {
             if (population == kShares) value = share(state, value);
             if (population == kCentred) value = state & kSignal ? value - baseline : 0;
-            if (population == kEqualRows) value = state & kEqualGroup ? 1 : 0;
+            if (population == kValidRows) value = state & kValidGroup ? 1 : 0;
             return (state & (population == kGroups || population == kShares ? kFirstOfGroup : kTakesPart)) != 0;
           });
       if (threadIdx.x == 0) shared_.moments[population] = moments;
@@ -212,8 +212,8 @@ class WholeBatch {
         return batch.nonzero > 0 ? batch.nonzero / batch.count : HUGE_VAL;
       }
       case Scale::valid_share: {
-        const Moments& equal = shared_.moments[kEqualRows];
-        return (equal.count - equal.nonzero) / equal.count + p_.eps;
+        const Moments& valid = shared_.moments[kValidRows];
+        return valid.nonzero > 0 ? valid.nonzero / valid.count + p_.eps : HUGE_VAL;
       }
       default: return 1;
     }

@@ -529,7 +529,7 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
       }
       columns.states[at] = static_cast<uint8_t>(
           kTakesPart | (signal ? kSignal : 0) | (word(kFirst, leader) == static_cast<Word>(row) ? kFirstOfGroup : 0) |
-          (low(leader) == high(leader) ? kEqualGroup : 0) | (single ? kSingle : 0));
+          ((single ? p_.singleton_self : low(leader) < high(leader)) ? kValidGroup : 0) | (single ? kSingle : 0));
     });
   }
 

@@ -81,17 +81,18 @@ struct PassRewards {
 
 // What a correct and a wrong one of n samples get where k of them are drawn.
 __device__ __forceinline__ PassRewards pass_rewards(Transform transform, double n, double correct, double k) {
-  const double wrong = n - correct, share = k / n;
-  const bool drawn_beside = transform != Transform::pass_at_k_leave_one_out;
-  // The chance that all of those drawn beside a correct sample, or without it, are wrong; and the same of a wrong one.
-  const double with_correct = choose_ratio(wrong, n - 1, drawn_beside ? k - 1 : k);
-  const double beside_wrong = choose_ratio(wrong - 1, n - 1, k - 1);
+  const double wrong = n - correct, share = k / n, others_share = k / (n - 1);
+  // Of k drawn with a correct sample, or with a wrong one: the chance that the k - 1 others are all wrong.
+  const double beside_correct = choose_ratio(wrong, n - 1, k - 1), beside_wrong = choose_ratio(wrong - 1, n - 1, k - 1);
+  const PassRewards marginal{share, share * (1 - beside_wrong)};
   switch (transform) {
-    case Transform::pass_at_k: return {with_correct, 0};
-    case Transform::pass_at_k_marginal: return {share, share * (1 - beside_wrong)};
+    case Transform::pass_at_k: return {beside_correct, 0};
+    case Transform::pass_at_k_marginal: return marginal;
     case Transform::pass_at_k_leave_one_out:
-      return {share * with_correct, share * (choose_ratio(wrong - 1, n - 1, k) - beside_wrong)};
-    default: return {share * with_correct, 0};
+      // Less pass@k of the others.
+      return {marginal.of_correct - others_share * (1 - choose_ratio(wrong, n - 1, k)),
+              marginal.of_wrong - others_share * (1 - choose_ratio(wrong - 1, n - 1, k))};
+    default: return {share * beside_correct, 0};
   }
 }
 
