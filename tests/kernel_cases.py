@@ -25,16 +25,25 @@ def normal(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def advantages() -> Iterator[Case]:
+    def step(rewards: Tensor, ids: Tensor, name: str, filter: str) -> list[Tensor]:
+        row, size = pykern.ESTIMATORS[name], len(ids)
+        advantages, keep, metrics = pykern.group_advantages(
+            rewards, ids, estimator=name, filter=filter, lengths=torch.randint(1, 9, (size,)), overlong=(8.0, 4.0, 1.0),
+            baseline_rewards=torch.rand(size) if row.baseline == "given" else None, return_keep=True,
+            return_metrics=True,
+        )  # fmt: skip
+        return [advantages, keep.double(), *metrics.values()]
+
     for size, groups in ((1, 1), (77, 9), (700, 3)):
-        ids, rewards = torch.randint(-groups, groups, (size,)), torch.rand(size)
-        lengths = torch.randint(1, 9, (size,))
-        for estimator in ("grpo", "rloo", "lite_ppo", "opo", "reinforce_pp_baseline"):
-            yield (
-                f"group_advantages {estimator} {size}",
-                lambda r=rewards, i=ids, e=estimator, n=lengths: [
-                    pykern.group_advantages(r, i, estimator=e, lengths=n)
-                ],
-            )
+        ids, rewards = torch.randint(-groups, groups, (size,)), torch.rand(size, 3)
+        plain = pykern.group_advantages
+        yield f"group_advantages plain {size}", lambda r=rewards, i=ids: [plain(r[:, 0], i), plain(r[:, 1].double(), i)]
+        for name in pykern.ESTIMATORS:
+            for filter in ("none", "difficulty"):
+                label = f"group_advantages {name} {size}{'' if filter == 'none' else ' filtered'}"
+                yield label, lambda r=rewards, i=ids, n=name, f=filter: step(r, i, n, f)
+        answers = torch.randint(0, 4, (size,))
+        yield f"group_entropy {size}", lambda i=ids, a=answers: list(torch.ops.pykern.group_entropy.default(i, a))
 
 
 def loss() -> Iterator[Case]:
