@@ -53,7 +53,9 @@ KINDS: dict[str, str] = {
     "lowrank: line_residuals_kernel<*": OTHER,
     "lowrank: combine_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
-    "policy: group_advantages_kernel<*": OTHER,
+    "policy: plain_advantages_kernel<*": OTHER,
+    "policy: general_advantages_kernel<*": OTHER,
+    "policy: group_entropy_kernel": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -91,7 +93,8 @@ DOUBLES: dict[str, str] = {
     "lowrank: weight_update_kernel<*": "rounds a factor that the host gives as a double",
     "lowrank: line_residuals_kernel<*": "a difference of squares, one per line; float32 would cancel",
     "lowrank: combine_kernel<*": "the sum of all lines' squares and its limit",
-    "policy: group_advantages_kernel<*": "sums in float64 are what group_advantages promises",
+    "policy: *_advantages_kernel<*": "sums in float64 are what group_advantages promises",
+    "policy: group_entropy_kernel": "its result is float64",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
