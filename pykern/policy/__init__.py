@@ -1,6 +1,6 @@
 """Group-normalised policy optimisation: advantages, policy losses, token log-probabilities."""
 
-from .advantages import group_advantages
+from .advantages import group_advantages, group_entropy
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, SCALES, TRANSFORMS
 from .linear import linear_token_logprobs
 from .logprobs import token_logprobs
@@ -25,6 +25,7 @@ __all__ = [
     "clip_cov_mask",
     "copo_weights",
     "group_advantages",
+    "group_entropy",
     "hapo_modulation",
     "kl_cov_mask",
     "linear_token_logprobs",
