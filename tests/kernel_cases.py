@@ -114,6 +114,32 @@ def logprobs() -> Iterator[Case]:
                 yield label, lambda r=rows, v=vocabulary, d=dtype, p=in_place: step(r, v, d, p)
 
 
+def linear_logprobs() -> Iterator[Case]:
+    def step(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, options: dict) -> list[Tensor]:
+        hidden, weight, bias = (
+            normal(rows, hidden_size, dtype=dtype),
+            normal(vocabulary, hidden_size),
+            normal(vocabulary),
+        )
+        leaves = [tensor.requires_grad_() for tensor in (hidden, weight.to(dtype), bias)]
+        targets = torch.randint(vocabulary, (rows,))
+        targets[1::3] = -100
+        results = pykern.linear_token_logprobs(
+            leaves[0], leaves[1], targets, bias=leaves[2] if options else None, entropy=True, **options
+        )
+        sum(result.sum() for result in results).backward()
+        return [*results, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    for rows, hidden_size, vocabulary in ((1, 1, 1), (5, 33, 2100), (70, 300, 601)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for options in ({}, {"softcap": 3.0, "temperature": 0.7}):
+                label = f"linear_token_logprobs {rows}x{hidden_size}x{vocabulary} {str(dtype)[6:]} {list(options)}"
+                yield (
+                    label,
+                    lambda n=rows, h=hidden_size, v=vocabulary, d=dtype, o=options: step(n, h, v, d, o),
+                )
+
+
 def lowrank() -> Iterator[Case]:
     def train(kind: type, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
         matrix, vector = (torch.nn.Parameter(normal(*sizes, dtype=dtype)) for sizes in ((rows, columns), (columns,)))
@@ -207,7 +233,9 @@ def offload() -> Iterator[Case]:
         yield f"staging {codec}", lambda c=codec: staged(c)
 
 
-FAMILIES = (advantages, loss, selection, logprobs, lowrank, attention, prefix_attention, offload)
+FAMILIES = (
+    advantages, loss, selection, logprobs, linear_logprobs, lowrank, attention, prefix_attention, offload,
+)  # fmt: skip
 
 
 class Calls(TorchDispatchMode):

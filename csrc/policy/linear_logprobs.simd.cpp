@@ -135,7 +135,7 @@ bool forward(const LinearLogprobsForward& params) {
     const int64_t stripe = task / chunks, first_panel = task % chunks * chunk;
     const int64_t last_panel = first_panel + chunk < panels ? first_panel + chunk : panels;
     char* memory = thread_memory.get<char>() + thread * thread_bytes;
-    float* logits = reinterpret_cast<float*>(memory + tile_bytes);
+    float* scratch = reinterpret_cast<float*>(memory + tile_bytes);
     const int64_t lanes = stripe * tokens + first_panel * kPanel;
     for (int64_t i = 0; i < (last_panel - first_panel) * kPanel; ++i) {
       partial.maximum[lanes + i] = kLowest;
@@ -146,6 +146,7 @@ bool forward(const LinearLogprobsForward& params) {
       const int64_t count = input.vocabulary - first < kTile ? input.vocabulary - first : kTile;
       const WeightTile<T> weight = weight_tile<T, Storage>(input, first, count, reinterpret_cast<T*>(memory));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        float* logits = params.kept ? kept_tile(params.kept, panels, tile, panel) : scratch;
         matmul(count, kPanel, depth, weight.rows, weight.stride, 1, packed + panel * kPanel * depth, logits, kPanel,
                false);
         vfloat largest[kPanelVectors];

@@ -25,4 +25,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
       "Tensor? row_temperature, float temperature, float softcap, Tensor statistics, Tensor entropy, "
       "Tensor? grad_logprobs, Tensor? grad_entropy, int vocabulary_start, bool hidden_needs_grad, "
       "bool weight_needs_grad, bool bias_needs_grad) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  // The same for some rows whose logits are kept from the forward to the backward, in `logits`: at least
+  // round_up(rows, 64) * round_up(vocabulary, 192) floats in whatever order and type the device likes. The backward
+  // adds to weight_sums, float32 [vocabulary, at least round_up(hidden_size, 64)], and to bias_sums, float64.
+  m.def(
+      "linear_chunk_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "float temperature, float softcap, bool entropy, Tensor(a!) logits) -> (Tensor logprobs, Tensor entropy, "
+      "Tensor statistics)");
+  m.def(
+      "linear_chunk_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "float temperature, float softcap, Tensor statistics, Tensor entropy, Tensor? grad_logprobs, "
+      "Tensor? grad_entropy, Tensor(a!) logits, Tensor(b!)? weight_sums, Tensor(c!)? bias_sums, "
+      "bool hidden_needs_grad) -> Tensor grad_hidden");
 }

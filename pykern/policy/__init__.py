@@ -3,6 +3,7 @@
 from .advantages import group_advantages, group_entropy
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, SCALES, TRANSFORMS
 from .linear import linear_token_logprobs
+from .linear_loss import linear_policy_loss
 from .logprobs import token_logprobs
 from .loss import policy_loss, policy_loss_token_weights
 from .loss_weights import annealed_coef, copo_weights
@@ -28,6 +29,7 @@ __all__ = [
     "group_entropy",
     "hapo_modulation",
     "kl_cov_mask",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "low_probability_mask",
     "masked_moments",

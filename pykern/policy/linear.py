@@ -65,6 +65,11 @@ def linear_token_logprobs(
     Workspace: in the forward one copy of `hidden` and at most 400 bytes per token; in the backward two
     copies of `hidden`, its gradient in float32, and about 80 MiB plus H KiB per thread, whatever V.
 
+    On CUDA the products are those of torch.mm, over chunks of the vocabulary; their sums stay float32, so that
+    logits of bfloat16 and float16 are not rounded either. For the same shapes results and gradients are the same
+    bit for bit. Rows that take no part cost their share of the products. Workspace: at most 320 MiB up to 200,000
+    tokens, and in the backward a copy of `hidden` and its gradient in float32.
+
     A target past the vocabulary, or shards with gaps or overlaps, are refused on the CPU. On CUDA, where looking
     would wait for the device, and in compiled code the log-probabilities and gradients concerned are NaN.
 
@@ -73,61 +78,96 @@ def linear_token_logprobs(
         NotImplementedError: CUDA tensors, where the CUDA kernels are not loaded.
     """
     name = "linear_token_logprobs"
-    check_floating(name, "hidden", hidden)
-    check_floating(name, "weight", weight)
-    if hidden.dim() != 2:
-        raise ValueError(f"{name}: hidden: expected shape [N, H], got {list(hidden.shape)}; flatten leading dimensions")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"{name}: weight: expected shape [V, {hidden.shape[1]}], got {list(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"{name}: weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them"
-        )
-    if weight.device != hidden.device:
-        raise ValueError(f"{name}: weight: expected on {hidden.device}, got on {weight.device}; move one of them")
+    check_head(name, hidden, weight, bias, softcap)
     targets = prepared_targets(name, targets, hidden, "hidden", hidden.shape[:1])
-    shard = _shard(name, process_group, vocabulary_start, weight.shape[0])
+    shard = shard_of(name, process_group, vocabulary_start, weight.shape[0])
     if process_group is None:
         check_targets(name, targets, weight.shape[0])
+    temperatures = prepared_temperature(name, temperature, targets)
+    results = head_logprobs(prepared_head(hidden, weight, bias, softcap), targets, *temperatures, entropy, shard)
+    return (results[0], results[1]) if entropy else results[0]
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states and the output head as the ops take them: contiguous rows, bias in float64, softcap 0 for none."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float
+
+    def requires_grad(self) -> bool:
+        leaves = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+
+
+def check_head(
+    function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, *ops: str
+) -> None:
+    """Of hidden [N, H] and what applies to any rows of it; `ops` are what `function` calls besides."""
+    kernels = ("linear_token_logprobs", "linear_token_logprobs_backward", *ops)
+    check_floating(function, "hidden", hidden, *kernels)
+    check_floating(function, "weight", weight, *kernels)
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"{function}: hidden: expected shape [N, H], got {list(hidden.shape)}; flatten leading dimensions"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"{function}: weight: expected shape [V, {hidden.shape[1]}], got {list(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{function}: weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"{function}: weight: expected on {hidden.device}, got on {weight.device}; move one of them")
     if bias is not None:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
-            raise TypeError(f"{name}: bias: expected a floating-point tensor or None, got {described(bias)}")
+            raise TypeError(f"{function}: bias: expected a floating-point tensor or None, got {described(bias)}")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{name}: bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+            raise ValueError(f"{function}: bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
         if bias.device != hidden.device:
-            raise ValueError(f"{name}: bias: expected on {hidden.device}, got on {bias.device}; move it there")
-        bias = bias.to(torch.float64).contiguous()
-    row_temperature, temperature = prepared_temperature(name, temperature, targets)
+            raise ValueError(f"{function}: bias: expected on {hidden.device}, got on {bias.device}; move it there")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"{name}: softcap: expected a positive finite number or None, got {softcap!r}")
-    softcap = 0.0 if softcap is None else float(softcap)
+        raise ValueError(f"{function}: softcap: expected a positive finite number or None, got {softcap!r}")
+
+
+def prepared_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Head:
     if hidden.shape[1] > 1:
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    arguments = (hidden, weight, targets, bias, row_temperature, temperature, softcap, entropy, shard)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        results = _LinearTokenLogprobs.apply(*arguments)
-    else:
-        results = _forward(*arguments)
-    return (results[0], results[1]) if entropy else results[0]
+    bias = None if bias is None else bias.to(torch.float64).contiguous()
+    return Head(hidden, weight, bias, 0.0 if softcap is None else float(softcap))
+
+
+def head_logprobs(
+    head: Head, targets: Tensor, row_temperature: Tensor | None, temperature: float, entropy: bool, shard: "Shard"
+) -> tuple[Tensor, Tensor]:
+    """logprobs [N] and entropy [N or 0]."""
+    arguments = (head.hidden, head.weight, targets, head.bias, row_temperature, temperature, head.softcap)
+    function = _LinearTokenLogprobs.apply if head.requires_grad() else _forward
+    return function(*arguments, entropy, shard)[:2]
 
 
 # --- shards of the vocabulary ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """Vocabulary entries from `start` on; without a group the whole vocabulary."""
 
     group: "distributed.ProcessGroup | None"
     start: int
 
 
-def _shard(function: str, group: object, start: int | None, entries: int) -> _Shard:
+def shard_of(function: str, group: object, start: int | None, entries: int) -> Shard:
     if group is None:
         if start is not None:
             raise ValueError(f"{function}: vocabulary_start: expected None without a process_group, got {start!r}")
-        return _Shard(None, 0)
+        return Shard(None, 0)
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
             f"{function}: process_group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
@@ -136,7 +176,7 @@ def _shard(function: str, group: object, start: int | None, entries: int) -> _Sh
         start = distributed.get_rank(group) * entries
     if not isinstance(start, int) or start < 0:
         raise ValueError(f"{function}: vocabulary_start: expected an integer of 0 or more, got {start!r}")
-    return _Shard(group, start)
+    return Shard(group, start)
 
 
 def _forward(hidden, weight, targets, bias, row_temperature, temperature, softcap, entropy, shard):
@@ -300,3 +340,35 @@ def _(
         weight.new_empty(weight.shape if weight_needs_grad else (0,)),
         hidden.new_empty((weight.shape[0] if bias_needs_grad else 0,), dtype=torch.float64),
     )
+
+
+@torch.library.register_fake("pykern::linear_chunk_logprobs")
+def _(hidden, weight, targets, bias, row_temperature, temperature, softcap, entropy, logits):
+    dtype = result_dtype(hidden)
+    rows = hidden.shape[0]
+    return (
+        hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty((rows if entropy else 0,), dtype=dtype),
+        hidden.new_empty((rows, 2), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("pykern::linear_chunk_gradients")
+def _(
+    hidden,
+    weight,
+    targets,
+    bias,
+    row_temperature,
+    temperature,
+    softcap,
+    statistics,
+    entropy,
+    grad_logprobs,
+    grad_entropy,
+    logits,
+    weight_sums,
+    bias_sums,
+    hidden_needs_grad,
+):
+    return hidden.new_empty((hidden.shape[0] if hidden_needs_grad else 0, hidden.shape[1]))

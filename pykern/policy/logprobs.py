@@ -53,7 +53,7 @@ def token_logprobs(
         TypeError, ValueError: an argument of unexpected type, shape or value.
         NotImplementedError: CUDA tensors, where the CUDA kernels are not loaded.
     """
-    check_floating("token_logprobs", "logits", logits)
+    check_floating("token_logprobs", "logits", logits, "token_logprobs", "token_logprobs_backward")
     if logits.dim() < 1:
         raise ValueError("token_logprobs: logits: expected shape [..., V], got a scalar tensor")
     targets = prepared_targets("token_logprobs", targets, logits, "logits", logits.shape[:-1])

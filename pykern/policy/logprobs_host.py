@@ -14,12 +14,12 @@ def described(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_floating(function: str, name: str, tensor: Tensor) -> None:
+def check_floating(function: str, name: str, tensor: Tensor, *ops: str) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
         raise TypeError(
             f"{function}: {name}: expected a tensor of float32, bfloat16, float16 or float64, got {described(tensor)}"
         )
-    _native.require_kernels(tensor, name, function, f"{function}_backward")
+    _native.require_kernels(tensor, name, *ops)
 
 
 def prepared_targets(function: str, targets: Tensor, rows: Tensor, rows_name: str, shape: torch.Size) -> Tensor:

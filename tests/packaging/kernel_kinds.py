@@ -47,6 +47,10 @@ KINDS: dict[str, str] = {
     "policy: sequence_sums_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,
     "policy: token_logprobs_backward_kernel<*": MEMORY,
+    "policy: linear_logprobs_segments_kernel<*": MEMORY,
+    "policy: linear_logprobs_gradient_kernel<*": MEMORY,
+    "policy: linear_logprobs_accumulate_kernel<*": MEMORY,
+    "policy: linear_logprobs_hidden_kernel<*": MEMORY,
     # Few values: one number for the whole step; moments of rank by lines; a value per line, sequence or response.
     "lowrank: adam_rule_kernel": OTHER,
     "lowrank: measure_*_kernel<*": OTHER,
@@ -62,6 +66,8 @@ KINDS: dict[str, str] = {
     "policy: plain_advantages_kernel<*": OTHER,
     "policy: general_advantages_kernel<*": OTHER,
     "policy: group_entropy_kernel": OTHER,
+    "policy: linear_logprobs_join_kernel<*": OTHER,
+    "policy: linear_logprobs_bias_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -80,6 +86,9 @@ WIDE_STORES = (
     "policy: policy_loss_gradient_kernel<*",
     "policy: policy_loss_kernel<*",
     "policy: token_logprobs_backward_kernel<*",
+    "policy: linear_logprobs_gradient_kernel<*",
+    "policy: linear_logprobs_accumulate_kernel<*",
+    "policy: linear_logprobs_hidden_kernel<*",
 )
 """Kernels whose results are as large as what they read: their machine code stores sixteen bytes at a time. nvcc may
 take an ordinary wide store apart."""
@@ -108,5 +117,10 @@ DOUBLES: dict[str, str] = {
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
+    "policy: linear_logprobs_segments_kernel<*": "a temperature per row, once per row and segment; the bias",
+    "policy: linear_logprobs_join_kernel<*": "sums over a vocabulary, once per row and segment",
+    "policy: linear_logprobs_gradient_kernel<*": "a temperature per row, once per row; the bias",
+    "policy: linear_logprobs_hidden_kernel<*, double>": "the tensors are float64",
+    "policy: linear_logprobs_bias_kernel<*": "sums over all rows, once per entry and 64 rows",
 }
 """Kernels that may compute in double precision, and why."""
