@@ -10,7 +10,7 @@ namespace pykern {
 
 // Products of hidden states with some entries of the vocabulary, before bias and softcap: float32, or float64 for
 // float64 hidden states. Row r begins at logits + r * stride; the stride is a multiple of kLinearLogprobsAlignment
-// elements, and so is the buffer's place: what lies between entries and stride is read and not used.
+// elements, and so is the buffer's place.
 //
 // Results are of the type of the logits. A row of negative target is not read.
 struct LogitsChunk {

@@ -43,21 +43,30 @@ struct Cap {
   }
 };
 
+// `count` packs of a row, `step` elements apart, of which the first `left` elements are the row's: nothing has written
+// what lies behind them. Without a branch between the loads of whole packs, they are under way together.
+template <class Real, int count>
+__device__ __forceinline__ void load_logits(const Real* logits, int step, int64_t left, Pack<Real> (&batch)[count]) {
+  if ((count - 1) * step + Pack<Real>::kSize <= left) {
+#pragma unroll
+    for (int load = 0; load < count; ++load) batch[load] = load_pack<Reuse::stream>(logits + load * step);
+    return;
+  }
+#pragma unroll
+  for (int load = 0; load < count; ++load) {
+#pragma unroll
+    for (int i = 0; i < Pack<Real>::kSize; ++i) {
+      batch[load][i] = load * step + i < left ? logits[load * step + i] : Real(0);
+    }
+  }
+}
+
 // --- forward ---------------------------------------------------------------------------------------------
 
 // The first entry of a segment's pack that is this thread's.
 template <class Real>
 __device__ __forceinline__ int first_of(int pack) {
   return (pack * kLinearThreads + static_cast<int>(threadIdx.x)) * Pack<Real>::kSize;
-}
-
-template <class Real>
-__device__ __forceinline__ void load_segment(const Real* logits, int count, Pack<Real> (&batch)[kLinearUnroll]) {
-#pragma unroll
-  for (int u = 0; u < kLinearUnroll; ++u) {
-    const int entry = first_of<Real>(u);
-    batch[u] = load_pack<Reuse::stream>(logits + (entry < count ? entry : 0));
-  }
 }
 
 template <class Real>
@@ -109,7 +118,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_segments_kerne
   }
 
   Pack<Real> batch[kLinearUnroll];
-  load_segment(logits, count, batch);
+  load_logits(logits + first_of<Real>(0), first_of<Real>(1) - first_of<Real>(0), count - first_of<Real>(0), batch);
   if (bias) add_bias(bias, count, batch);
   Real largest = Exponential<Real>::kLowest;
 #pragma unroll
@@ -275,10 +284,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_gradient_kerne
       continue;
     }
     Pack<Real> batch[kLoads];
-#pragma unroll
-    for (int load = 0; load < kLoads; ++load) {
-      batch[load] = load_pack<Reuse::stream>(logits + load * Pack<Real>::kSize);
-    }
+    load_logits(logits, Pack<Real>::kSize, chunk.entries - entry, batch);
     Real values[kSize], slopes[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
