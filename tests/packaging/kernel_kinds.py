@@ -60,6 +60,9 @@ KINDS: dict[str, str] = {
     "policy: select_share_kernel<*": OTHER,
     "policy: quantile_kernel<*": OTHER,
     "policy: masked_moments_kernel<*": OTHER,
+    # A token for each thread, two values and a byte of its mask; a dozen sums of each token.
+    "policy: rollout_correction_kernel<*": OTHER,
+    "policy: rollout_normalize_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -101,6 +104,8 @@ DOUBLES: dict[str, str] = {
     "policy: selection_digits_kernel<*": "one thread: the rank of a share or a quantile among all tokens",
     "policy: quantile_kernel<*": "one thread: the weights of two values",
     "policy: masked_moments_kernel<*": "sums over all tokens",
+    "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
+    "policy: rollout_normalize_kernel<*": "one divisor per thread",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
