@@ -42,6 +42,7 @@ FAMILY_OPS = {
         "masked_quantile",
         "masked_select_share",
         "masked_moments",
+        "rollout_correction",
     ),
     "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
     "offload": ("offload_pack", "offload_unpack"),

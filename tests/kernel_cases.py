@@ -93,6 +93,23 @@ def selection() -> Iterator[Case]:
                 )
 
 
+def rollout() -> Iterator[Case]:
+    for rows, columns in ((1, 1), (5, 33), (3, 700)):
+        old, sampled, mask = -torch.rand(rows, columns), -torch.rand(rows, columns), torch.rand(rows, columns) < 0.7
+        packed = {"cu_seqlens": torch.arange(rows + 1) * columns}
+        for name in ("tis", "verl_seq_is_rs", "verl_k3_rs", "slime_mis"):
+            for keywords in ({"mask": mask}, packed):
+                shape = (-1,) if keywords is packed else (rows, columns)
+
+                def step(old=old, sampled=sampled, keywords=keywords, shape=shape, name=name) -> list[Tensor]:
+                    weights, keep, metrics = pykern.rollout_correction(
+                        old.reshape(shape), sampled.reshape(shape), correction=name, **keywords
+                    )
+                    return [*([] if weights is None else [weights]), keep, *metrics.values()]
+
+                yield f"rollout_correction {name} {rows}x{columns}{' packed' if keywords is packed else ''}", step
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -234,8 +251,17 @@ def offload() -> Iterator[Case]:
 
 
 FAMILIES = (
-    advantages, loss, selection, logprobs, linear_logprobs, lowrank, attention, prefix_attention, offload,
-)  # fmt: skip
+    advantages,
+    loss,
+    selection,
+    logprobs,
+    linear_logprobs,
+    lowrank,
+    attention,
+    prefix_attention,
+    offload,
+    rollout,
+)
 
 
 class Calls(TorchDispatchMode):

@@ -9,7 +9,8 @@ from .loss import policy_loss, policy_loss_token_weights
 from .loss_weights import annealed_coef, copo_weights
 from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 from .order_statistics import masked_moments, masked_quantile, share_mask
-from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, top_entropy_mask
+from .rollout import ROLLOUT_CORRECTIONS, RolloutCorrection, rollout_correction
+from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, opsm_mask, top_entropy_mask
 
 __all__ = [
     "AGGREGATES",
@@ -20,6 +21,8 @@ __all__ = [
     "KL_ESTIMATORS",
     "KL_GRADIENTS",
     "LOSSES",
+    "ROLLOUT_CORRECTIONS",
+    "RolloutCorrection",
     "SCALES",
     "TRANSFORMS",
     "annealed_coef",
@@ -34,8 +37,10 @@ __all__ = [
     "low_probability_mask",
     "masked_moments",
     "masked_quantile",
+    "opsm_mask",
     "policy_loss",
     "policy_loss_token_weights",
+    "rollout_correction",
     "share_mask",
     "token_logprobs",
     "top_entropy_mask",

@@ -4,10 +4,13 @@ All take tokens padded [B, T] or packed [N], count them on the device, and retur
 anything; they are never selected.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .order_statistics import _check_values, _flags, masked_moments, masked_quantile, share_mask
+from .rollout import _correct
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor | None = None, *, share: float = 0.2) -> Tensor:
@@ -116,9 +119,9 @@ def low_probability_mask(
     replaced by -A ratio + coef k3, k3 = exp(lp - l) + l - lp: unclipped, that is
 
         selected = low_probability_mask(logprobs, proxy_logprobs, advantages, mask)
-        unbounded = torch.full_like(logprobs, math.inf)
-        policy_loss(..., clip_low=torch.where(selected, unbounded, 1.0), clip_high=torch.where(selected, unbounded, 9.0),
-                    anchor_logprobs=proxy_logprobs, anchor="k3", anchor_coef=coef, anchor_keep=selected)
+        bound = lambda distance: torch.full_like(logprobs, distance).masked_fill(selected, math.inf)
+        policy_loss(..., clip_low=bound(1.0), clip_high=bound(9.0), anchor_logprobs=proxy_logprobs, anchor="k3",
+                    anchor_coef=coef, anchor_keep=selected)
 
     Paper: arXiv 2510.03222. Its code selects nobody where floor(share n) is at most 1; `published=True` does so, too.
     Otherwise its compute_policy_loss_lp_reg has the same tokens; logp_neg_k_percent is `share`.
@@ -201,6 +204,54 @@ def hapo_modulation(
     inside = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
     factor = torch.where((h > 0) == inside, 1.0, 1 + advantage_strength * h)
     return low, high, factor
+
+
+def opsm_mask(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    delta: float,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Off-policy sequence masking: tokens that stay in the loss, bool.
+
+    A token goes where its advantage is negative and its sequence's mean of lv - l over the unmasked tokens is above
+    `delta`, l being the policy's log-probability and lv the sampler's. A token whose l or lv is NaN adds 0 to the
+    mean. For policy_loss(keep=...).
+
+    Paper: arXiv 2512.02556 (DeepSeek-V3.2). TRL: GRPOConfig(off_policy_mask_threshold=delta), the same tokens.
+
+    Args:
+        logprobs: of the taken tokens, [B, T], or packed [N] with cu_seqlens; no gradient passes through the choice.
+        rollout_logprobs: of the shape of logprobs.
+        advantages: one per sequence, [B], or per token. As many tokens as sequences: per sequence.
+        delta: the largest mean that a sequence of negative advantage may have.
+        mask: of the shape of logprobs; a token counts where it is not 0. None: all tokens. Masked ones are False.
+        cu_seqlens: [B + 1] integers from 0 to N, the packed sequences' bounds; on a GPU not checked.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    _, near, _ = _correct(
+        logprobs, rollout_logprobs, mask, cu_seqlens, None, (0.0, math.inf), "truncate",
+        {"seq_mean_k1": (-math.inf, float(delta))}, None, False, math.inf, "one", name="logprobs",
+    )  # fmt: skip
+    if cu_seqlens is None:
+        per_token = _per_token(advantages, logprobs)
+    else:
+        _check_values(advantages, "advantages")
+        per_token, sequences = advantages.detach(), cu_seqlens.shape[0] - 1
+        if list(advantages.shape) == [sequences]:
+            per_token = per_token.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])
+        elif advantages.shape != logprobs.shape:
+            raise ValueError(
+                f"advantages: expected one per sequence, [{sequences}], or per token, {list(logprobs.shape)}, "
+                f"got {list(advantages.shape)}"
+            )
+    near = near | (per_token >= 0)
+    return near if mask is None else near & (mask != 0)
 
 
 def _check_tokens(logprobs: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor | None:

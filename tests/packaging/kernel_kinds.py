@@ -68,6 +68,9 @@ KINDS: dict[str, str] = {
     "policy: group_entropy_kernel": OTHER,
     "policy: linear_logprobs_join_kernel<*": OTHER,
     "policy: linear_logprobs_bias_kernel<*": OTHER,
+    # A token for each thread, two values and a byte of its mask; a dozen sums of each token.
+    "policy: rollout_correction_kernel<*": OTHER,
+    "policy: rollout_normalize_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -113,6 +116,8 @@ DOUBLES: dict[str, str] = {
     "policy: masked_moments_kernel<*": "sums over all tokens",
     "policy: *_advantages_kernel<*": "sums in float64 are what group_advantages promises",
     "policy: group_entropy_kernel": "its result is float64",
+    "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
+    "policy: rollout_normalize_kernel<*": "one divisor per thread",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
