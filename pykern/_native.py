@@ -30,6 +30,8 @@ FAMILY_OPS = {
     ),
     "policy": (
         "group_advantages",
+        "discounted_scan",
+        "masked_whiten",
         "policy_loss_forward",
         "policy_loss_backward",
         "token_logprobs",

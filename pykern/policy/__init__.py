@@ -3,16 +3,22 @@
 from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
+from .returns import CARRIES, discounted_returns, gae, length_adaptive_lambda, masked_whiten
 
 __all__ = [
     "AGGREGATES",
     "BASELINES",
+    "CARRIES",
     "ESTIMATORS",
     "KL_ESTIMATORS",
     "LOSSES",
     "SCALES",
+    "discounted_returns",
+    "gae",
     "group_advantages",
+    "length_adaptive_lambda",
     "linear_token_logprobs",
+    "masked_whiten",
     "policy_loss",
     "token_logprobs",
 ]

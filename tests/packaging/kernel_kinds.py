@@ -39,6 +39,7 @@ KINDS: dict[str, str] = {
     "offload: staging_code_kernel<true, *": MEMORY,
     # Codes are a byte each: eight of them become sixteen bytes.
     "offload: staging_code_kernel<false, *": OTHER,
+    "policy: discounted_scan_kernel<*": MEMORY,
     "policy: pack_mask_kernel": MEMORY,
     "policy: policy_loss_gradient_kernel<*": MEMORY,
     # With a ratio of sequences and no divergence it has no tokens to read; it writes their coefficients.
@@ -47,6 +48,8 @@ KINDS: dict[str, str] = {
     "policy: sequence_sums_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,
     "policy: token_logprobs_backward_kernel<*": MEMORY,
+    "policy: whiten_kernel<*": MEMORY,
+    "policy: whiten_moments_kernel<*": MEMORY,
     # Few values: one number for the whole step; moments of rank by lines; a value per line, sequence or response.
     "lowrank: adam_rule_kernel": OTHER,
     "lowrank: measure_*_kernel<*": OTHER,
@@ -69,9 +72,11 @@ WIDE_STORES = (
     "lowrank: weight_update_kernel<*, true, *>",
     "offload: staging_copy_kernel<*",
     "offload: staging_code_kernel<false, *",
+    "policy: discounted_scan_kernel<*",
     "policy: policy_loss_gradient_kernel<*",
     "policy: policy_loss_kernel<*",
     "policy: token_logprobs_backward_kernel<*",
+    "policy: whiten_kernel<*",
 )
 """Kernels whose results are as large as what they read: their machine code stores sixteen bytes at a time. nvcc may
 take an ordinary wide store apart."""
@@ -91,10 +96,12 @@ DOUBLES: dict[str, str] = {
     "lowrank: weight_update_kernel<*": "rounds a factor that the host gives as a double",
     "lowrank: line_residuals_kernel<*": "a difference of squares, one per line; float32 would cancel",
     "lowrank: combine_kernel<*": "the sum of all lines' squares and its limit",
+    "policy: discounted_scan_kernel<*": "running values, which rounding in float32 would let drift",
     "policy: group_advantages_kernel<*": "sums in float64 are what group_advantages promises",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
+    "policy: whiten*_kernel<*": "moments of all tokens",
 }
 """Kernels that may compute in double precision, and why."""
