@@ -31,6 +31,8 @@ FAMILY_OPS = {
     "policy": (
         "group_advantages",
         "group_entropy",
+        "discounted_scan",
+        "masked_whiten",
         "policy_loss_forward",
         "policy_loss_backward",
         "policy_loss_token_weights",

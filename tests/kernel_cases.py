@@ -110,6 +110,20 @@ def rollout() -> Iterator[Case]:
                 yield f"rollout_correction {name} {rows}x{columns}{' packed' if keywords is packed else ''}", step
 
 
+def returns() -> Iterator[Case]:
+    def scans(lengths: list[int], carry: str) -> list[Tensor]:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        rewards, values = normal(sum(lengths)), normal(sum(lengths))
+        keywords = {"gamma": 0.9, "mask": torch.rand(sum(lengths)) < 0.7, "cu_seqlens": cu_seqlens, "carry": carry}
+        lam = torch.rand(len(lengths))
+        advantages = pykern.gae(rewards, values, lam=lam, whiten=True, **keywords)
+        return [*advantages, pykern.discounted_returns(rewards, **keywords)]
+
+    for lengths in ([1], [0, 7, 0, 300, 33], [9001, 0, 5]):
+        for carry in pykern.CARRIES:
+            yield f"gae {lengths} {carry}", lambda n=lengths, c=carry: scans(n, c)
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -261,6 +275,7 @@ FAMILIES = (
     prefix_attention,
     offload,
     rollout,
+    returns,
 )
 
 
