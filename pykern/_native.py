@@ -32,6 +32,7 @@ FAMILY_OPS = {
         "group_advantages",
         "discounted_scan",
         "masked_whiten",
+        "optimal_token_baseline",
         "policy_loss_forward",
         "policy_loss_backward",
         "token_logprobs",

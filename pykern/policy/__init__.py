@@ -4,9 +4,11 @@ from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
 from .returns import CARRIES, discounted_returns, gae, length_adaptive_lambda, masked_whiten
+from .token_baseline import ALIGNMENTS, optimal_token_baseline
 
 __all__ = [
     "AGGREGATES",
+    "ALIGNMENTS",
     "BASELINES",
     "CARRIES",
     "ESTIMATORS",
@@ -19,6 +21,7 @@ __all__ = [
     "length_adaptive_lambda",
     "linear_token_logprobs",
     "masked_whiten",
+    "optimal_token_baseline",
     "policy_loss",
     "token_logprobs",
 ]

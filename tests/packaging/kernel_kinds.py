@@ -46,6 +46,8 @@ KINDS: dict[str, str] = {
     "policy: policy_loss_kernel<*, true, (LossExtras)0>": OTHER,
     "policy: policy_loss_kernel<*": MEMORY,
     "policy: sequence_sums_kernel<*": MEMORY,
+    "policy: measure_rows_kernel<*": MEMORY,
+    "policy: token_baseline_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,
     "policy: token_logprobs_backward_kernel<*": MEMORY,
     "policy: whiten_kernel<*": MEMORY,
@@ -56,6 +58,7 @@ KINDS: dict[str, str] = {
     "lowrank: line_residuals_kernel<*": OTHER,
     "lowrank: combine_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
+    "policy: link_rows_kernel": OTHER,
     "policy: group_advantages_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
@@ -75,6 +78,7 @@ WIDE_STORES = (
     "policy: discounted_scan_kernel<*",
     "policy: policy_loss_gradient_kernel<*",
     "policy: policy_loss_kernel<*",
+    "policy: token_baseline_kernel<*",
     "policy: token_logprobs_backward_kernel<*",
     "policy: whiten_kernel<*",
 )
@@ -98,8 +102,10 @@ DOUBLES: dict[str, str] = {
     "lowrank: combine_kernel<*": "the sum of all lines' squares and its limit",
     "policy: discounted_scan_kernel<*": "running values, which rounding in float32 would let drift",
     "policy: group_advantages_kernel<*": "sums in float64 are what group_advantages promises",
+    "policy: measure_rows_kernel<*": "sums over all tokens of a response",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
+    "policy: token_baseline_kernel<*": "sums over the tokens before, and over the responses of a group",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
     "policy: whiten*_kernel<*": "moments of all tokens",
