@@ -33,6 +33,7 @@ FAMILY_OPS = {
         "group_entropy",
         "discounted_scan",
         "masked_whiten",
+        "optimal_token_baseline",
         "policy_loss_forward",
         "policy_loss_backward",
         "policy_loss_token_weights",

@@ -124,6 +124,19 @@ def returns() -> Iterator[Case]:
             yield f"gae {lengths} {carry}", lambda n=lengths, c=carry: scans(n, c)
 
 
+def token_baseline() -> Iterator[Case]:
+    def baseline(rows: int, columns: int, align: str) -> list[Tensor]:
+        mask, ids = torch.rand(rows, columns) < 0.7, torch.randint(-2, 3, (rows,))
+        tensors = (normal(rows, columns), -torch.rand(rows, columns), torch.rand(rows, columns), ids)
+        weights = torch.rand(rows, columns)
+        return [pykern.optimal_token_baseline(*tensors, mask=mask, align=align, importance_weights=weights)]
+
+    for rows, columns in ((1, 1), (17, 33), (5, 1301)):
+        for align in pykern.ALIGNMENTS:
+            label = f"optimal_token_baseline {rows}x{columns} {align}"
+            yield label, lambda r=rows, c=columns, a=align: baseline(r, c, a)
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -276,6 +289,7 @@ FAMILIES = (
     offload,
     rollout,
     returns,
+    token_baseline,
 )
 
 

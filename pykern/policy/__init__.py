@@ -12,9 +12,11 @@ from .order_statistics import masked_moments, masked_quantile, share_mask
 from .returns import CARRIES, discounted_returns, gae, length_adaptive_lambda, masked_whiten
 from .rollout import ROLLOUT_CORRECTIONS, RolloutCorrection, rollout_correction
 from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, opsm_mask, top_entropy_mask
+from .token_baseline import ALIGNMENTS, optimal_token_baseline
 
 __all__ = [
     "AGGREGATES",
+    "ALIGNMENTS",
     "BASELINES",
     "CARRIES",
     "ESTIMATORS",
@@ -44,6 +46,7 @@ __all__ = [
     "masked_quantile",
     "masked_whiten",
     "opsm_mask",
+    "optimal_token_baseline",
     "policy_loss",
     "policy_loss_token_weights",
     "rollout_correction",
