@@ -101,6 +101,25 @@ def rollout() -> Iterator[Case]:
                 yield f"rollout_correction {name} {rows}x{columns}{' packed' if keywords is packed else ''}", step
 
 
+def disco() -> Iterator[Case]:
+    def step(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        leaf, old = -torch.rand(rows, columns), -torch.rand(rows, columns)
+        keywords = {"mask": torch.rand(rows, columns) < 0.7}
+        if packed:
+            leaf, old, keywords = leaf.reshape(-1), old.reshape(-1), {"cu_seqlens": torch.arange(rows + 1) * columns}
+        leaf.requires_grad_()
+        rewards, ids = torch.randint(2, (rows,)).float(), torch.randint(3, (rows,))
+        value, metrics = pykern.disco_loss(leaf, old, rewards, ids, loss=name, max_length=columns, **keywords)
+        value.backward()
+        return [value, leaf.grad, *metrics.values()]
+
+    for rows, columns in ((1, 1), (9, 33), (300, 3)):
+        for name in ("disco", "discob_ratio", "drpo"):
+            for packed in (False, True):
+                label = f"disco_loss {name} {rows}x{columns}{' packed' if packed else ''}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -215,7 +234,7 @@ def offload() -> Iterator[Case]:
         yield f"staging {codec}", lambda c=codec: staged(c)
 
 
-FAMILIES = (advantages, loss, selection, rollout, logprobs, lowrank, attention, prefix_attention, offload)
+FAMILIES = (advantages, loss, selection, rollout, disco, logprobs, lowrank, attention, prefix_attention, offload)
 
 
 class Calls(TorchDispatchMode):

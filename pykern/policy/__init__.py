@@ -1,6 +1,7 @@
 """Group-normalised policy optimisation: advantages, policy losses, token log-probabilities."""
 
 from .advantages import BASELINES, ESTIMATORS, SCALES, group_advantages
+from .disco import DISCO_LOSSES, disco_loss
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
 from .order_statistics import masked_moments, masked_quantile, share_mask
@@ -10,6 +11,7 @@ from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probabil
 __all__ = [
     "AGGREGATES",
     "BASELINES",
+    "DISCO_LOSSES",
     "ESTIMATORS",
     "KL_ESTIMATORS",
     "LOSSES",
@@ -17,6 +19,7 @@ __all__ = [
     "RolloutCorrection",
     "SCALES",
     "clip_cov_mask",
+    "disco_loss",
     "group_advantages",
     "hapo_modulation",
     "kl_cov_mask",

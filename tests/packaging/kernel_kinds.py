@@ -63,6 +63,9 @@ KINDS: dict[str, str] = {
     # A token for each thread, two values and a byte of its mask; a dozen sums of each token.
     "policy: rollout_correction_kernel<*": OTHER,
     "policy: rollout_normalize_kernel<*": OTHER,
+    "policy: disco_scores_kernel<*": OTHER,
+    "policy: disco_groups_kernel<*": OTHER,
+    "policy: disco_gradient_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -106,6 +109,9 @@ DOUBLES: dict[str, str] = {
     "policy: masked_moments_kernel<*": "sums over all tokens",
     "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: rollout_normalize_kernel<*": "one divisor per thread",
+    "policy: disco_scores_kernel<*": "sums over all tokens of a sequence",
+    "policy: disco_groups_kernel<*": "a group's exponentials, a value per sequence",
+    "policy: disco_gradient_kernel<*": "one factor per sequence",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
