@@ -19,7 +19,7 @@ POSITIVES = ("uniform", "length")
 """How those of its correct ones do: their mean, or with weights exp((1 - L / max_length) / length_temperature)."""
 
 DIVERGENCES = ("k3", "k1")
-"""Of the old policy from the policy, with d = logprob - old_logprob: exp(d) - d - 1, or -d, in the mean of all tokens."""
+"""Of the policy from the old one, with d = logprob - old_logprob: exp(d) - d - 1, or -d; the mean over all tokens."""
 
 METRICS = (
     "policy_loss",
@@ -94,8 +94,8 @@ def disco_loss(
     "low_var_kl" is divergence "k3", "kl" is "k1". Those need groups of one size, and responses that aren't empty.
 
     Groups may be of any sizes, their ids in any order. A response without tokens, or whose reward is neither 0 nor 1,
-    is neither correct nor wrong. Masked tokens may hold anything: their gradient is exactly 0. Sums run in float64 in an
-    order that no thread decides. On a GPU each sequence looks at all others, so the work grows with B^2.
+    is neither correct nor wrong. Masked tokens may hold anything: their gradient is exactly 0. Sums run in float64 in
+    an order that no thread decides. On a GPU each sequence looks at all others, so the work grows with B^2.
 
     Args:
         logprobs: of the taken tokens under the policy, the only input that receives a gradient: padded [B, T], or
