@@ -30,8 +30,12 @@ FAMILY_OPS = {
     ),
     "policy": (
         "group_advantages",
+        "group_entropy",
+        "discounted_scan",
+        "masked_whiten",
         "policy_loss_forward",
         "policy_loss_backward",
+        "policy_loss_token_weights",
         "token_logprobs",
         "token_logprobs_backward",
         "token_logprobs_backward_in_place",
