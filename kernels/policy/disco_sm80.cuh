@@ -26,10 +26,12 @@ __global__ void __launch_bounds__(kSequenceThreads) disco_scores_kernel(DiscoPar
   const T* const old = static_cast<const T*>(p.old_logprobs);
   for (int64_t sequence = blockIdx.x; sequence < p.batch.sequences; sequence += gridDim.x) {
     double sums[kDiscoSums] = {};
-    for_tokens(p.batch, sequence_range(p.batch, sequence), [&](int64_t token) {
-      const T d = logprobs[token] - old[token], ratio = exp_of(d);
+    const TokenRange range = sequence_range(p.batch, sequence);
+    for_tokens(p.batch, range, logprobs, old, [&](int64_t, bool unmasked, T logprob, T was) {
+      if (!unmasked) return;
+      const T d = logprob - was, ratio = exp_of(d);
       sums[kDiscoTokens] += 1;
-      sums[kDiscoScores] += static_cast<double>(p.rules.score == DiscoScore::ratio ? ratio : logprobs[token]);
+      sums[kDiscoScores] += static_cast<double>(p.rules.score == DiscoScore::ratio ? ratio : logprob);
       sums[kDiscoDivergences] +=
           static_cast<double>(p.rules.divergence == DiscoDivergence::k3 ? divergence_k3(d, ratio) : -d);
     });
@@ -183,15 +185,12 @@ __global__ void __launch_bounds__(kSequenceThreads) disco_gradient_kernel(DiscoP
     const TokenRange range = sequence_range(p.batch, sequence);
     const double tokens = p.sums[sequence * kDiscoSums + kDiscoTokens];
     const T of_score = tokens > 0 ? static_cast<T>(p.factors[0] * p.shares[sequence] / tokens) : T(0);
-    for (int64_t token = range.begin + threadIdx.x; token < range.end; token += blockDim.x) {
-      T value = 0;
-      if (!p.batch.mask || p.batch.mask[token]) {
-        const T d = logprobs[token] - old[token];
-        value = of_score * (p.rules.score == DiscoScore::ratio ? exp_of(d) : T(1));
-        value += of_divergence * (p.rules.divergence == DiscoDivergence::k3 ? expm1_of(d) : T(-1));
-      }
-      coefficient[token] = value;
-    }
+    for_tokens(p.batch, range, logprobs, old, [&](int64_t token, bool unmasked, T logprob, T was) {
+      const T d = logprob - was;
+      T value = of_score * (p.rules.score == DiscoScore::ratio ? exp_of(d) : T(1));
+      value += of_divergence * (p.rules.divergence == DiscoDivergence::k3 ? expm1_of(d) : T(-1));
+      coefficient[token] = unmasked ? value : T(0);
+    });
   }
 }
 

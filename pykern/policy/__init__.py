@@ -12,7 +12,15 @@ from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 from .order_statistics import masked_moments, masked_quantile, share_mask
 from .returns import CARRIES, discounted_returns, gae, length_adaptive_lambda, masked_whiten
 from .rollout import ROLLOUT_CORRECTIONS, RolloutCorrection, rollout_correction
-from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, opsm_mask, top_entropy_mask
+from .selection import (
+    aepo_rows,
+    clip_cov_mask,
+    hapo_modulation,
+    kl_cov_mask,
+    low_probability_mask,
+    opsm_mask,
+    top_entropy_mask,
+)
 
 __all__ = [
     "AGGREGATES",
@@ -29,6 +37,7 @@ __all__ = [
     "RolloutCorrection",
     "SCALES",
     "TRANSFORMS",
+    "aepo_rows",
     "annealed_coef",
     "clip_cov_mask",
     "copo_weights",
