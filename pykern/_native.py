@@ -46,6 +46,7 @@ FAMILY_OPS = {
         "masked_select_share",
         "masked_moments",
         "rollout_correction",
+        "disco_loss_forward",
     ),
     "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
     "offload": ("offload_pack", "offload_unpack"),

@@ -110,6 +110,25 @@ def rollout() -> Iterator[Case]:
                 yield f"rollout_correction {name} {rows}x{columns}{' packed' if keywords is packed else ''}", step
 
 
+def disco() -> Iterator[Case]:
+    def step(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        leaf, old = -torch.rand(rows, columns), -torch.rand(rows, columns)
+        keywords = {"mask": torch.rand(rows, columns) < 0.7}
+        if packed:
+            leaf, old, keywords = leaf.reshape(-1), old.reshape(-1), {"cu_seqlens": torch.arange(rows + 1) * columns}
+        leaf.requires_grad_()
+        rewards, ids = torch.randint(2, (rows,)).float(), torch.randint(3, (rows,))
+        value, metrics = pykern.disco_loss(leaf, old, rewards, ids, loss=name, max_length=columns, **keywords)
+        value.backward()
+        return [value, leaf.grad, *metrics.values()]
+
+    for rows, columns in ((1, 1), (9, 33), (300, 3)):
+        for name in ("disco", "discob_ratio", "drpo"):
+            for packed in (False, True):
+                label = f"disco_loss {name} {rows}x{columns}{' packed' if packed else ''}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
+
+
 def returns() -> Iterator[Case]:
     def scans(lengths: list[int], carry: str) -> list[Tensor]:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -281,6 +300,7 @@ FAMILIES = (
     advantages,
     loss,
     selection,
+    disco,
     logprobs,
     linear_logprobs,
     lowrank,

@@ -77,6 +77,9 @@ KINDS: dict[str, str] = {
     "policy: rollout_correction_kernel<*": OTHER,
     "policy: rollout_normalize_kernel<*": OTHER,
     "policy: link_rows_kernel": OTHER,
+    "policy: disco_scores_kernel<*": OTHER,
+    "policy: disco_groups_kernel<*": OTHER,
+    "policy: disco_gradient_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -127,6 +130,9 @@ DOUBLES: dict[str, str] = {
     "policy: group_entropy_kernel": "its result is float64",
     "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: rollout_normalize_kernel<*": "one divisor per thread",
+    "policy: disco_scores_kernel<*": "sums over all tokens of a sequence",
+    "policy: disco_groups_kernel<*": "a group's exponentials, a value per sequence",
+    "policy: disco_gradient_kernel<*": "one factor per sequence",
     "policy: discounted_scan_kernel<*": "running values, which rounding in float32 would let drift",
     "policy: measure_rows_kernel<*": "sums over all tokens of a response",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
