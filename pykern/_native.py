@@ -47,6 +47,8 @@ FAMILY_OPS = {
         "masked_moments",
         "rollout_correction",
         "disco_loss_forward",
+        "linear_chunk_logprobs",
+        "linear_chunk_gradients",
     ),
     "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
     "offload": ("offload_pack", "offload_unpack"),
