@@ -365,12 +365,14 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
     const bool to_range = p_.transform == Transform::min_max;
     if (to_range) {
       low = HUGE_VAL, high = -HUGE_VAL;
-      for (int64_t row = threadIdx.x; row < p_.rows; row += blockDim.x) {
-        const double value = rewards_.part(row, part);
-        if (!is_finite(value)) continue;
-        low = value < low ? value : low;
-        high = value > high ? value : high;
-      }
+      double value[4];
+      for_four_rows(
+          p_.rows, [&](int turn, int64_t row) { value[turn] = rewards_.part(row, part); },
+          [&](int turn, int64_t) {
+            if (!is_finite(value[turn])) return;
+            low = value[turn] < low ? value[turn] : low;
+            high = value[turn] > high ? value[turn] : high;
+          });
       low = block_reduce(low, HUGE_VAL, Smallest{}, shared_.batch.values);
       high = block_reduce(high, -HUGE_VAL, Largest{}, shared_.batch.values);
     }

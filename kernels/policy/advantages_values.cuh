@@ -26,7 +26,8 @@ class RowRewards {
     for (int component = 0; component < p_.components; ++component) {
       const double value = at(row, component);
       if (!is_finite(value)) continue;
-      sum += p_.weights[component] * value;
+      // Not fused, so that components of equal weights may change places.
+      sum += __dmul_rn(p_.weights[component], value);
       any = true;
     }
     return any ? sum + penalty(row) : kAbsent;
