@@ -52,7 +52,7 @@ class GroupFinder {
   int32_t add(int64_t id, size_t slot) {
     at_least(ids_, groups_ + 1)[groups_] = id;
     slots_[slot] = groups_++;
-    if (2 * static_cast<size_t>(groups_) > mask_) grow();
+    if (4 * static_cast<size_t>(groups_) > mask_) grow();
     return groups_ - 1;
   }
 

@@ -1,6 +1,6 @@
 """Group-normalised policy optimisation: advantages, policy losses, token log-probabilities."""
 
-from .advantages import group_advantages
+from .advantages import group_advantages, group_entropy
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, SCALES, TRANSFORMS
 from .logprobs import linear_token_logprobs, token_logprobs
 from .loss import AGGREGATES, KL_ESTIMATORS, LOSSES, policy_loss
@@ -16,6 +16,7 @@ __all__ = [
     "SCALES",
     "TRANSFORMS",
     "group_advantages",
+    "group_entropy",
     "linear_token_logprobs",
     "policy_loss",
     "token_logprobs",
