@@ -126,8 +126,13 @@ def test_every_transform_with_every_baseline_and_scale(transform, kind):
 @pytest.mark.parametrize("kind", ["normal", "coarse"])
 def test_filters_act_before_the_batch_is_measured(filter, kind):
     data = inputs(90, 25, 2, kind)
-    whole = [("min_max", "group_mean", "beta"), ("none", "batch_mean", "batch_std"), ("none", "groups_mean", "groups_std"),
-             ("none", "group_mean", "nonzero_share"), ("none", "group_mean", "group_std")]  # fmt: skip
+    whole = [
+        ("min_max", "group_mean", "beta"),
+        ("none", "batch_mean", "batch_std"),
+        ("none", "groups_mean", "groups_std"),
+        ("none", "group_mean", "nonzero_share"),
+        ("none", "group_mean", "group_std"),
+    ]
     for (transform, baseline, scale), finish, decompose in itertools.product(whole, FINISHES, (False, True)):
         agree(data, parts(transform, baseline, scale, finish, filter, decompose))
 
@@ -143,7 +148,7 @@ def test_fallback_of_token_deviations(baseline, fallback):
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_parts_at_random(seed):
     choose = random.Random(seed)
     components = choose.choice([1, 1, 2, 16])
@@ -183,7 +188,7 @@ def test_deviation_of_the_others_beside_an_outlier(outlier, spread):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("common, odd", [(0.35, 0.95), (0.95, 0.35), (0.7, 0.1), (0.1, 1000.3)])
-@pytest.mark.parametrize("size", [2, 3, 7, 8, 33])
+@pytest.mark.parametrize("size", [3, 7, 8, 33])
 def test_others_that_are_equal_have_no_deviation(common, odd, size):
     rewards = torch.full((size, 1), common, dtype=torch.float64)
     rewards[size // 2] = odd
