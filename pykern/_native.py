@@ -42,6 +42,8 @@ FAMILY_OPS = {
         "token_logprobs_backward_in_place",
         "linear_token_logprobs",
         "linear_token_logprobs_backward",
+        "linear_chunk_logprobs",
+        "linear_chunk_gradients",
         "masked_quantile",
         "masked_select_share",
         "masked_moments",
