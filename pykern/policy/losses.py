@@ -149,13 +149,13 @@ LOSSES: dict[str, Loss] = {
         anchor_coef=5e-3,
         needs={"anchor_logprobs": "the teacher's log-probabilities, of token_logprobs"},
     ),
-    "clip_cov": Loss("arXiv 2505.22617", needs={"keep": "all tokens but those that pykern.clip_cov_tokens picks"}),
+    "clip_cov": Loss("arXiv 2505.22617", needs={"keep": "the tokens that stay, of pykern.clip_cov_mask"}),
     "kl_cov": Loss(
         "arXiv 2505.22617",
         anchor="abs",
         anchor_coef=1.0,
         anchor_to="old_logprobs",
-        needs={"anchor_keep": "the tokens that pykern.kl_cov_tokens picks"},
+        needs={"anchor_keep": "the tokens of pykern.kl_cov_mask"},
         **_FREE,
     ),
     "lp_reg": Loss(
@@ -165,21 +165,24 @@ LOSSES: dict[str, Loss] = {
         anchor="k3",
         anchor_coef=None,
         needs={
-            "anchor_logprobs": "log-probabilities after the min-p filter, of pykern.lp_reg",
-            "anchor_keep": "the tokens that pykern.lp_reg picks",
+            "anchor_logprobs": "the taken tokens' log-probabilities under the min-p filtered policy",
+            "anchor_keep": "the tokens of pykern.low_probability_mask",
         },
     ),
     "hapo": Loss(
         "arXiv 2509.16591",
         clip_high=0.28,
-        needs={"clip_low": "a tensor of pykern.hapo_bounds", "clip_high": "a tensor of pykern.hapo_bounds"},
+        needs={
+            "clip_low": "the first result of pykern.hapo_modulation, whose third is a factor on the advantages",
+            "clip_high": "the second result of pykern.hapo_modulation",
+        },
     ),
     "copo": Loss(
         "arXiv 2508.04138",
         dual_clip=3.0,
         needs={
-            "second_advantages": "the advantages between groups",
-            "advantage_weights": "pykern.copo_weights of the groups' entropies",
+            "second_advantages": "the advantages of whole groups against each other",
+            "advantage_weights": "pykern.copo_weights of the groups' answer entropies",
         },
     ),
     "redi": Loss("arXiv 2505.24850", aggregate="seq-mean-token-mean", negative_scale=0.8, **_LOG),

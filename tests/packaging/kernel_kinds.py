@@ -39,6 +39,7 @@ KINDS: dict[str, str] = {
     "offload: staging_code_kernel<true, *": MEMORY,
     # Codes are a byte each: eight of them become sixteen bytes.
     "offload: staging_code_kernel<false, *": OTHER,
+    "policy: discounted_scan_kernel<*": MEMORY,
     "policy: pack_mask_kernel": MEMORY,
     "policy: policy_loss_gradient_kernel<*": MEMORY,
     # With a ratio of sequences and no divergence it has no tokens to read; it writes their coefficients.
@@ -47,13 +48,32 @@ KINDS: dict[str, str] = {
     "policy: sequence_sums_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,
     "policy: token_logprobs_backward_kernel<*": MEMORY,
+    "policy: linear_logprobs_segments_kernel<*": MEMORY,
+    "policy: linear_logprobs_gradient_kernel<*": MEMORY,
+    "policy: linear_logprobs_accumulate_kernel<*": MEMORY,
+    "policy: linear_logprobs_hidden_kernel<*": MEMORY,
+    "policy: whiten_kernel<*": MEMORY,
+    "policy: whiten_moments_kernel<*": MEMORY,
     # Few values: one number for the whole step; moments of rank by lines; a value per line, sequence or response.
     "lowrank: adam_rule_kernel": OTHER,
     "lowrank: measure_*_kernel<*": OTHER,
     "lowrank: line_residuals_kernel<*": OTHER,
     "lowrank: combine_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
-    "policy: group_advantages_kernel<*": OTHER,
+    # A value and a byte of its mask for each thread: lanes of a warp meet at the digits that they count.
+    "policy: selection_digits_kernel<*": OTHER,
+    "policy: selection_ties_kernel<*": OTHER,
+    "policy: select_share_kernel<*": OTHER,
+    "policy: quantile_kernel<*": OTHER,
+    "policy: masked_moments_kernel<*": OTHER,
+    "policy: plain_advantages_kernel<*": OTHER,
+    "policy: general_advantages_kernel<*": OTHER,
+    "policy: group_entropy_kernel": OTHER,
+    "policy: linear_logprobs_join_kernel<*": OTHER,
+    "policy: linear_logprobs_bias_kernel<*": OTHER,
+    # A token for each thread, two values and a byte of its mask; a dozen sums of each token.
+    "policy: rollout_correction_kernel<*": OTHER,
+    "policy: rollout_normalize_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -69,9 +89,14 @@ WIDE_STORES = (
     "lowrank: weight_update_kernel<*, true, *>",
     "offload: staging_copy_kernel<*",
     "offload: staging_code_kernel<false, *",
+    "policy: discounted_scan_kernel<*",
     "policy: policy_loss_gradient_kernel<*",
     "policy: policy_loss_kernel<*",
     "policy: token_logprobs_backward_kernel<*",
+    "policy: linear_logprobs_gradient_kernel<*",
+    "policy: linear_logprobs_accumulate_kernel<*",
+    "policy: linear_logprobs_hidden_kernel<*",
+    "policy: whiten_kernel<*",
 )
 """Kernels whose results are as large as what they read: their machine code stores sixteen bytes at a time. nvcc may
 take an ordinary wide store apart."""
@@ -91,10 +116,23 @@ DOUBLES: dict[str, str] = {
     "lowrank: weight_update_kernel<*": "rounds a factor that the host gives as a double",
     "lowrank: line_residuals_kernel<*": "a difference of squares, one per line; float32 would cancel",
     "lowrank: combine_kernel<*": "the sum of all lines' squares and its limit",
-    "policy: group_advantages_kernel<*": "sums in float64 are what group_advantages promises",
+    "policy: selection_digits_kernel<*": "one thread: the rank of a share or a quantile among all tokens",
+    "policy: quantile_kernel<*": "one thread: the weights of two values",
+    "policy: masked_moments_kernel<*": "sums over all tokens",
+    "policy: *_advantages_kernel<*": "sums in float64 are what group_advantages promises",
+    "policy: group_entropy_kernel": "its result is float64",
+    "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
+    "policy: rollout_normalize_kernel<*": "one divisor per thread",
+    "policy: discounted_scan_kernel<*": "running values, which rounding in float32 would let drift",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
+    "policy: linear_logprobs_segments_kernel<*": "a temperature per row, once per row and segment; the bias",
+    "policy: linear_logprobs_join_kernel<*": "sums over a vocabulary, once per row and segment",
+    "policy: linear_logprobs_gradient_kernel<*": "a temperature per row, once per row; the bias",
+    "policy: linear_logprobs_hidden_kernel<*, double>": "the tensors are float64",
+    "policy: linear_logprobs_bias_kernel<*": "sums over all rows, once per entry and 64 rows",
+    "policy: whiten*_kernel<*": "moments of all tokens",
 }
 """Kernels that may compute in double precision, and why."""
