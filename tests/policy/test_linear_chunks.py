@@ -8,6 +8,11 @@ import torch
 
 import pykern
 from pykern.reference import policy_logprobs as reference
+from tests.policy.loss_cases import arguments as loss_arguments
+from tests.policy.test_linear_policy_loss import exact as exact_loss
+from tests.policy.test_linear_policy_loss import make as loss_case
+from tests.policy.test_linear_policy_loss import run as run_loss
+from tests.policy.test_linear_policy_loss import workspace
 from tests.policy.test_linear_token_logprobs import DTYPES, check_against_torch, make, run
 from tests.support import DEVICES, assert_accurate, on, poison
 
@@ -121,7 +126,7 @@ def test_a_leaf_given_to_the_op_itself(everywhere):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hidden_size, keywords", [(24, {}), (64, EVERYTHING), (301, EVERYTHING)])
+@pytest.mark.parametrize("hidden_size, keywords", [(24, {}), (64, EVERYTHING), (101, EVERYTHING)])
 def test_kept_logits(everywhere, dtype, hidden_size, keywords):
     """Rows whose logits stay from the forward to the backward, in two steps that add to the same sums."""
     hidden, weight, targets, bias = make(70, hidden_size, 401, dtype, bias=bool(keywords))
@@ -164,6 +169,22 @@ def test_kept_logits(everywhere, dtype, hidden_size, keywords):
     for grad, want, other in zip(grads, exact_grads, eager_grads):
         assert_accurate(grad, want, other, units=2)
     assert not grads[0][::7].any() and not grads[0][1::7].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_policy_loss_with_kept_logits(everywhere, dtype):
+    """Whole, in two chunks of rows, against the definition and against log-probabilities and loss by themselves."""
+    head, tensors = loss_case(6, 60, 24, 401, dtype, bias=True)
+    positional, named = loss_arguments(tensors, entropy_coef=0.1)
+    keywords = {"temperature": 0.8, "softcap": 3.0}
+    room = workspace(head["weight"], 256)
+    want, want_grads = exact_loss(head, positional, named, **keywords)
+    for bytes_of_workspace, kept in ((room, True), (0, False)):
+        loss, _, grads, once = run_loss(head, positional, named, workspace_bytes=bytes_of_workspace, **keywords)
+        assert once == kept
+        assert_accurate(loss, want, units=64)
+        for grad, wanted in zip(grads, want_grads):
+            assert_accurate(grad, wanted, units=4 if dtype == torch.bfloat16 else 32)
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
