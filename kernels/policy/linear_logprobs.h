@@ -10,7 +10,7 @@ namespace pykern {
 
 // Products of hidden states with some entries of the vocabulary, before bias and softcap: float32, or float64 for
 // float64 hidden states. Row r begins at logits + r * stride; the stride is a multiple of kLinearLogprobsAlignment
-// elements, and so is the buffer's place: what lies between entries and stride is read and not used.
+// elements, and so is the buffer's place.
 //
 // Results are of the type of the logits. A row of negative target is not read.
 struct LogitsChunk {
@@ -64,18 +64,20 @@ struct LinearLogprobsGradient {
 };
 constexpr int kLinearLogprobsRows = 64;
 
-// grad_bias[entry] = the sum of its shares.
+// grad_bias[entry] = the sum of its shares, added to what is there if `add`.
 struct LinearLogprobsBias {
   DataType type;
   int64_t shares, entries, stride;
   const void* bias_shares;
   double* grad_bias;
+  bool add;
 };
 
-// result = sum + part; result may be the sum, and is of another type where the sum is complete.
+// result = sum + part, matrices whose rows are `stride` elements apart, those of part `columns`; result may be the sum,
+// and is of another type where the sum is complete.
 struct LinearLogprobsAccumulate {
   DataType type, result_type;
-  int64_t count;
+  int64_t rows, columns, stride;
   const void *sum, *part;
   void* result;
 };

@@ -1,5 +1,7 @@
 """policy_loss: any row of LOSSES beside a KL estimate, an entropy bonus and an aggregate, in one pass."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def policy_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     loss: str = "grpo",
+    ratio: str | None = None,
     clip_low: float | Tensor | None = None,
     clip_high: float | Tensor | None = None,
     ratio_limit: float | None = None,
@@ -127,6 +130,8 @@ def policy_loss(
         cu_seqlens: [B + 1] integers from 0 to N, the packed sequences' bounds. On a GPU their values are not checked,
             since that would wait for them.
         loss: a row of LOSSES, which holds the defaults of what follows up to aggregate.
+        ratio: replaces the row's level, "token", "sequence" or "product"; clip_low and clip_high are then for you to
+            fit to it. Not for rows of a "clipped_sequence".
         clip_low, clip_high: replace the row's; math.inf takes a bound away. A tensor of the shape of logprobs has a
             distance for each token (hapo).
         ratio_limit, dual_clip, temperatures, taper, negative_scale, stabilisation_low, stabilisation_high: replace
@@ -158,6 +163,8 @@ def policy_loss(
         TypeError, ValueError: naming the argument.
     """
     row = _lookup(LOSSES, loss, "loss")
+    if ratio is not None:
+        row = _with_ratio(row, loss, ratio)
     limits = _lookup(PRESETS, preset, "preset")
     limits = limits.losses.get(loss, limits)
 
@@ -450,6 +457,15 @@ def _clip(name: str, given: float | Tensor | None, default: float, row: Loss, lo
     if not given >= 0:
         raise ValueError(f"{name}: expected a distance from 1 of at least 0, got {given!r}")
     return given, None
+
+
+def _with_ratio(row: Loss, loss: str, ratio: str) -> Loss:
+    levels = [level for level in RATIOS if level != "clipped_sequence"]
+    if ratio not in levels:
+        raise ValueError(f"ratio: expected None or one of {', '.join(levels)}, got {ratio!r}")
+    if row.ratio not in levels:
+        raise ValueError(f"ratio: loss {loss!r} has no place for it, its ratio is {row.ratio!r}")
+    return replace(row, ratio=ratio)
 
 
 def _number(name: str, given: float | None, default: float, row: Loss, loss: str, rules: tuple[str, ...]) -> float:

@@ -48,7 +48,7 @@ def test_float64_matches_definition(loss, aggregate):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("gradient", pykern.KL_GRADIENTS)
 @pytest.mark.parametrize("kl", pykern.KL_ESTIMATORS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SOME)
 def test_kl_estimates_match_definition(loss, kl, gradient):
     assert_matches(*arguments(batch(), loss=loss, kl=kl, kl_gradient=gradient, rollout=True), units=64.0)
 
@@ -121,8 +121,6 @@ def test_unmasked_garbage_shows(loss, name, bad):
     tensors["mask"][0, 0] = True
     tensors[name][0, 0] = bad
     positional, named = arguments(tensors, loss=loss, kl="k3")
-    if loss == "gmpo" and not bad < 0:
-        named["clip_low"] = named["clip_high"] = math.inf
     assert ours(positional, named)[0].isfinite() == definition(positional, named)[0].isfinite()
 
 
@@ -145,8 +143,13 @@ def test_no_hidden_clamp_and_the_preset_of_verl():
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in (None, "roll")])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss, preset",
+    [
+        *((loss, "verl") for loss in LOSSES),
+        *((loss, preset) for loss in SOME for preset in PRESETS if preset not in (None, "verl", "roll")),
+    ],
+)
 def test_presets_match_definition(loss, preset):
     tensors = batch(spread=9.0)
     if loss in ("topr", "vespo"):
