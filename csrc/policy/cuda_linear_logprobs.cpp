@@ -342,13 +342,18 @@ Tensor chunk_backward(Tensor hidden, Tensor weight, Tensor targets, std::optiona
                       bool hidden_needs_grad) {
   Head head(hidden, weight, targets, bias, row_temperature, temperature, softcap, 0);
   const Tensor kept_logits = head.keep_whole(logits);
+  const bool is_sum = weight_sums && weight_sums->scalar_type() == ScalarType::Float;
   if (weight_sums) {
     cuda::check_device(*weight_sums, "weight_sums");
-    check_type(*weight_sums, ScalarType::Float, "weight_sums");
     check_contiguous(*weight_sums, "weight_sums");
     check_dim(*weight_sums, 2, "weight_sums");
     check_size(*weight_sums, 0, head.vocabulary, "weight_sums");
-    STD_TORCH_CHECK(weight_sums->size(1) >= head.hidden_size, "weight_sums: expected rows for the hidden size");
+    if (is_sum) {
+      STD_TORCH_CHECK(weight_sums->size(1) >= head.hidden_size, "weight_sums: expected rows for the hidden size");
+    } else {
+      check_type(*weight_sums, weight.scalar_type(), "weight_sums");
+      check_size(*weight_sums, 1, head.hidden_size, "weight_sums");
+    }
   }
   if (bias_sums) {
     cuda::check_device(*bias_sums, "bias_sums");
@@ -385,7 +390,12 @@ Tensor chunk_backward(Tensor hidden, Tensor weight, Tensor targets, std::optiona
   const Tensor matrix = head.matrix_of(gradient, 0);
   if (hidden_needs_grad && head.hidden_size > 0) cuda::multiply(matrix, head.weight, grad_hidden);
   if (weight_sums) {
-    add_weight_gradient(head, matrix, kept_hidden(head, chunk.targets, given, stream), *weight_sums, stream);
+    const Tensor rows = kept_hidden(head, chunk.targets, given, stream);
+    if (is_sum) {
+      add_weight_gradient(head, matrix, rows, *weight_sums, stream);
+    } else {
+      cuda::multiply(cuda::transposed(matrix), rows, *weight_sums);
+    }
   }
   return grad_hidden;
 }
