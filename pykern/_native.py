@@ -33,6 +33,7 @@ FAMILY_OPS = {
         "discounted_scan",
         "masked_whiten",
         "optimal_token_baseline",
+        "risk_advantages",
         "policy_loss_forward",
         "policy_loss_backward",
         "token_logprobs",

@@ -59,6 +59,7 @@ KINDS: dict[str, str] = {
     "lowrank: combine_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
     "policy: link_rows_kernel": OTHER,
+    "policy: risk_advantages_kernel<*": OTHER,
     "policy: group_advantages_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
@@ -104,6 +105,7 @@ DOUBLES: dict[str, str] = {
     "policy: group_advantages_kernel<*": "sums in float64 are what group_advantages promises",
     "policy: measure_rows_kernel<*": "sums over all tokens of a response",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
+    "policy: risk_advantages_kernel<*": "sums in float64 are what risk_advantages promises",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_baseline_kernel<*": "sums over the tokens before, and over the responses of a group",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
