@@ -75,10 +75,12 @@ PolicyLossParams loss_params(const LossTensors& tensors, const LossShape& shape,
   p.rollout_low = settings[Setting::rollout_low];
   p.rollout_high = settings[Setting::rollout_high];
   p.entropy_coef = settings[Setting::entropy_coef];
-  p.plain = p.ratio == RatioLevel::token && p.rule == LossRule::clip && p.stabilisation == Stabilisation::none &&
-            p.anchor == KlEstimator::none && p.kl_gradient == KlGradient::value && p.negative_scale == 1 &&
-            !p.entropy && !p.clip_low && !p.clip_high && !p.token_weights && !p.second_advantages.data &&
-            !p.rollout_weights.data && !p.keep;
+  const bool common = p.stabilisation == Stabilisation::none && p.anchor == KlEstimator::none &&
+                      p.kl_gradient == KlGradient::value && !p.keep && !p.entropy && !p.clip_low && !p.clip_high &&
+                      !p.token_weights && !p.second_advantages.data && !p.rollout_weights.data;
+  const bool plain = common && p.ratio == RatioLevel::token && p.rule == LossRule::clip && p.negative_scale == 1 &&
+                     std::isinf(p.ratio_limit);
+  p.parts = plain ? LossParts::plain : common ? LossParts::common : LossParts::all;
   return p;
 }
 
@@ -141,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossTensors& tensors, const
                                    totals[kClippedHigh] * share,
                                    totals[kDualClipped] * share,
                                    totals[kRolloutWeightSum] * share,
-                                   params.plain ? (tasks.tokens > 0 ? 1.0 : 0.0) : totals[kKept] * share};
+                                   params.parts == LossParts::all ? totals[kKept] * share : tasks.tokens > 0 ? 1.0 : 0.0};
   for (int64_t index = 0; index < kMetrics; ++index) write_scalar(metrics, index, values[index]);
   write_scalar(loss, 0, parts[0] + parts[1] + parts[2] + parts[3]);
   return {loss, coefficient, entropy_coefficient, metrics};

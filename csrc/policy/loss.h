@@ -14,6 +14,11 @@ enum class Stabilisation : int { none, total_variation, binary_kl };
 enum class KlEstimator : int { none, k1, k2, k3, absolute };
 enum class KlGradient : int { value, straight_through, importance };
 
+// Which parts a loss has, so that the common ones need not ask for the rare. Plain: token ratios under the clip rule,
+// without ratio_limit and negative_scale. Common: any ratio and rule. Neither takes a tensor beside those of the KL
+// estimate and of the rollout, drops tokens, or changes the estimate's gradient.
+enum class LossParts : int { plain, common, all };
+
 // A run of tokens of one sequence. Its sums are added in the order of the segments, whoever computed them.
 struct LossSegment {
   int64_t sequence, begin, end;
@@ -74,7 +79,7 @@ struct PolicyLossParams {
   KlGradient kl_gradient;
   bool weight_negative_only;
   bool rollout_mask;  // instead of truncation
-  bool plain;         // token ratios, the clip rule, and no part that few losses have: see is_plain
+  LossParts parts;
 
   double ratio_low, ratio_high, ratio_limit, dual_clip;
   double shape[4];

@@ -13,9 +13,11 @@ namespace {
 // Sums of this many tokens stay in float32 lanes before they are added in double.
 constexpr int64_t kBlock = 1024;
 
-// `kPlain` leaves out what params.plain rules out.
-template <class V, bool kPlain>
+// `kParts` leaves out what params.parts rules out.
+template <class V, LossParts kParts>
 class Segment {
+  static constexpr bool kPlain = kParts == LossParts::plain;
+  static constexpr bool kAll = kParts == LossParts::all;
   using K = Kind<V>;
   using Scalar = typename K::Scalar;
   using Condition = typename K::Condition;
@@ -75,7 +77,8 @@ class Segment {
   // Of the whole sequence, from the mean or the sum of its log-ratios.
   void find_sequence_ratio() {
     const V limit = K::all(p_.log_ratio_limit);
-    const bool averages = clips_log_ratios() && p_.advantages.per_token;
+    const bool product = p_.ratio == RatioLevel::product, folds = folds_rollout(), clips = clips_log_ratios();
+    const bool averages = clips && p_.advantages.per_token;
     double total = 0, advantages = 0;
     for (int64_t begin = segment_.begin; begin < segment_.end; begin += kBlock) {
       const int64_t end = begin + kBlock < segment_.end ? begin + kBlock : segment_.end;
@@ -85,9 +88,9 @@ class Segment {
         const Condition counts = valid(token, count);
         const V old = read(p_.old_logprobs, token, count);
         V distance = read(p_.logprobs, token, count) - old;
-        if (p_.ratio == RatioLevel::product) distance = clamp(distance, -limit, limit);
-        if (folds_rollout()) distance += clamp(old - read(p_.rollout_logprobs, token, count), -limit, limit);
-        if (clips_log_ratios()) clip_log_ratio(token, count, distance, &distance);
+        if (product) distance = clamp(distance, -limit, limit);
+        if (folds) distance += clamp(old - read(p_.rollout_logprobs, token, count), -limit, limit);
+        if (clips) clip_log_ratio(token, count, distance, &distance);
         sum += counts ? distance : K::all(0);
         if (averages) of_advantages += counts ? read(p_.advantages, token, count) : K::all(0);
       }
@@ -95,9 +98,9 @@ class Segment {
       if (averages) advantages += K::sum(of_advantages);
     }
     const auto length = static_cast<double>(p_.lengths[segment_.sequence]);
-    log_ratio_ = p_.ratio == RatioLevel::product || length == 0 ? total : total / length;
+    log_ratio_ = product || length == 0 ? total : total / length;
     if (averages && length > 0) mean_advantage_ = advantages / length;
-    if (!clips_log_ratios()) {
+    if (!clips) {
       const double low = p_.sequence_log_ratio_low, high = p_.sequence_log_ratio_high;
       limited_ = log_ratio_ < low || log_ratio_ > high;
       if (limited_) log_ratio_ = log_ratio_ < low ? low : high;
@@ -110,9 +113,11 @@ class Segment {
     const LossConstants<V> c(p_);
     const V limit = c.log_ratio_limit, infinite = K::all(INFINITY);
     const V weight = K::all(p_.sequence_weight[segment_.sequence]);
-    const bool averaged = !by_token() && clips_log_ratios() && p_.advantages.per_token;
+    const bool by_token = this->by_token(), clips_logs = !by_token && clips_log_ratios();
+    const bool averaged = clips_logs && p_.advantages.per_token;
+    const bool weighs = p_.rollout_logprobs && (kPlain || !folds_rollout());
     TokenRatio<V> r{K::all(ratio_), K::all(log_ratio_), K::all(p_.ratio_low), K::all(p_.ratio_high)};
-    if (!by_token() && clips_log_ratios()) {
+    if (clips_logs) {
       r.low = -infinite;
       r.high = infinite;
     }
@@ -125,27 +130,27 @@ class Segment {
       const V logprob = read(p_.logprobs, token, count), old = read(p_.old_logprobs, token, count);
       const V advantage = read(p_.advantages, token, count);
       const V raw = logprob - old;
-      if (!kPlain && !clips_log_ratios()) {
+      if (kAll && !clips_logs) {
         if (p_.clip_low) r.low = one - read(p_.clip_low, token, count);
         if (p_.clip_high) r.high = one + read(p_.clip_high, token, count);
       }
       Condition outside = !K::everywhere(), log_clipped = !K::everywhere();
-      if (by_token()) {
+      if (by_token) {
         // The ratio's own clamp has no gradient beyond its limit.
         outside = (raw < -limit) | (raw > limit);
         r.log_ratio = clamp(raw, -limit, limit);
         r.ratio = K::exponential(r.log_ratio);
       } else if constexpr (!kPlain) {
         V unused;
-        if (clips_log_ratios()) log_clipped = clip_log_ratio(token, count, raw, &unused);
+        if (clips_logs) log_clipped = clip_log_ratio(token, count, raw, &unused);
       }
 
       LossTerm<V> term;
       if constexpr (kPlain) {
-        term = clip_term<V>(c, r, advantage);
+        term = clip_term<false>(c, r, advantage);
       } else {
         term = loss_term<V>(c, r, logprob, averaged ? K::all(mean_advantage_) : advantage);
-        if (p_.second_advantages.data) {
+        if (kAll && p_.second_advantages.data) {
           const LossTerm<V> other = loss_term<V>(c, r, logprob, read(p_.second_advantages, token, count));
           const V share = read(p_.advantage_weights, token, count);
           term.loss = share * term.loss + (one - share) * other.loss;
@@ -154,7 +159,7 @@ class Segment {
         }
       }
       V rollout = nothing;
-      if (p_.rollout_logprobs && (kPlain || !folds_rollout())) {
+      if (weighs) {
         rollout = K::exponential(old - read(p_.rollout_logprobs, token, count));
         const V truncated = clamp(rollout, c.rollout_low, c.rollout_high);
         // A NaN is in no range, and stays.
@@ -163,7 +168,7 @@ class Segment {
         scale(term, rollout);
       }
       V share = one;
-      if constexpr (!kPlain) {
+      if constexpr (kAll) {
         if (p_.rollout_weights.data) {
           rollout = read(p_.rollout_weights, token, count);
           scale(term, rollout);
@@ -179,14 +184,14 @@ class Segment {
         sums[kKept] += (counts & kept) ? one : nothing;
         if (p_.token_weights) share = read(p_.token_weights, token, count);
       }
-      if (p_.rollout_logprobs || (!kPlain && p_.rollout_weights.data)) {
+      if (weighs || (kAll && p_.rollout_weights.data)) {
         sums[kRolloutWeightSum] += counts ? rollout : nothing;
       }
       const Condition clipped = term.clipped | log_clipped;
-      const Condition below = !kPlain && !by_token() && clips_log_ratios() ? raw < nothing : r.ratio < r.low;
+      const Condition below = clips_logs ? raw < nothing : r.ratio < r.low;
       sums[kPolicySum] += counts ? weighted(term.loss, share) : nothing;
       sums[kRatioSum] += counts ? r.ratio : nothing;
-      sums[kLogRatioSum] += counts ? (by_token() ? r.log_ratio : raw) : nothing;
+      sums[kLogRatioSum] += counts ? (by_token ? r.log_ratio : raw) : nothing;
       sums[kClippedLow] += (counts & clipped & below) ? one : nothing;
       sums[kClippedHigh] += (counts & clipped & !below) ? one : nothing;
       sums[kDualClipped] += (counts & term.dual) ? one : nothing;
@@ -195,7 +200,7 @@ class Segment {
         V value, derivative;
         const V distance = logprob - read(p_.ref_logprobs, token, count);
         divergence<V>(p_.kl, distance, c.kl_log_ratio_limit, c.kl_limit, &value, &derivative);
-        if constexpr (!kPlain) {
+        if constexpr (kAll) {
           if (p_.kl_gradient == KlGradient::straight_through) derivative = distance;
           if (p_.kl_gradient == KlGradient::importance) {
             value *= r.ratio;
@@ -205,9 +210,9 @@ class Segment {
         }
         term.by_logprob += c.kl_coef * derivative;
         sums[kKlSum] += counts ? value : nothing;
-        if (!kPlain && p_.token_weights) sums[kWeightedKl] += counts ? share * value : nothing;
+        if (kAll && p_.token_weights) sums[kWeightedKl] += counts ? share * value : nothing;
       }
-      if constexpr (!kPlain) {
+      if constexpr (kAll) {
         if (p_.anchor != KlEstimator::none) {
           V value, derivative;
           divergence<V>(p_.anchor, logprob - read(p_.anchor_logprobs, token, count), infinite, infinite,
@@ -234,7 +239,7 @@ class Segment {
 
       V gradient = term.by_logprob;
       term.by_ratio = outside ? nothing : term.by_ratio;
-      if (by_token()) {
+      if (by_token) {
         gradient += term.by_ratio;
       } else {
         chain += counts ? weighted(term.by_ratio, share) : nothing;
@@ -245,10 +250,10 @@ class Segment {
       }
     }
     for (int sum = 0; sum < kLossSums; ++sum) sums_[sum] += K::sum(sums[sum]);
-    if (!by_token()) chain_ += K::sum(chain);
+    if (!by_token) chain_ += K::sum(chain);
   }
 
-  V weighted(V value, V share) const { return !kPlain && p_.token_weights ? share * value : value; }
+  V weighted(V value, V share) const { return kAll && p_.token_weights ? share * value : value; }
 
   static void scale(LossTerm<V>& term, V factor) {
     term.loss *= factor;
@@ -263,13 +268,14 @@ class Segment {
     const double part = p_.ratio == RatioLevel::product ? chain_ : chain_ / length;
     const V nothing = K::all(0), share = K::all(part * p_.sequence_weight[segment_.sequence]);
     const V limit = K::all(p_.log_ratio_limit);
+    const bool some = p_.ratio != RatioLevel::sequence, clips = clips_log_ratios();
     auto* coefficient = static_cast<Scalar*>(p_.coefficient);
     for (int64_t token = segment_.begin; token < segment_.end; token += K::kWidth) {
       const int64_t count = lanes(token, segment_.end);
       Condition counts = valid(token, count);
-      if (p_.ratio != RatioLevel::sequence) {
+      if (some) {
         V raw = read(p_.logprobs, token, count) - read(p_.old_logprobs, token, count);
-        counts &= !(clips_log_ratios() ? clip_log_ratio(token, count, raw, &raw) : (raw < -limit) | (raw > limit));
+        counts &= !(clips ? clip_log_ratio(token, count, raw, &raw) : (raw < -limit) | (raw > limit));
       }
       const V before = K::read(coefficient + token, count);
       K::write(coefficient + token, before + (counts ? share : nothing), count);
@@ -292,15 +298,15 @@ int64_t count_unmasked(const uint8_t* mask, int64_t count) {
 }
 
 void policy_loss_f32(const PolicyLossParams& params, int64_t segment) {
-  if (params.plain) {
-    Segment<vfloat, true>(params, segment).run();
-  } else {
-    Segment<vfloat, false>(params, segment).run();
+  switch (params.parts) {
+    case LossParts::plain: Segment<vfloat, LossParts::plain>(params, segment).run(); break;
+    case LossParts::common: Segment<vfloat, LossParts::common>(params, segment).run(); break;
+    case LossParts::all: Segment<vfloat, LossParts::all>(params, segment).run(); break;
   }
 }
 
 void policy_loss_f64(const PolicyLossParams& params, int64_t segment) {
-  Segment<double, false>(params, segment).run();
+  Segment<double, LossParts::all>(params, segment).run();
 }
 
 void scale_f32(const float* source, float factor, float* target, int64_t count) {

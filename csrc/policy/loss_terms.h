@@ -138,17 +138,24 @@ struct TokenRatio {
   V ratio, log_ratio, low, high;
 };
 
-template <class V>
+template <bool kLimited, class V>
 PYKERN_INLINE LossTerm<V> clip_term(const LossConstants<V>& p, const TokenRatio<V>& r, V advantage) {
   using K = Kind<V>;
-  const V nothing = K::all(0), bounded = clamp(r.ratio, r.low, r.high);
-  const auto beyond = r.ratio > p.ratio_limit;
-  const V free = -advantage * (beyond ? p.ratio_limit : r.ratio), held = -advantage * bounded;
+  const V nothing = K::all(0), bounded = clamp(r.ratio, r.low, r.high), held = -advantage * bounded;
   LossTerm<V> term;
-  term.clipped = held > free;
-  term.loss = term.clipped ? held : free;
-  // Below its own bounds the held branch still moves with the ratio: where ratio_limit is the tighter one.
-  term.by_ratio = (term.clipped ? r.ratio != bounded : beyond) ? nothing : term.loss;
+  if constexpr (kLimited) {
+    const auto beyond = r.ratio > p.ratio_limit;
+    const V free = -advantage * (beyond ? p.ratio_limit : r.ratio);
+    term.clipped = held > free;
+    term.loss = term.clipped ? held : free;
+    // Within its own bounds the held branch still moves with the ratio: where ratio_limit is the tighter one.
+    term.by_ratio = (term.clipped ? r.ratio != bounded : beyond) ? nothing : term.loss;
+  } else {
+    const V free = -advantage * r.ratio;
+    term.clipped = held > free;
+    term.loss = term.clipped ? held : free;
+    term.by_ratio = term.clipped ? nothing : free;
+  }
   const V floor = -advantage * p.dual_clip;
   term.dual = (advantage < nothing) & (term.loss > floor);
   term.loss = term.dual ? floor : term.loss;
@@ -162,7 +169,7 @@ PYKERN_INLINE LossTerm<V> loss_term(const LossConstants<V>& p, const TokenRatio<
   using K = Kind<V>;
   const V nothing = K::all(0), one = K::all(1);
   advantage = advantage < nothing ? advantage * p.negative_scale : advantage;
-  if (p.rule == LossRule::clip) return clip_term<V>(p, r, advantage);
+  if (p.rule == LossRule::clip) return clip_term<true>(p, r, advantage);
   LossTerm<V> term{nothing, nothing, nothing, !K::everywhere(), !K::everywhere()};
   if (p.rule == LossRule::gate) {
     const V temperature = advantage > nothing ? p.shape[0] : p.shape[1];
