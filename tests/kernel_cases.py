@@ -110,6 +110,25 @@ def rollout() -> Iterator[Case]:
                 yield f"rollout_correction {name} {rows}x{columns}{' packed' if keywords is packed else ''}", step
 
 
+def disco() -> Iterator[Case]:
+    def step(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        leaf, old = -torch.rand(rows, columns), -torch.rand(rows, columns)
+        keywords = {"mask": torch.rand(rows, columns) < 0.7}
+        if packed:
+            leaf, old, keywords = leaf.reshape(-1), old.reshape(-1), {"cu_seqlens": torch.arange(rows + 1) * columns}
+        leaf.requires_grad_()
+        rewards, ids = torch.randint(2, (rows,)).float(), torch.randint(3, (rows,))
+        value, metrics = pykern.disco_loss(leaf, old, rewards, ids, loss=name, max_length=columns, **keywords)
+        value.backward()
+        return [value, leaf.grad, *metrics.values()]
+
+    for rows, columns in ((1, 1), (9, 33), (300, 3)):
+        for name in ("disco", "discob_ratio", "drpo"):
+            for packed in (False, True):
+                label = f"disco_loss {name} {rows}x{columns}{' packed' if packed else ''}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
+
+
 def returns() -> Iterator[Case]:
     def scans(lengths: list[int], carry: str) -> list[Tensor]:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -122,6 +141,19 @@ def returns() -> Iterator[Case]:
     for lengths in ([1], [0, 7, 0, 300, 33], [9001, 0, 5]):
         for carry in pykern.CARRIES:
             yield f"gae {lengths} {carry}", lambda n=lengths, c=carry: scans(n, c)
+
+
+def token_baseline() -> Iterator[Case]:
+    def baseline(rows: int, columns: int, align: str) -> list[Tensor]:
+        mask, ids = torch.rand(rows, columns) < 0.7, torch.randint(-2, 3, (rows,))
+        tensors = (normal(rows, columns), -torch.rand(rows, columns), torch.rand(rows, columns), ids)
+        weights = torch.rand(rows, columns)
+        return [pykern.optimal_token_baseline(*tensors, mask=mask, align=align, importance_weights=weights)]
+
+    for rows, columns in ((1, 1), (17, 33), (5, 1301)):
+        for align in pykern.ALIGNMENTS:
+            label = f"optimal_token_baseline {rows}x{columns} {align}"
+            yield label, lambda r=rows, c=columns, a=align: baseline(r, c, a)
 
 
 def logprobs() -> Iterator[Case]:
@@ -268,6 +300,7 @@ FAMILIES = (
     advantages,
     loss,
     selection,
+    disco,
     logprobs,
     linear_logprobs,
     lowrank,
@@ -276,6 +309,7 @@ FAMILIES = (
     offload,
     rollout,
     returns,
+    token_baseline,
 )
 
 

@@ -1,5 +1,4 @@
-"""discounted_returns, gae and masked_whiten against loops over the tokens: plain PyTorch's, and verl's where it is
-installed."""
+"""What runs along sequences, against loops over tokens and groups: PyTorch's, and verl's where it is installed."""
 
 import importlib.util
 from collections.abc import Callable
@@ -63,6 +62,29 @@ def whiten(rows: int, columns: int) -> Callable[[], dict[str, Callable]]:
     return make
 
 
+def token_baseline(rows: int, columns: int) -> Callable[[], dict[str, Callable]]:
+    def make():
+        torch.manual_seed(0)
+        rewards, logprobs, sum_p2 = torch.randn(rows, columns), -torch.rand(rows, columns), torch.rand(rows, columns)
+        ids = torch.arange(rows) // 8
+        mask = torch.arange(columns) < torch.randint(columns // 2, columns + 1, (rows, 1))
+
+        def pykern_step():
+            returns = pykern.discounted_returns(rewards, mask=mask)
+            return pykern.optimal_token_baseline(returns, logprobs, sum_p2, ids, mask=mask)
+
+        providers = {"pykern": pykern_step}
+        if importlib.util.find_spec("verl"):
+            from verl.trainer.ppo import core_algos
+
+            numbers, labels = mask.to(rewards.dtype), ids.cpu().numpy()
+            function = core_algos.compute_optimal_token_baseline_advantage
+            providers["verl"] = lambda: function(rewards, numbers, labels, logprobs, sum_p2)
+        return providers
+
+    return make
+
+
 def cases(device: str) -> list[Case]:
     rows, columns = (16384, 8192) if device == "cuda" else (256, 8192)
     shape, tokens = f"{rows}x{columns}", float(rows * columns)
@@ -71,4 +93,6 @@ def cases(device: str) -> list[Case]:
         Case("policy", "gae", shape, scan(rows, columns, "gae"), bytes=31 * tokens),
         Case("policy", "discounted_returns", shape, scan(rows, columns, "discounted_returns"), bytes=9 * tokens),
         Case("policy", "masked_whiten", shape, whiten(rows, columns), bytes=14 * tokens),
+        # The scan of the returns; then three inputs and a mask byte read for the sums, and again for the advantages.
+        Case("policy", "optimal_token_baseline", shape, token_baseline(rows, columns), bytes=39 * tokens),
     ]

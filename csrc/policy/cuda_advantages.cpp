@@ -1,4 +1,5 @@
 // Host side of group_advantages and group_entropy on a GPU.
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,33 +20,29 @@ Tensor empty_tables(const Tensor& like, int64_t rows, int64_t row_bytes) {
   return cuda::empty(like, {rows > kSharedGroupRows ? rows * row_bytes : 0}, ScalarType::Byte);
 }
 
-// How many values there are in each of BatchColumns' arrays of doubles, of which `count` are needed.
-struct ColumnMemory {
-  double* next;
-  int64_t values;
-  int64_t count = 0;
-
-  double* take(bool needed) {
-    if (!needed) return nullptr;
-    return next ? next + values * count++ : (++count, nullptr);
-  }
-};
-
-BatchColumns columns_of(const AdvantageParams& params, ColumnMemory& memory) {
+// Which of its columns the last block needs.
+std::vector<double* BatchColumns::*> needed_columns(const AdvantageParams& params) {
+  if (!params.whole_batch) return {};
+  const Scale scale = params.scale;
   const bool of_batch = params.baseline == Baseline::batch_mean || params.baseline == Baseline::groups_mean;
-  const bool falls_back = of_batch && params.scale == Scale::token_std && params.fallback < HUGE_VAL;
-  BatchColumns columns{};
-  columns.value = memory.take(params.baseline == Baseline::batch_mean || params.scale == Scale::batch_std ||
-                              params.scale == Scale::nonzero_share || falls_back);
-  columns.centred = memory.take(!of_batch);
-  columns.divisor = memory.take(params.scale == Scale::group_std || params.scale == Scale::leave_one_out_std ||
-                                params.scale == Scale::token_std || params.scale == Scale::group_mean);
-  columns.mean = memory.take(params.baseline == Baseline::groups_mean || params.scale == Scale::groups_std ||
-                             params.scale == Scale::beta || falls_back);
-  columns.low = memory.take(falls_back);
-  columns.high = memory.take(falls_back);
-  columns.deviation = memory.take(falls_back);
-  return columns;
+  const bool falls_back = of_batch && scale == Scale::token_std && params.fallback < HUGE_VAL;
+  std::vector<double* BatchColumns::*> needed;
+  const auto add = [&](bool is_needed, double* BatchColumns::*column) {
+    if (is_needed) needed.push_back(column);
+  };
+  add(params.baseline == Baseline::batch_mean || scale == Scale::batch_std || scale == Scale::nonzero_share ||
+          falls_back,
+      &BatchColumns::value);
+  add(!of_batch, &BatchColumns::centred);
+  add(scale == Scale::group_std || scale == Scale::leave_one_out_std || scale == Scale::token_std ||
+          scale == Scale::group_mean,
+      &BatchColumns::divisor);
+  add(params.baseline == Baseline::groups_mean || scale == Scale::groups_std || scale == Scale::beta || falls_back,
+      &BatchColumns::mean);
+  add(falls_back, &BatchColumns::low);
+  add(falls_back, &BatchColumns::high);
+  add(falls_back, &BatchColumns::deviation);
+  return needed;
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_advantages(Tensor rewards, std::vector<double> component_weights,
@@ -109,18 +106,19 @@ std::tuple<Tensor, Tensor, Tensor> group_advantages(Tensor rewards, std::vector<
 
   Tensor tables = empty_tables(rewards, rows, is_plain(params) ? kPlainRowBytes : kAdvantageRowBytes);
   params.tables = cuda::workspace<unsigned char>(tables);
+  const std::vector<double* BatchColumns::*> needed = needed_columns(params);
   const int64_t values = params.whole_batch ? rows * (decompose ? components : 1) : 0;
-  ColumnMemory needed{nullptr, values};
-  columns_of(params, needed);
   // The columns, and behind them the sums of all components' advantages.
-  Tensor columns = cuda::empty(rewards, {params.whole_batch ? values * needed.count + rows : 0}, ScalarType::Double);
+  const int64_t column_values = values * static_cast<int64_t>(needed.size());
+  Tensor columns = cuda::empty(rewards, {params.whole_batch ? column_values + rows : 0}, ScalarType::Double);
   Tensor states = cuda::empty(rewards, {values}, ScalarType::Byte);
-  if (params.whole_batch) {
-    ColumnMemory memory{cuda::workspace<double>(columns), values};
-    params.columns = columns_of(params, memory);
-    params.columns.states = cuda::workspace<uint8_t>(states);
-    params.combined = memory.next + values * memory.count;
+  double* next = cuda::workspace<double>(columns);
+  for (double* BatchColumns::*column : needed) {
+    params.columns.*column = next;
+    next += values;
   }
+  params.columns.states = cuda::workspace<uint8_t>(states);
+  params.combined = next;
   cuda::check_launch(launch_group_advantages(data_type(rewards, "rewards"), params, cuda::current_stream(rewards)),
                      "group_advantages");
   return {advantages, keep, counts};

@@ -119,7 +119,9 @@ PYKERN_INLINE void run_tile(const ScanParams& p, State& state, const Tile<T>& re
   const vdouble zero_doubles = {};
   vlong first_step[kHalves] = {};
   for (int half = 0; Flagged && half < kHalves; ++half) {
-    for (int lane = 0; lane < kDoubleLanes; ++lane) first_step[half][lane] = kSteps - lanes[half * kDoubleLanes + lane].count;
+    for (int lane = 0; lane < kDoubleLanes; ++lane) {
+      first_step[half][lane] = kSteps - lanes[half * kDoubleLanes + lane].count;
+    }
   }
   for (int step = kSteps - 1; step >= 0; --step) {
 #pragma GCC unroll 2
@@ -179,7 +181,9 @@ void run_lanes(const ScanParams& p, const int64_t* indices, int count, bool writ
   State state;
   vdouble* const fields[4] = {state.next_value, state.next_advantage, state.factor, state.decay};
   for (int field = 0; field < 4; ++field) {
-    for (int half = 0; half < kHalves; ++half) fields[field][half] = load_doubles(&state_of[field][half * kDoubleLanes]);
+    for (int half = 0; half < kHalves; ++half) {
+      fields[field][half] = load_doubles(&state_of[field][half * kDoubleLanes]);
+    }
   }
 
   alignas(64) Tile<T> reward_tile, value_tile, advantage_tile, return_tile;
@@ -220,7 +224,9 @@ void run_lanes(const ScanParams& p, const int64_t* indices, int count, bool writ
   }
 
   for (int field = 0; field < 3; ++field) {
-    for (int half = 0; half < kHalves; ++half) store_doubles(&state_of[field][half * kDoubleLanes], fields[field][half]);
+    for (int half = 0; half < kHalves; ++half) {
+      store_doubles(&state_of[field][half * kDoubleLanes], fields[field][half]);
+    }
   }
   for (int lane = 0; lane < count; ++lane) {
     ScanSegment& segment = p.segments[indices[lane]];

@@ -10,7 +10,14 @@
 namespace pykern {
 
 // In the order of the floats that pykern/policy/rollout.py passes.
-enum RolloutSetting : int { kWeightLow, kWeightHigh, kLimit, kVeto, kBounds, kRolloutSettings = kBounds + 2 * kCriteria };
+enum RolloutSetting : int {
+  kWeightLow,
+  kWeightHigh,
+  kLimit,
+  kVeto,
+  kBounds,
+  kRolloutSettings = kBounds + 2 * kCriteria
+};
 
 inline RolloutRules rollout_rules(int64_t weight, bool weight_mask, int64_t criteria, bool unscored_are_one,
                                   bool normalize, const std::vector<double>& settings) {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <optional>
-#include <vector>
 
 #include "common/checks.h"
 #include "kernels/policy/token_batch.h"
+#include "policy/sequences.h"
 
 namespace pykern {
 
@@ -16,7 +16,7 @@ inline int64_t check_batch(const Tensor& tokens, const std::optional<Tensor>& ma
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
   on_device(tokens, name);
   check_contiguous(tokens, name);
-  check_dim(tokens, cu_seqlens ? 1 : 2, name);
+  const int64_t sequences = check_sequences(tokens, cu_seqlens, name, on_device);
   if (mask) {
     on_device(*mask, "mask");
     check_type(*mask, ScalarType::Bool, "mask");
@@ -24,13 +24,7 @@ inline int64_t check_batch(const Tensor& tokens, const std::optional<Tensor>& ma
     check_dim(*mask, tokens.dim(), "mask");
     for (int64_t dim = 0; dim < tokens.dim(); ++dim) check_size(*mask, dim, tokens.size(dim), "mask");
   }
-  if (!cu_seqlens) return tokens.size(0);
-  on_device(*cu_seqlens, "cu_seqlens");
-  check_dim(*cu_seqlens, 1, "cu_seqlens");
-  check_type(*cu_seqlens, ScalarType::Long, "cu_seqlens");
-  check_contiguous(*cu_seqlens, "cu_seqlens");
-  STD_TORCH_CHECK(cu_seqlens->numel() > 0, "cu_seqlens: expected at least one entry");
-  return cu_seqlens->numel() - 1;
+  return sequences;
 }
 
 // Another tensor of the tokens.
@@ -45,15 +39,8 @@ inline void check_like(const Tensor& tensor, const Tensor& tokens, const char* n
 // On the CPU the bounds of packed sequences are checked, too.
 inline TokenBatch cpu_batch(const Tensor& tokens, const std::optional<Tensor>& mask,
                             const std::optional<Tensor>& cu_seqlens, int64_t sequences) {
+  if (cu_seqlens) sequence_bounds(tokens, cu_seqlens, "tokens");
   const int64_t* bounds = cu_seqlens ? input<int64_t>(*cu_seqlens) : nullptr;
-  if (bounds) {
-    STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] == tokens.numel(),
-                    "cu_seqlens: expected to begin with 0 and end with the number of tokens, ", tokens.numel());
-    for (int64_t i = 1; i <= sequences; ++i) {
-      STD_TORCH_CHECK(bounds[i] >= bounds[i - 1], "cu_seqlens: expected non-decreasing values, entry ", i,
-                      " is smaller");
-    }
-  }
   return {mask ? input<uint8_t>(*mask) : nullptr, bounds, tokens.numel(), sequences,
           cu_seqlens ? 0 : tokens.size(1)};
 }

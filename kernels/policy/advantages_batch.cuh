@@ -75,8 +75,8 @@ __device__ __forceinline__ Moments block_moments(const double* values, const uin
   return moments;
 }
 
-// The reciprocal of the density of the Beta prior that the groups' shares of reward suggest, held to [0, 1e6]; its
-// own reciprocal is the density, held to at least 1e-6, that an advantage is divided by.
+// The Beta distribution that the groups' shares of reward suggest. An advantage is divided by its density, held to at
+// least 1e-6.
 class BetaPrior {
  public:
   __device__ __forceinline__ BetaPrior() : flat_(true), over_correct_(0), over_wrong_(0), scale_(0) {}

@@ -148,10 +148,8 @@ class PlainAdvantages : BlockGroups {
   __device__ __forceinline__ GroupStatistics with_variance(int64_t leader) const {
     GroupStatistics group = with_mean(leader);
     const double largest = largest_square(group);
-    const double squares =
-        is_finite(largest)
-            ? FixedPoint(largest, group.count).join(table_.words(kSquaresHigh)[leader], table_.words(kSquaresLow)[leader])
-            : HUGE_VAL;
+    const Word high = table_.words(kSquaresHigh)[leader], low = table_.words(kSquaresLow)[leader];
+    const double squares = is_finite(largest) ? FixedPoint(largest, group.count).join(high, low) : HUGE_VAL;
     group.variance = group.count > p_.ddof ? squares / (group.count - p_.ddof) : 0;
     return group;
   }

@@ -51,8 +51,8 @@ const char* launch_quantile_of(const SelectionParams& p, Stream stream) {
 
 }  // namespace
 
-int64_t selection_blocks(int64_t tokens) { return blocks_of(tokens, int64_t{multiprocessors()} * 4); }
-int64_t moments_blocks(int64_t tokens) { return tokens > 0 ? blocks_of(tokens, int64_t{multiprocessors()} * 4) : 1; }
+int64_t selection_blocks(int64_t tokens) { return blocks_of(tokens, int64_t{multiprocessors()} * 8); }
+int64_t moments_blocks(int64_t tokens) { return tokens > 0 ? blocks_of(tokens, int64_t{multiprocessors()} * 8) : 1; }
 
 const char* launch_select_share(DataType type, const SelectionParams& params, Stream stream) {
   switch (type) {

@@ -60,29 +60,36 @@ class ComposedLoss {
     advantage_ = static_cast<T>(ratio.advantage);
   }
 
+  // One question for all tensors, so that no load waits behind a branch on another's; doubles have no registers for it.
   __device__ __forceinline__ ComposedInputs<T> read(const PartPacks& packs, uint32_t pack, TokenBits valid) const {
+    if (sizeof(T) == 4 && valid & kWholePack) return read_wanted(packs, pack, kFourTokens | kWholePack);
+    return read_wanted(packs, pack, valid);
+  }
+
+  __device__ __forceinline__ ComposedInputs<T> read_wanted(const PartPacks& packs, uint32_t pack,
+                                                           TokenBits wanted) const {
     const auto read = [&](const void* array) {
-      return array ? packs.template read<T>(array, pack, valid) : FourTokens<T>{};
+      return array ? packs.template read<T>(array, pack, wanted) : FourTokens<T>{};
     };
     ComposedInputs<T> in;
     in.logprob = read(p_.logprobs);
     in.old = read(p_.old_logprobs);
-    in.advantage = read_values<T>(packs, p_.advantages, sequence_, pack, valid);
-    read_clips<kAll>(p_, bounds_, packs, pack, valid, in.lower, in.upper);
     in.reference = read(p_.ref_logprobs);
     in.rollout = read(p_.rollout_logprobs);
-    in.rollout_weight = read_values<T>(packs, p_.rollout_weights, sequence_, pack, valid);
-    if (has_second_advantages()) {
-      in.second = read_values<T>(packs, p_.second_advantages, sequence_, pack, valid);
-      in.second_share = read_values<T>(packs, p_.advantage_weights, sequence_, pack, valid);
-    }
-    if (has_anchor()) {
-      in.anchor = read(p_.anchor_logprobs);
-      in.anchored = p_.anchor_keep ? read_flags(p_.anchor_keep, packs.token_of(pack), valid) : valid;
-    }
+    if (has_anchor()) in.anchor = read(p_.anchor_logprobs);
     in.entropy = read(p_.entropy);
     in.weight = read(p_.token_weights);
-    in.kept = p_.keep ? read_flags(p_.keep, packs.token_of(pack), valid) : valid;
+    // What must be spread or packed as it arrives comes last.
+    in.advantage = read_values<T>(packs, p_.advantages, sequence_, pack, wanted);
+    in.rollout_weight = read_values<T>(packs, p_.rollout_weights, sequence_, pack, wanted);
+    if (has_second_advantages()) {
+      in.second = read_values<T>(packs, p_.second_advantages, sequence_, pack, wanted);
+      in.second_share = read_values<T>(packs, p_.advantage_weights, sequence_, pack, wanted);
+    }
+    read_clips<kAll>(p_, bounds_, packs, pack, wanted, in.lower, in.upper);
+    const int64_t token = packs.token_of(pack);
+    in.kept = p_.keep ? read_flags(p_.keep, token, wanted) : wanted;
+    if (has_anchor()) in.anchored = p_.anchor_keep ? read_flags(p_.anchor_keep, token, wanted) : wanted;
     return in;
   }
 

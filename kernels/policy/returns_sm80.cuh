@@ -1,5 +1,5 @@
-// Discounted returns and generalised advantages as a scan of affine maps, from the right. Each token takes the advantage
-// A to its right to b + a A; maps of neighbours combine, in threads, warps, blocks, and parts of a sequence.
+// Discounted returns and generalised advantages as a scan of affine maps, from the right. Each token takes the
+// advantage A to its right to b + a A; maps of neighbours combine, in threads, warps, blocks, and parts of a sequence.
 #pragma once
 
 #include <cmath>

@@ -146,7 +146,9 @@ PYKERN_BOTH_SIDES SequenceVerdict judge_sequence(const RolloutRules& rules, cons
   }
   verdict.keep = verdict.failed == 0 && !verdict.vetoed;
   if (rules.weight == RolloutWeight::sequence) verdict.raw_weight = exp(limited(sums[kLogRatio], rules.limit));
-  if (rules.weight == RolloutWeight::geometric) verdict.raw_weight = exp(limited(sums[kLogRatio] / tokens, rules.limit));
+  if (rules.weight == RolloutWeight::geometric) {
+    verdict.raw_weight = exp(limited(sums[kLogRatio] / tokens, rules.limit));
+  }
   return verdict;
 }
 
@@ -202,7 +204,8 @@ PYKERN_BOTH_SIDES double fill_columns(const RolloutRules& rules, const double (&
                                       const SequenceVerdict& verdict, const double (&weights)[kWeightSums],
                                       double largest_weight, double smallest_weight, double* columns) {
   const double tokens = sums[kTokens];
-  const bool any = tokens > 0, own = rules.weight == RolloutWeight::sequence || rules.weight == RolloutWeight::geometric;
+  const bool any = tokens > 0;
+  const bool own = rules.weight == RolloutWeight::sequence || rules.weight == RolloutWeight::geometric;
   const double weight = own ? bounded_weight(rules, verdict.raw_weight) : any ? weights[kWeights] / tokens : 1;
   for (int column = 0; column < kPaddedColumns; ++column) columns[column] = rollout_identity(column);
   if (!any) return weight;

@@ -25,7 +25,9 @@ __device__ __forceinline__ void correct_sequence(const RolloutParams& p, int64_t
 
   double sums[kTokenSums] = {};
   T largest[2] = {0, 0};
-  for_tokens(p.batch, range, [&](int64_t token) { measure_token(p.rules, old[token], rollout[token], sums, largest); });
+  for_tokens(p.batch, range, old, rollout, [&](int64_t, bool unmasked, T of_old, T of_rollout) {
+    if (unmasked) measure_token(p.rules, of_old, of_rollout, sums, largest);
+  });
   block_sums(sums, shared.tokens);
   const double largest_k2 = block_reduce(static_cast<double>(largest[0]), 0.0, Largest{}, shared.values);
   const double largest_k3 = block_reduce(static_cast<double>(largest[1]), 0.0, Largest{}, shared.values);
@@ -35,13 +37,12 @@ __device__ __forceinline__ void correct_sequence(const RolloutParams& p, int64_t
 
   double of_weights[kWeightSums] = {};
   T extremes[2] = {static_cast<T>(-HUGE_VAL), static_cast<T>(HUGE_VAL)};
-  for (int64_t token = range.begin + threadIdx.x; token < range.end; token += blockDim.x) {
-    const bool unmasked = !p.batch.mask || p.batch.mask[token];
+  for_tokens(p.batch, range, old, rollout, [&](int64_t token, bool unmasked, T of_old, T of_rollout) {
     TokenVerdict<T> of_token{T(0), false};
-    if (unmasked) of_token = judge_token(p.rules, verdict, old[token], rollout[token], of_weights, extremes);
+    if (unmasked) of_token = judge_token(p.rules, verdict, of_old, of_rollout, of_weights, extremes);
     p.keep[token] = of_token.keep;
     if (per_token) weights[token] = of_token.weight;
-  }
+  });
   block_sums(of_weights, shared.weights);
   const double highest = block_reduce(static_cast<double>(extremes[0]), -HUGE_VAL, Largest{}, shared.values);
   const double lowest = block_reduce(static_cast<double>(extremes[1]), HUGE_VAL, Smallest{}, shared.values);

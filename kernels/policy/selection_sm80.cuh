@@ -59,7 +59,7 @@ class SelectionKeys {
   __device__ __forceinline__ explicit SelectionKeys(const SelectionParams& params) : p_(params) {}
 
   __device__ __forceinline__ bool unmasked(int64_t token) const { return !p_.mask || p_.mask[token]; }
-  // Of an unmasked token: whether it may be selected; its key. `number` is false for NaN.
+  // Whether a token may be selected, if it is not masked; its key. `number` is false for NaN.
   __device__ __forceinline__ bool candidate(int64_t token, Key& key, bool& number) const {
     number = true;
     if constexpr (kRandom) {
@@ -201,17 +201,29 @@ __global__ void __launch_bounds__(kSelectionThreads) selection_digits_kernel(Sel
   __syncthreads();
   const auto prefix = static_cast<Key>(pass > 0 ? state.prefix : 0);
   unsigned unmasked = 0, candidates = 0, not_numbers = 0;
-  // All lanes stay together for the count.
-  for (int64_t first = int64_t{blockIdx.x} * blockDim.x; first < p.tokens; first += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t token = first + threadIdx.x;
-    Key key = 0;
-    bool number = true, active = token < p.tokens && keys.unmasked(token);
-    unmasked += active;
-    active = active && keys.candidate(token, key, number);
-    candidates += active;
-    not_numbers += !number;
-    if (pass > 0) active = active && (key ^ prefix) >> digit_shift<Key>(pass - 1) == 0;
-    count_digit(active, digit_of(key, pass), shared.digits);
+  // All lanes stay together for the count. Several tokens are read before the first is counted: reads overlap.
+  constexpr int kAtOnce = 4;
+  const int64_t step = int64_t{gridDim.x} * kSelectionThreads * kAtOnce;
+  for (int64_t first = int64_t{blockIdx.x} * kSelectionThreads * kAtOnce; first < p.tokens; first += step) {
+    Key key[kAtOnce];
+    bool active[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t token = first + i * kSelectionThreads + threadIdx.x;
+      bool number = true, counted = token < p.tokens;
+      key[i] = 0;
+      active[i] = counted && keys.candidate(token, key[i], number);
+      counted = counted && keys.unmasked(token);
+      active[i] = active[i] && counted;
+      unmasked += counted;
+      candidates += active[i];
+      not_numbers += counted && !number;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool as_wanted = pass == 0 || (key[i] ^ prefix) >> digit_shift<Key>(pass - 1) == 0;
+      count_digit(active[i] && as_wanted, digit_of(key[i], pass), shared.digits);
+    }
   }
   if (pass == 0) {
     unmasked = __reduce_add_sync(kFullWarp, unmasked);

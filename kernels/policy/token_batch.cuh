@@ -21,11 +21,28 @@ __device__ __forceinline__ TokenRange sequence_range(const TokenBatch& batch, in
   return {begin < 0 ? 0 : begin, end < batch.tokens ? end : batch.tokens};
 }
 
-// Calls `visit(token)` for the unmasked tokens of a sequence, the threads of the block taking turns.
-template <class Visit>
-__device__ __forceinline__ void for_tokens(const TokenBatch& batch, const TokenRange& range, Visit visit) {
-  for (int64_t token = range.begin + threadIdx.x; token < range.end; token += blockDim.x) {
-    if (!batch.mask || batch.mask[token]) visit(token);
+// Calls `visit(token, unmasked, first, second)` for the tokens of a sequence, with the token's value in either array;
+// the threads of the block take turns. Several tokens are read before the first is used, so that reads overlap.
+template <class T, class Visit>
+__device__ __forceinline__ void for_tokens(const TokenBatch& batch, const TokenRange& range, const T* first,
+                                           const T* second, Visit visit) {
+  constexpr int kAtOnce = 4;
+  for (int64_t start = range.begin + threadIdx.x; start < range.end; start += kAtOnce * kSequenceThreads) {
+    T of_first[kAtOnce], of_second[kAtOnce];
+    bool unmasked[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t token = start + i * kSequenceThreads;
+      const bool inside = token < range.end;
+      of_first[i] = inside ? first[token] : T(0);
+      of_second[i] = inside ? second[token] : T(0);
+      unmasked[i] = inside && (!batch.mask || batch.mask[token]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t token = start + i * kSequenceThreads;
+      if (token < range.end) visit(token, unmasked[i], of_first[i], of_second[i]);
+    }
   }
 }
 

@@ -146,31 +146,36 @@ def generalized_advantages(
     return gae(token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=response_mask, whiten=True)
 
 
-def token_baseline(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    old_log_probs: Tensor,
-    sum_pi_squared: Tensor,
-    rollout_is_weights: Tensor | None = None,
-    handle_zero_tail: bool = True,
-    epsilon: float = 1e-8,
-    **keywords,
-) -> tuple[Tensor, Tensor]:
-    """verl's optimal token baseline; its returns are the rewards to come."""
-    rewards = torch.where(response_mask != 0, token_level_rewards, 0.0)
-    returns = discounted_returns(rewards, gamma=1.0)
-    advantages = optimal_token_baseline(
-        returns,
-        _ids(index, rewards.device),
-        old_log_probs,
-        sum_pi_squared,
-        mask=response_mask,
-        weights=rollout_is_weights,
-        zero_tail=handle_zero_tail,
-        eps=epsilon,
-    )
-    return advantages, returns
+def token_baseline(align: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """verl's optimal token baselines: steps counted by "position", or by unmasked "token". Returns: rewards to come."""
+
+    def function(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        old_log_probs: Tensor,
+        sum_pi_squared: Tensor,
+        rollout_is_weights: Tensor | None = None,
+        handle_zero_tail: bool = True,
+        epsilon: float = 1e-8,
+        **keywords,
+    ) -> tuple[Tensor, Tensor]:
+        returns = discounted_returns(torch.where(response_mask != 0, token_level_rewards, 0.0), gamma=1.0)
+        advantages = optimal_token_baseline(
+            returns,
+            old_log_probs,
+            sum_pi_squared,
+            _ids(index, returns.device),
+            mask=response_mask,
+            importance_weights=rollout_is_weights,
+            align=align,
+            zero_tail=handle_zero_tail,
+            eps=epsilon,
+            singleton="self",
+        )
+        return advantages, returns
+
+    return function
 
 
 ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -185,8 +190,8 @@ ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "remax": remax,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": outcome_advantages("reinforce_pp_baseline"),
-    "optimal_token_baseline": token_baseline,
-    "tir_optimal_token_baseline": token_baseline,
+    "optimal_token_baseline": token_baseline("position"),
+    "tir_optimal_token_baseline": token_baseline("token"),
 }
 """verl's estimators, in its own names."""
 
@@ -262,6 +267,8 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
     """A policy loss of verl's signature: one of verl's names, or a row of pykern.LOSSES, and keywords of policy_loss.
 
     Rows of pykern.LOSSES take `clip_ratio_low` and `clip_ratio_high` from verl's settings where those are not None.
+    In gspo, weights or advantages that differ within a response are differentiated through the ratio of the whole
+    response; verl gives each token the gradient of its own.
     """
 
     def function(
@@ -301,8 +308,9 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
             rollout_is_weights = torch.exp(logs.sum(dim=-1) / ((response_mask != 0).sum(dim=-1) + 1e-8))
         elif rollout_is_weights is not None and name in ("dro", "kl_cov"):
             # They weigh the distance from the old policy as well.
+            del keywords["aggregate"]
             share = policy_loss_token_weights(log_prob, mask=response_mask, aggregate=aggregate, **batch)
-            keywords["token_weights"], rollout_is_weights = share * rollout_is_weights, None
+            keywords["token_weights"], rollout_is_weights, batch = share * rollout_is_weights, None, {}
         loss, metrics = policy_loss(
             log_prob,
             old_log_prob,

@@ -1,6 +1,7 @@
 """Group-normalised policy optimisation: advantages, policy losses, token log-probabilities."""
 
 from .advantages import group_advantages, group_entropy
+from .disco import DISCO_LOSSES, disco_loss
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, SCALES, TRANSFORMS
 from .linear import linear_token_logprobs
 from .linear_loss import linear_policy_loss
@@ -11,12 +12,23 @@ from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 from .order_statistics import masked_moments, masked_quantile, share_mask
 from .returns import CARRIES, discounted_returns, gae, length_adaptive_lambda, masked_whiten
 from .rollout import ROLLOUT_CORRECTIONS, RolloutCorrection, rollout_correction
-from .selection import clip_cov_mask, hapo_modulation, kl_cov_mask, low_probability_mask, opsm_mask, top_entropy_mask
+from .selection import (
+    aepo_rows,
+    clip_cov_mask,
+    hapo_modulation,
+    kl_cov_mask,
+    low_probability_mask,
+    opsm_mask,
+    top_entropy_mask,
+)
+from .token_baseline import ALIGNMENTS, optimal_token_baseline
 
 __all__ = [
     "AGGREGATES",
+    "ALIGNMENTS",
     "BASELINES",
     "CARRIES",
+    "DISCO_LOSSES",
     "ESTIMATORS",
     "FILTERS",
     "FINISHES",
@@ -27,9 +39,11 @@ __all__ = [
     "RolloutCorrection",
     "SCALES",
     "TRANSFORMS",
+    "aepo_rows",
     "annealed_coef",
     "clip_cov_mask",
     "copo_weights",
+    "disco_loss",
     "discounted_returns",
     "gae",
     "group_advantages",
@@ -44,6 +58,7 @@ __all__ = [
     "masked_quantile",
     "masked_whiten",
     "opsm_mask",
+    "optimal_token_baseline",
     "policy_loss",
     "policy_loss_token_weights",
     "rollout_correction",

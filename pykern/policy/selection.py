@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .order_statistics import _check_values, _flags, masked_moments, masked_quantile, share_mask
+from .order_statistics import _check_values, _flags, _prepare, masked_moments, masked_quantile, share_mask
 from .rollout import _correct
 
 
@@ -57,7 +57,7 @@ def clip_cov_mask(
     max(floor(share n), 1) leave, or all if they are fewer, by a draw that `seed` and a token's place decide (see
     share_mask): pass another seed at each step.
 
-    For policy_loss(loss="grpo", keep=..., clip_low=..., clip_high=...). Paper: arXiv 2505.22617. verl's "clip_cov"
+    For policy_loss(loss="clip_cov", keep=..., clip_low=..., clip_high=...). Paper: arXiv 2505.22617. verl's "clip_cov"
     has the same candidates and count and draws by torch.randperm; its clip_cov_ratio is `share`, clip_cov_lb and _ub
     are covariance_low and _high.
 
@@ -72,8 +72,8 @@ def clip_cov_mask(
         TypeError, ValueError: naming the argument.
     """
     flags = _check_tokens(logprobs, mask, old_logprobs=old_logprobs)
-    per_token = _per_token(advantages, logprobs)
-    ratio = (logprobs - old_logprobs).detach().exp()
+    per_token = _prepare(_per_token(advantages, logprobs))
+    ratio = (_prepare(logprobs) - _prepare(old_logprobs)).exp()
     clipped = -per_token * ratio.clamp(1 - clip_low, 1 + clip_high) > -per_token * ratio
     covariance = _covariance(logprobs, per_token, flags)
     candidates = (covariance > covariance_low) & (covariance < covariance_high) & ~clipped
@@ -86,9 +86,8 @@ def kl_cov_mask(logprobs: Tensor, advantages: Tensor, mask: Tensor | None = None
     With means over the n unmasked tokens, cov_t = (A_t - mean A)(l_t - mean l); of equal ones the first. Their loss
     becomes -A ratio + coef |l - lo|.
 
-    For policy_loss(loss="grpo", clip_low=math.inf, clip_high=math.inf, anchor_logprobs=old_logprobs, anchor="abs",
-    anchor_coef=1.0, anchor_keep=...). Paper: arXiv 2505.22617. verl's "kl_cov" has the same tokens; its kl_cov_ratio is
-    `share`, its ppo_kl_coef is anchor_coef.
+    For policy_loss(loss="kl_cov", anchor_keep=...). Paper: arXiv 2505.22617. verl's "kl_cov" has the same tokens; its
+    kl_cov_ratio is `share`, its ppo_kl_coef is anchor_coef.
 
     Args:
         logprobs: of the taken tokens, [B, T] or [N]; no gradient passes through the choice.
@@ -116,13 +115,9 @@ def low_probability_mask(
     Among the n unmasked tokens of negative advantage, the max(floor(share n), 1) of lowest log-probability l, of equal
     ones the first; of those, the ones with l < lp, lp being the taken token's log-probability under the proxy (the
     policy's distribution without tokens below a share of its highest probability, renormalised). Their loss is
-    replaced by -A ratio + coef k3, k3 = exp(lp - l) + l - lp: unclipped, that is
+    replaced by -A ratio + coef k3, k3 = exp(lp - l) + l - lp; as A < 0, bounds of 1 - 1 and 1 + 9 never clip them.
 
-        selected = low_probability_mask(logprobs, proxy_logprobs, advantages, mask)
-        bound = lambda distance: torch.full_like(logprobs, distance).masked_fill(selected, math.inf)
-        policy_loss(..., clip_low=bound(1.0), clip_high=bound(9.0), anchor_logprobs=proxy_logprobs, anchor="k3",
-                    anchor_coef=coef, anchor_keep=selected)
-
+    For policy_loss(loss="lp_reg", anchor_logprobs=proxy_logprobs, anchor_coef=coef, anchor_keep=...).
     Paper: arXiv 2510.03222. Its code selects nobody where floor(share n) is at most 1; `published=True` does so, too.
     Otherwise its compute_policy_loss_lp_reg has the same tokens; logp_neg_k_percent is `share`.
 
@@ -171,8 +166,8 @@ def hapo_modulation(
     - factor = 1 + advantage_strength h where h > 0 and ratio lies outside (1 - low / 2, 1 + high / 2), or h <= 0 and it
       lies inside; else 1.
 
-    For policy_loss(clip_low=low, clip_high=high, advantages=factor * A). The division by the root of the mean square
-    that the paper has between the two steps cancels in h.
+    For policy_loss(loss="hapo", clip_low=low, clip_high=high), with factor * A as the advantages. The division by the
+    root of the mean square that the paper has between the two steps cancels in h.
 
     Paper: arXiv 2509.16591. Its code divides by min(e - p) with its sign, so h is never negative there and the rules
     for h <= 0 do nothing; `published=True` does so, too. Then it is its compute_policy_loss with adaptive_clip,
@@ -200,7 +195,7 @@ def hapo_modulation(
     h = torch.where(steady, 0.0, h)
     low = clip_low * torch.where(h <= 0, 1 - clip_strength * h, 1.0)
     high = clip_high * torch.where(h > 0, 1 + clip_strength * h, 1.0)
-    ratio = (logprobs - old_logprobs).detach().to(dtype).exp()
+    ratio = (_prepare(logprobs) - _prepare(old_logprobs)).exp()
     inside = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
     factor = torch.where((h > 0) == inside, 1.0, 1 + advantage_strength * h)
     return low, high, factor
@@ -254,6 +249,58 @@ def opsm_mask(
     return near if mask is None else near & (mask != 0)
 
 
+def aepo_rows(
+    advantages: Tensor,
+    regulariser_advantages: Tensor,
+    *,
+    entropy: float | Tensor,
+    target: float,
+    samples: int,
+    threshold: float = 0.05,
+) -> tuple[Tensor, Tensor]:
+    """AEPO: which responses make up the batch of a step, rows and their advantages, both [B].
+
+    Beside the B responses of the batch, M are sampled again for a part of its prompts, at a high temperature where the
+    last step's mean entropy is at most `target`, else at a low one. Of these, those of advantage above `threshold` are
+    taken in their order, at most `samples` of them, and half as many (rounded down) where entropy > target. They
+    replace the first responses of the batch, with advantage 1, so the loss has a REINFORCE term that moves the policy
+    towards that temperature's. `rows` counts in the M followed by the B:
+
+        rows, advantages = aepo_rows(...)
+        policy_loss(torch.cat([regulariser_logprobs, logprobs])[rows], ..., advantages)
+
+    Paper: arXiv 2510.08141. Its trainer resamples a quarter of the prompts; `samples` is its reinforce_sample_num.
+
+    Args:
+        advantages: of the batch's responses, [B].
+        regulariser_advantages: of those sampled again, [M].
+        entropy: the policy's mean entropy at the last step, a number or a tensor of one element, which stays on
+            the device.
+        target: what it is held at.
+        samples: at least 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    for name, tensor in (("advantages", advantages), ("regulariser_advantages", regulariser_advantages)):
+        _check_values(tensor, name)
+        if tensor.dim() != 1:
+            raise ValueError(f"{name}: expected one per response, got {list(tensor.shape)}")
+    if samples < 0:
+        raise ValueError(f"samples: expected a count of at least 0, got {samples!r}")
+    batch, resampled = advantages.shape[0], regulariser_advantages.shape[0]
+    place = torch.arange(batch, device=advantages.device)
+    if resampled == 0:
+        return place, advantages.detach().clone()
+    fits = regulariser_advantages.detach() > threshold
+    first = torch.argsort((~fits).to(torch.uint8), stable=True)  # those that fit, in their order
+    count = fits.sum().clamp(max=samples)
+    count = torch.where(torch.as_tensor(entropy, device=advantages.device) > target, count // 2, count).reshape(())
+    replaced = place < count
+    rows = torch.where(replaced, first[place.clamp(max=resampled - 1)], resampled + place)
+    return rows, torch.where(replaced, 1.0, advantages.detach())
+
+
 def _check_tokens(logprobs: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor | None:
     _check_values(logprobs, "logprobs")
     for name, tensor in others.items():
@@ -278,9 +325,10 @@ def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def _covariance(logprobs: Tensor, advantages: Tensor, flags: Tensor | None) -> Tensor:
-    """(A - mean A)(l - mean l) of each token, in the type that the log-probabilities are computed in."""
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    of_advantages, of_logprobs = (
-        tensor.detach().to(dtype) - masked_moments(tensor, flags)[1].to(dtype) for tensor in (advantages, logprobs)
-    )
-    return of_advantages * of_logprobs
+    """(A - mean A)(l - mean l) of each token."""
+
+    def centred(tensor: Tensor) -> Tensor:
+        values = _prepare(tensor)
+        return values - masked_moments(values, flags)[1].to(values.dtype)
+
+    return centred(advantages) * centred(logprobs)

@@ -46,6 +46,8 @@ KINDS: dict[str, str] = {
     "policy: policy_loss_kernel<*, true, (LossExtras)0>": OTHER,
     "policy: policy_loss_kernel<*": MEMORY,
     "policy: sequence_sums_kernel<*": MEMORY,
+    "policy: measure_rows_kernel<*": MEMORY,
+    "policy: token_baseline_kernel<*": MEMORY,
     "policy: token_logprobs_kernel<*": MEMORY,
     "policy: token_logprobs_backward_kernel<*": MEMORY,
     "policy: linear_logprobs_segments_kernel<*": MEMORY,
@@ -74,6 +76,10 @@ KINDS: dict[str, str] = {
     # A token for each thread, two values and a byte of its mask; a dozen sums of each token.
     "policy: rollout_correction_kernel<*": OTHER,
     "policy: rollout_normalize_kernel<*": OTHER,
+    "policy: link_rows_kernel": OTHER,
+    "policy: disco_scores_kernel<*": OTHER,
+    "policy: disco_groups_kernel<*": OTHER,
+    "policy: disco_gradient_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -92,6 +98,7 @@ WIDE_STORES = (
     "policy: discounted_scan_kernel<*",
     "policy: policy_loss_gradient_kernel<*",
     "policy: policy_loss_kernel<*",
+    "policy: token_baseline_kernel<*",
     "policy: token_logprobs_backward_kernel<*",
     "policy: linear_logprobs_gradient_kernel<*",
     "policy: linear_logprobs_accumulate_kernel<*",
@@ -123,9 +130,14 @@ DOUBLES: dict[str, str] = {
     "policy: group_entropy_kernel": "its result is float64",
     "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: rollout_normalize_kernel<*": "one divisor per thread",
+    "policy: disco_scores_kernel<*": "sums over all tokens of a sequence",
+    "policy: disco_groups_kernel<*": "a group's exponentials, a value per sequence",
+    "policy: disco_gradient_kernel<*": "one factor per sequence",
     "policy: discounted_scan_kernel<*": "running values, which rounding in float32 would let drift",
+    "policy: measure_rows_kernel<*": "sums over all tokens of a response",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
+    "policy: token_baseline_kernel<*": "sums over the tokens before, and over the responses of a group",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
     "policy: token_logprobs_backward_kernel<*": "a temperature per row, once per row",
     "policy: linear_logprobs_segments_kernel<*": "a temperature per row, once per row and segment; the bias",

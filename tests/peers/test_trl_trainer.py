@@ -54,7 +54,12 @@ def train(trainer_class, folder, **settings):
     # TRL loads the model for the KL term a second time, by its name.
     model().save_pretrained(folder / "model")
     trainer = trainer_class(
-        str(folder / "model"), [vowels, short], args=arguments, train_dataset=prompts, processing_class=tokenizer(), **keywords
+        str(folder / "model"),
+        [vowels, short],
+        args=arguments,
+        train_dataset=prompts,
+        processing_class=tokenizer(),
+        **keywords,
     )
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]

@@ -1,4 +1,4 @@
-"""The op of policy_loss under the names of its definition: every part beside every other, also where no loss has both."""
+"""The op of policy_loss under the names of its definition: every part beside every other, in no row of LOSSES too."""
 
 import math
 

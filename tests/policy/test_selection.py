@@ -154,6 +154,19 @@ def test_hapo_of_equal_entropies_changes_nothing():
     assert low.eq(0.2).all() and high.eq(0.2).all() and factor.eq(1).all()
 
 
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("entropy", [0.4, 0.5, 0.6, torch.tensor([0.6])])
+@pytest.mark.parametrize("samples", [0, 2, 5, 100])
+@pytest.mark.parametrize("batch_size, resampled", [(8, 6), (3, 12), (5, 0), (0, 4)])
+def test_aepo(batch_size, resampled, samples, entropy):
+    advantages, again = torch.randn(batch_size), torch.randn(resampled)
+    rows, replaced = pykern.aepo_rows(advantages, again, entropy=entropy, target=0.5, samples=samples, threshold=0.1)
+    fits = [row for row in range(resampled) if again[row] > 0.1][:samples]
+    fits = fits[: len(fits) // 2 if entropy > 0.5 else len(fits)][:batch_size]
+    assert rows.tolist() == fits + [resampled + row for row in range(len(fits), batch_size)]
+    assert replaced.tolist() == [1.0] * len(fits) + advantages.tolist()[len(fits) :]
+
+
 CALLS = {
     "top_entropy_mask": lambda l, o, e, a, m: pykern.top_entropy_mask(e, m),
     "clip_cov_mask": lambda l, o, e, a, m: pykern.clip_cov_mask(l, o, a, m, covariance_low=0.1),
@@ -202,6 +215,10 @@ def test_sizes(name, shape):
         (lambda l, a: pykern.clip_cov_mask(l, a, a), ValueError, r"old_logprobs: .* \[2, 3\], got \[2\]"),
         (lambda l, a: pykern.low_probability_mask(l, a, a), ValueError, "proxy_logprobs: expected the shape"),
         (lambda l, a: pykern.hapo_modulation(a, l, l), ValueError, "entropy: expected the shape of logprobs"),
+        (lambda l, a: pykern.opsm_mask(l, a, a, delta=0.1), ValueError, "rollout_logprobs: expected the shape"),
+        (lambda l, a: pykern.opsm_mask(a, a, a, delta=0.1), ValueError, r"logprobs: expected \[B, T\], got \[2\]"),
+        (lambda l, a: pykern.aepo_rows(l, a, entropy=0, target=0, samples=1), ValueError, r"advantages: .* \[2, 3\]"),
+        (lambda l, a: pykern.aepo_rows(a, a, entropy=0, target=0, samples=-1), ValueError, "samples: .* got -1"),
         (lambda l, a: pykern.hapo_modulation(l, l, l, pivot=3), ValueError, "q: .* got 3"),
     ],
 )
