@@ -156,6 +156,22 @@ def token_baseline() -> Iterator[Case]:
             yield label, lambda r=rows, c=columns, a=align: baseline(r, c, a)
 
 
+def risk() -> Iterator[Case]:
+    def step(size: int, bundles: int, credit: str) -> list[Tensor]:
+        groups, bundle_ids = torch.randint(-3, 3, (size,)), torch.randint(bundles, (size,))
+        tracker = pykern.QuantileTracker(device=torch.get_default_device())
+        for _ in range(2):
+            advantages, metrics = pykern.risk_advantages(
+                normal(size), groups, bundle_ids, credit=credit, tracker=tracker, return_metrics=True
+            )
+            tracker.update(metrics["scores"])
+        return [advantages, tracker.values]
+
+    for size, bundles in ((1, 1), (77, 5), (300, 2)):
+        for credit in pykern.CREDITS:
+            yield f"risk_advantages {size} in {bundles} {credit}", lambda n=size, b=bundles, c=credit: step(n, b, c)
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -326,6 +342,7 @@ FAMILIES = (
     rollout,
     returns,
     token_baseline,
+    risk,
 )
 
 

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_join_kernel(co
   }
   const Real* const largests = static_cast<const Real*>(params.largest) + row;
   const Real* const sums = static_cast<const Real*>(params.sum) + row;
-  const Real* const weights = static_cast<const Real*>(params.weighted) + row;
+  const Real* const weights = static_cast<const Real*>(params.weighted) + (entropy ? row : 0);
   Real largest = Exponential<Real>::kLowest;
   for (int64_t segment = 0; segment < params.segments; ++segment) {
     largest = larger(largest, largests[segment * params.rows]);
