@@ -143,7 +143,8 @@ def test_any_parts_together(seed, form):
         actual, exact = run_op(positional, tensors, keywords), define(positional, tensors, keywords)
         same = define(positional, tensors, keywords, dtype)
         for got, want, other in zip(actual[2:], exact[2:], same[2:]):
-            assert_accurate(got, want, other, units=256.0 if dtype == torch.float64 else 8.0)
+            # In float64 the definition is no more exact than the op: a gate near one cancels, times a large ratio.
+            assert_accurate(got, want, other, units=1024.0 if dtype == torch.float64 else 8.0)
         # Terms of either sign cancel in a sum; their roundings do not.
         terms = sum(gradient.abs().sum().item() for gradient in exact[2:])
         bound = lambda want: 64 * torch.finfo(dtype).eps * (abs(want) + terms + 1)  # noqa: E731
