@@ -41,8 +41,43 @@ def advantages(samples: int, groups: int) -> Callable[[], dict[str, Callable]]:
     return make
 
 
+def any_estimator(samples: int, groups: int, estimator: str, verl: str | None) -> Callable[[], dict[str, Callable]]:
+    """Beside verl's function of this name."""
+
+    def make():
+        torch.manual_seed(0)
+        ids = (torch.arange(samples) % groups)[torch.randperm(samples)]
+        rewards, lengths = torch.rand(samples), torch.randint(1, 9, (samples,))
+        components = torch.stack([rewards, rewards.square()], dim=1) if estimator == "gdpo" else rewards
+        providers = {"pykern": lambda: pykern.group_advantages(components, ids, estimator=estimator, lengths=lengths)}
+        if verl and importlib.util.find_spec("verl"):
+            from verl.trainer.ppo import core_algos
+
+            mask = (torch.arange(8, device=lengths.device) < lengths[:, None]).float()
+            tokens, labels = torch.zeros_like(mask), ids.cpu().numpy()
+            tokens[:, 0] = rewards
+            function = core_algos.get_adv_estimator_fn(verl)
+            providers[f"verl {verl}"] = lambda: function(tokens.clone(), mask, labels)
+        return providers
+
+    return make
+
+
 def cases(device: str) -> list[Case]:
-    return [
+    listed = [
         Case("policy", "group_advantages", f"{samples} in {groups}", advantages(samples, groups), bytes=20.0 * samples)
         for samples, groups in ((1024, 128), (16384, 1024))
     ]
+    for estimator, verl in (
+        ("rloo", "rloo_vectorized"),
+        ("opo", "opo"),
+        ("reinforce_pp_baseline", "reinforce_plus_plus_baseline"),
+        ("grpo_leave_one_out", None),
+        ("hapo", None),
+        ("bnpo", None),
+        ("gdpo", None),
+    ):
+        make = any_estimator(16384, 1024, estimator, verl)
+        moved = 28.0 * 16384 + (4.0 * 16384 if estimator == "gdpo" else 0)
+        listed.append(Case("policy", f"group_advantages {estimator}", "16384 in 1024", make, bytes=moved))
+    return listed

@@ -1,5 +1,6 @@
-"""Log-probabilities and losses at the size of a GPU's micro-batch, where a CPU takes half a minute: beside
-torch.compile, and liger-kernel where it is installed.
+"""Log-probabilities, and a loss from hidden states, at the size of a GPU's micro-batch: half a minute of a CPU.
+
+Beside torch.compile, and liger-kernel where it is installed.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from torch import Tensor
 import pykern
 from bench.harness import Case
 from bench.policy.cases_logprobs import by_eager_head, by_log_softmax, linear_case, token_case, token_peers
-from bench.policy.cases_loss import eager_loss
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -39,64 +39,55 @@ def linear_peers_of_a_gpu() -> dict[str, tuple[Callable[..., Tensor], int | None
     return peers
 
 
-def clipped_loss_case(rows: int, columns: int, loss: str) -> Case:
-    """A ratio's clip and a KL estimate: the loss and its gradient."""
+def loss_case(rows: int, hidden_size: int, vocabulary: int) -> Case:
+    """Hidden states to the gradients of a token-level loss. More workspace saves the logits' second product."""
 
     def make() -> dict[str, Callable[[], object]]:
         torch.manual_seed(0)
-        logprobs = (-torch.rand(rows, columns)).requires_grad_()
-        old, reference = (logprobs.detach() + 0.1 * torch.randn(rows, columns) for _ in range(2))
-        advantages, mask = torch.randn(rows), torch.rand(rows, columns) < 0.8
-        chain = compiled(lambda x: eager_loss(x, old, advantages, mask, reference, loss))
+        hidden = torch.randn(rows, hidden_size).bfloat16().requires_grad_()
+        weight = (torch.randn(vocabulary, hidden_size) / hidden_size**0.5).bfloat16().requires_grad_()
+        targets = torch.randint(vocabulary, (rows,))
+        sequences = torch.arange(17) * (rows // 16)
+        old_logprobs, advantages = -torch.rand(rows), torch.randn(16)
+        head = compiled(by_eager_head)
 
-        def step() -> object:
-            value, _ = pykern.policy_loss(
-                logprobs, old, advantages, mask=mask, loss=loss, kl="k3", kl_coef=0.05, ref_logprobs=reference
-            )
-            return torch.autograd.grad(value, logprobs)
+        def by_parts() -> Tensor:
+            logprobs = head(hidden, weight, targets)
+            return pykern.policy_loss(logprobs, old_logprobs, advantages, cu_seqlens=sequences)[0]
 
-        return {"pykern": step, "torch.compile": lambda: torch.autograd.grad(chain(logprobs), logprobs)}
+        def at_once(workspace_bytes: int) -> Callable[[], Tensor]:
+            return lambda: pykern.linear_policy_loss(
+                hidden,
+                weight,
+                targets,
+                old_logprobs,
+                advantages,
+                cu_seqlens=sequences,
+                workspace_bytes=workspace_bytes,
+            )[0]
 
-    # Three inputs and a mask byte read, the coefficient written, read and scaled into the gradient.
-    moved = 25.0 * rows * columns
-    return Case("policy", f"policy_loss {loss} beside torch.compile", f"{rows}x{columns}", make, bytes=moved)
+        def provider(loss: Callable[[], Tensor]) -> Callable[[], object]:
+            def step() -> None:
+                hidden.grad = weight.grad = None
+                loss().backward()
 
+            return step
 
-def composed_loss_case(rows: int, columns: int) -> Case:
-    """A gate of the ratio times weights of the rollout, less an entropy bonus: the loss and both gradients."""
-    high, low = pykern.LOSSES["sapo"].temperatures
+        return {
+            "pykern": provider(at_once(8 << 30)),
+            "the same in 4 GiB": provider(at_once(4 << 30)),
+            "the same in 512 MiB": provider(at_once(512 << 20)),
+            "torch.compile, policy_loss": provider(by_parts),
+        }
 
-    def chain(logprobs, entropy, old, advantages, mask, weights):
-        temperature = torch.where(advantages > 0, high, low)
-        gate = torch.sigmoid(temperature * ((logprobs - old).exp() - 1))
-        tokens = -advantages * (4 / temperature) * gate * weights - 0.001 * entropy
-        return (torch.where(mask, tokens, 0.0)).sum() / mask.sum()
-
-    def make() -> dict[str, Callable[[], object]]:
-        torch.manual_seed(0)
-        logprobs = (-torch.rand(rows, columns)).requires_grad_()
-        entropy = torch.rand(rows, columns).requires_grad_()
-        old = logprobs.detach() + 0.1 * torch.randn(rows, columns)
-        advantages, weights = torch.randn(rows, columns), torch.rand(rows, columns)
-        mask = torch.rand(rows, columns) < 0.8
-        by_compiler = compiled(chain)
-
-        def step() -> object:
-            value, _ = pykern.policy_loss(
-                logprobs, old, advantages, mask=mask, loss="sapo", aggregate="token-mean", rollout_weights=weights,
-                entropy=entropy, entropy_coef=0.001,
-            )  # fmt: skip
-            return torch.autograd.grad(value, (logprobs, entropy))
-
-        def compiled_step() -> object:
-            value = by_compiler(logprobs, entropy, old, advantages, mask, weights)
-            return torch.autograd.grad(value, (logprobs, entropy))
-
-        return {"pykern": step, "torch.compile": compiled_step}
-
-    # Five inputs and a mask byte read, two coefficients written, read and scaled into gradients.
-    moved = 45.0 * rows * columns
-    return Case("policy", "policy_loss sapo, weighted, with entropy", f"{rows}x{columns}", make, bytes=moved)
+    return Case(
+        "policy",
+        "linear_policy_loss_forward_backward",
+        f"N={rows} H={hidden_size} V={vocabulary} bfloat16",
+        make,
+        flops=6 * rows * hidden_size * vocabulary,
+        dtype="bfloat16",
+    )
 
 
 def cases() -> list[Case]:
@@ -106,5 +97,4 @@ def cases() -> list[Case]:
             token_case(8192, 151936, torch.bfloat16, backward, token_peers_of_a_gpu),
             linear_case(8192, 4096, 131072, torch.bfloat16, backward, linear_peers_of_a_gpu),
         ]
-    found += [clipped_loss_case(4096, 8192, loss) for loss in ("grpo", "gspo", "gmpo")]
-    return [*found, composed_loss_case(4096, 8192)]
+    return [*found, loss_case(8192, 4096, 131072)]

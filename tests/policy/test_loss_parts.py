@@ -130,10 +130,7 @@ def define(positional: tuple, tensors: dict, keywords: dict, dtype=torch.float64
     return differentiate(reference.policy_loss, tuple(tensor.to(dtype) for tensor in positional), keywords | cast)
 
 
-@pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("form", [lambda tensors: tensors, packed], ids=["padded", "packed"])
-@pytest.mark.parametrize("seed", range(60))
-def test_any_parts_together(seed, form):
+def check_draw(seed: int, form) -> None:
     keywords = draw(seed)
     for dtype in (torch.float64, torch.float32):
         positional, tensors = draw_tensors(seed, keywords, dtype, form)
@@ -147,6 +144,18 @@ def test_any_parts_together(seed, form):
         assert abs(actual[0].item() - exact[0].item()) <= bound(exact[0].item())
         for name, want in exact[1].items():
             assert abs(actual[1][name].item() - want.item()) <= bound(want.item()), name
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("form", [lambda tensors: tensors, packed], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(60))
+def test_any_parts_together(seed, form):
+    check_draw(seed, form)
+
+
+@pytest.mark.parametrize("seed", range(60, 80))
+def test_any_parts_together_on_each_level(seed, cpu_level):
+    check_draw(seed, lambda tensors: tensors)
 
 
 @pytest.mark.parametrize("seed", range(12))
