@@ -322,7 +322,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor hidden, Tensor weight, Tensor
 void add_weight_gradient(const Head& head, const Tensor& gradient, const Tensor& hidden, const Tensor& sums,
                          Stream stream) {
   const int64_t columns = head.hidden_size, stride = sums.size(1);
-  const int64_t entries_at_once = std::max<int64_t>(kPartBytes / (sums.element_size() * columns), 1);
+  // Whole lines of memory, as the library that multiplies likes them.
+  const int64_t entries_at_once = std::max<int64_t>(kPartBytes / (sums.element_size() * columns) / 64 * 64, 64);
   Tensor parts = cuda::empty(sums, {std::min(entries_at_once, head.vocabulary), columns}, sums.scalar_type());
   float *const sum = cuda::output<float>(sums), *const part = cuda::workspace<float>(parts);
   const Tensor transposed = cuda::transposed(gradient);

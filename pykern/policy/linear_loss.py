@@ -197,19 +197,20 @@ class _LinearPolicyLoss(torch.autograd.Function):
         active = (targets >= 0).nonzero().squeeze(1) if can_look_at(targets) else None
         whole = active is None or active.shape == targets.shape
         count = targets.shape[0] if whole else active.shape[0]
+        # Chunks of about one size.
+        chunks = max(-(-count // max(tokens.rows_of_a_chunk, 1)), 1)
+        rows_of_a_chunk = max(-(-count // (chunks * 64)) * 64, 64)
         sums = None
         if needs_weight:
             # One chunk alone needs no sums besides its gradient.
-            alone = count <= tokens.rows_of_a_chunk and weight.dtype != torch.float32
+            alone = chunks == 1 and weight.dtype != torch.float32
             sums = (
                 weight.new_zeros(weight.shape) if alone else weight.new_zeros(_sums_shape(weight), dtype=torch.float32)
             )
         evaluated = None
-        logits = hidden.new_empty(
-            (-(-min(tokens.rows_of_a_chunk, count) // 64) * 64, -(-weight.shape[0] // 192) * 192), dtype=torch.float32
-        )
-        for first in range(0, count, tokens.rows_of_a_chunk):
-            rows = slice(first, min(first + tokens.rows_of_a_chunk, count))
+        logits = hidden.new_empty((rows_of_a_chunk, -(-weight.shape[0] // 192) * 192), dtype=torch.float32)
+        for first in range(0, count, rows_of_a_chunk):
+            rows = slice(first, min(first + rows_of_a_chunk, count))
             rows = rows if whole else active[rows]
             temperatures = None if tokens.row_temperature is None else tokens.row_temperature[rows]
             given = (hidden[rows], weight, targets[rows], bias, temperatures, tokens.temperature, softcap)

@@ -130,6 +130,11 @@ def test_everything_at_every_level(cpu_level, dtype, units):
     check(head, *arguments(tensors, entropy_coef=0.1), units=units, rows=64 * 4, **EVERYTHING)
 
 
+def test_bfloat16_in_one_chunk():
+    head, tensors = make(dtype=torch.bfloat16, bias=True)
+    check(head, *arguments(tensors), rows=None, units=4)
+
+
 def test_temperature_of_each_token():
     head, tensors = make()
     temperature = 0.5 + torch.rand(tensors["mask"].shape)
