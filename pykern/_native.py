@@ -34,6 +34,7 @@ FAMILY_OPS = {
         "discounted_scan",
         "masked_whiten",
         "optimal_token_baseline",
+        "risk_advantages",
         "policy_loss_forward",
         "policy_loss_backward",
         "policy_loss_token_weights",

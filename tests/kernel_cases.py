@@ -156,6 +156,22 @@ def token_baseline() -> Iterator[Case]:
             yield label, lambda r=rows, c=columns, a=align: baseline(r, c, a)
 
 
+def risk() -> Iterator[Case]:
+    def step(size: int, bundles: int, credit: str) -> list[Tensor]:
+        groups, bundle_ids = torch.randint(-3, 3, (size,)), torch.randint(bundles, (size,))
+        tracker = pykern.QuantileTracker(device=torch.get_default_device())
+        for _ in range(2):
+            advantages, metrics = pykern.risk_advantages(
+                normal(size), groups, bundle_ids, credit=credit, tracker=tracker, return_metrics=True
+            )
+            tracker.update(metrics["scores"])
+        return [advantages, tracker.values]
+
+    for size, bundles in ((1, 1), (77, 5), (300, 2)):
+        for credit in pykern.CREDITS:
+            yield f"risk_advantages {size} in {bundles} {credit}", lambda n=size, b=bundles, c=credit: step(n, b, c)
+
+
 def logprobs() -> Iterator[Case]:
     def step(rows: int, vocabulary: int, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
         source = (
@@ -201,6 +217,22 @@ def linear_logprobs() -> Iterator[Case]:
                     label,
                     lambda n=rows, h=hidden_size, v=vocabulary, d=dtype, o=options: step(n, h, v, d, o),
                 )
+
+    def loss_step(hidden_size: int, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [normal(300, hidden_size, dtype=dtype), normal(601, hidden_size, dtype=dtype), normal(601)]
+        leaves = [tensor.requires_grad_() for tensor in leaves]
+        targets = torch.randint(601, (300,))
+        targets[1::3] = -100
+        loss, metrics = pykern.linear_policy_loss(
+            leaves[0], leaves[1], targets, -torch.rand(300), normal(3), bias=leaves[2], softcap=3.0, entropy_coef=0.1,
+            cu_seqlens=torch.tensor([0, 100, 150, 300]),
+        )  # fmt: skip
+        loss.backward()
+        return [loss, *metrics.values(), *(leaf.grad for leaf in leaves)]
+
+    for hidden_size in (64, 33):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"linear_policy_loss {hidden_size} {str(dtype)[6:]}", lambda h=hidden_size, d=dtype: loss_step(h, d)
 
 
 def lowrank() -> Iterator[Case]:
@@ -310,6 +342,7 @@ FAMILIES = (
     rollout,
     returns,
     token_baseline,
+    risk,
 )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import pykern
 from bench.harness import Case
+from pykern.reference import policy_risk
 
 
 def loop_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -85,6 +86,21 @@ def token_baseline(rows: int, columns: int) -> Callable[[], dict[str, Callable]]
     return make
 
 
+def risk(samples: int, responses: int, in_bundle: int) -> Callable[[], dict[str, Callable]]:
+    """RiskPO, of which no library has more than a loop over bundles and papers; the definition is one over bundles."""
+
+    def make():
+        torch.manual_seed(0)
+        groups = (torch.arange(samples) // responses)[torch.randperm(samples)]
+        rewards = torch.rand(samples)
+        return {
+            "pykern": lambda: pykern.risk_advantages(rewards, groups, groups // in_bundle),
+            "torch loop": lambda: policy_risk.risk_advantages(rewards, groups, groups // in_bundle),
+        }
+
+    return make
+
+
 def cases(device: str) -> list[Case]:
     rows, columns = (16384, 8192) if device == "cuda" else (256, 8192)
     shape, tokens = f"{rows}x{columns}", float(rows * columns)
@@ -95,4 +111,5 @@ def cases(device: str) -> list[Case]:
         Case("policy", "masked_whiten", shape, whiten(rows, columns), bytes=14 * tokens),
         # The scan of the returns; then three inputs and a mask byte read for the sums, and again for the advantages.
         Case("policy", "optimal_token_baseline", shape, token_baseline(rows, columns), bytes=39 * tokens),
+        Case("policy", "risk_advantages", "16384 in 1024, 5 to a bundle", risk(16384, 16, 5), bytes=28.0 * 16384),
     ]

@@ -11,6 +11,7 @@ from .loss_weights import annealed_coef, copo_weights
 from .losses import AGGREGATES, KL_ESTIMATORS, KL_GRADIENTS, LOSSES
 from .order_statistics import masked_moments, masked_quantile, share_mask
 from .returns import CARRIES, discounted_returns, gae, length_adaptive_lambda, masked_whiten
+from .risk import CREDITS, TRACKINGS, QuantileTracker, risk_advantages
 from .rollout import ROLLOUT_CORRECTIONS, RolloutCorrection, rollout_correction
 from .selection import (
     aepo_rows,
@@ -28,6 +29,7 @@ __all__ = [
     "ALIGNMENTS",
     "BASELINES",
     "CARRIES",
+    "CREDITS",
     "DISCO_LOSSES",
     "ESTIMATORS",
     "FILTERS",
@@ -35,9 +37,11 @@ __all__ = [
     "KL_ESTIMATORS",
     "KL_GRADIENTS",
     "LOSSES",
+    "QuantileTracker",
     "ROLLOUT_CORRECTIONS",
     "RolloutCorrection",
     "SCALES",
+    "TRACKINGS",
     "TRANSFORMS",
     "aepo_rows",
     "annealed_coef",
@@ -61,6 +65,7 @@ __all__ = [
     "optimal_token_baseline",
     "policy_loss",
     "policy_loss_token_weights",
+    "risk_advantages",
     "rollout_correction",
     "share_mask",
     "token_logprobs",

@@ -80,6 +80,7 @@ KINDS: dict[str, str] = {
     "policy: disco_scores_kernel<*": OTHER,
     "policy: disco_groups_kernel<*": OTHER,
     "policy: disco_gradient_kernel<*": OTHER,
+    "policy: risk_advantages_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 
@@ -136,6 +137,7 @@ DOUBLES: dict[str, str] = {
     "policy: discounted_scan_kernel<*": "running values, which rounding in float32 would let drift",
     "policy: measure_rows_kernel<*": "sums over all tokens of a response",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
+    "policy: risk_advantages_kernel<*": "sums in float64 are what risk_advantages promises",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: token_baseline_kernel<*": "sums over the tokens before, and over the responses of a group",
     "policy: token_logprobs_kernel<*": "sums over a vocabulary, once per row and warp",
