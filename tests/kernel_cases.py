@@ -25,16 +25,25 @@ def normal(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def advantages() -> Iterator[Case]:
+    def step(rewards: Tensor, ids: Tensor, name: str, filter: str) -> list[Tensor]:
+        row, size = pykern.ESTIMATORS[name], len(ids)
+        advantages, keep, metrics = pykern.group_advantages(
+            rewards, ids, estimator=name, filter=filter, lengths=torch.randint(1, 9, (size,)), overlong=(8.0, 4.0, 1.0),
+            baseline_rewards=torch.rand(size) if row.baseline == "given" else None, return_keep=True,
+            return_metrics=True,
+        )  # fmt: skip
+        return [advantages, keep.double(), *metrics.values()]
+
     for size, groups in ((1, 1), (77, 9), (700, 3)):
-        ids, rewards = torch.randint(-groups, groups, (size,)), torch.rand(size)
-        lengths = torch.randint(1, 9, (size,))
-        for estimator in ("grpo", "rloo", "lite_ppo", "opo", "reinforce_pp_baseline"):
-            yield (
-                f"group_advantages {estimator} {size}",
-                lambda r=rewards, i=ids, e=estimator, n=lengths: [
-                    pykern.group_advantages(r, i, estimator=e, lengths=n)
-                ],
-            )
+        ids, rewards = torch.randint(-groups, groups, (size,)), torch.rand(size, 3)
+        plain = pykern.group_advantages
+        yield f"group_advantages plain {size}", lambda r=rewards, i=ids: [plain(r[:, 0], i), plain(r[:, 1].double(), i)]
+        for name in pykern.ESTIMATORS:
+            for filter in ("none", "difficulty"):
+                label = f"group_advantages {name} {size}{'' if filter == 'none' else ' filtered'}"
+                yield label, lambda r=rewards, i=ids, n=name, f=filter: step(r, i, n, f)
+        answers = torch.randint(0, 4, (size,))
+        yield f"group_entropy {size}", lambda i=ids, a=answers: list(torch.ops.pykern.group_entropy.default(i, a))
 
 
 def loss() -> Iterator[Case]:
@@ -59,6 +68,64 @@ def loss() -> Iterator[Case]:
         for name in ("grpo", "gspo", "cispo"):
             for packed in (False, True):
                 label = f"policy_loss {name} {rows}x{columns}{' packed' if packed else ''}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
+
+
+def selection() -> Iterator[Case]:
+    for size in (1, 77, 3000):
+        values, mask, candidates = torch.randn(size).round(decimals=1), torch.rand(size) < 0.7, torch.rand(size) < 0.6
+        mask[0] = True
+        for dtype in (torch.float32, torch.float64):
+            yield (
+                f"masked_quantile {size} {str(dtype)[6:]}",
+                lambda v=values.to(dtype), m=mask: [pykern.masked_quantile(v, [0.0, 0.33, 1.0], m)],
+            )
+            yield (
+                f"masked_moments {size} {str(dtype)[6:]}",
+                lambda v=values.to(dtype), m=mask: [pykern.masked_moments(v, m, centre=v[0])],
+            )
+            for order in ("largest", "smallest", "random"):
+                yield (
+                    f"share_mask {order} {size} {str(dtype)[6:]}",
+                    lambda v=values.to(dtype), m=mask, c=candidates, o=order: [
+                        pykern.share_mask(v, 0.3, m, order=o, minimum=1, candidates=c, seed=5)
+                    ],
+                )
+
+
+def rollout() -> Iterator[Case]:
+    for rows, columns in ((1, 1), (5, 33), (3, 700)):
+        old, sampled, mask = -torch.rand(rows, columns), -torch.rand(rows, columns), torch.rand(rows, columns) < 0.7
+        packed = {"cu_seqlens": torch.arange(rows + 1) * columns}
+        for name in ("tis", "verl_seq_is_rs", "verl_k3_rs", "slime_mis"):
+            for keywords in ({"mask": mask}, packed):
+                shape = (-1,) if keywords is packed else (rows, columns)
+
+                def step(old=old, sampled=sampled, keywords=keywords, shape=shape, name=name) -> list[Tensor]:
+                    weights, keep, metrics = pykern.rollout_correction(
+                        old.reshape(shape), sampled.reshape(shape), correction=name, **keywords
+                    )
+                    return [*([] if weights is None else [weights]), keep, *metrics.values()]
+
+                yield f"rollout_correction {name} {rows}x{columns}{' packed' if keywords is packed else ''}", step
+
+
+def disco() -> Iterator[Case]:
+    def step(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        leaf, old = -torch.rand(rows, columns), -torch.rand(rows, columns)
+        keywords = {"mask": torch.rand(rows, columns) < 0.7}
+        if packed:
+            leaf, old, keywords = leaf.reshape(-1), old.reshape(-1), {"cu_seqlens": torch.arange(rows + 1) * columns}
+        leaf.requires_grad_()
+        rewards, ids = torch.randint(2, (rows,)).float(), torch.randint(3, (rows,))
+        value, metrics = pykern.disco_loss(leaf, old, rewards, ids, loss=name, max_length=columns, **keywords)
+        value.backward()
+        return [value, leaf.grad, *metrics.values()]
+
+    for rows, columns in ((1, 1), (9, 33), (300, 3)):
+        for name in ("disco", "discob_ratio", "drpo"):
+            for packed in (False, True):
+                label = f"disco_loss {name} {rows}x{columns}{' packed' if packed else ''}"
                 yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
 
 
@@ -124,6 +191,32 @@ def logprobs() -> Iterator[Case]:
             for in_place in (False, True):
                 label = f"token_logprobs {rows}x{vocabulary} {str(dtype)[6:]}{' in place' if in_place else ''}"
                 yield label, lambda r=rows, v=vocabulary, d=dtype, p=in_place: step(r, v, d, p)
+
+
+def linear_logprobs() -> Iterator[Case]:
+    def step(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, options: dict) -> list[Tensor]:
+        hidden, weight, bias = (
+            normal(rows, hidden_size, dtype=dtype),
+            normal(vocabulary, hidden_size),
+            normal(vocabulary),
+        )
+        leaves = [tensor.requires_grad_() for tensor in (hidden, weight.to(dtype), bias)]
+        targets = torch.randint(vocabulary, (rows,))
+        targets[1::3] = -100
+        results = pykern.linear_token_logprobs(
+            leaves[0], leaves[1], targets, bias=leaves[2] if options else None, entropy=True, **options
+        )
+        sum(result.sum() for result in results).backward()
+        return [*results, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    for rows, hidden_size, vocabulary in ((1, 1, 1), (5, 33, 2100), (70, 300, 601)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for options in ({}, {"softcap": 3.0, "temperature": 0.7}):
+                label = f"linear_token_logprobs {rows}x{hidden_size}x{vocabulary} {str(dtype)[6:]} {list(options)}"
+                yield (
+                    label,
+                    lambda n=rows, h=hidden_size, v=vocabulary, d=dtype, o=options: step(n, h, v, d, o),
+                )
 
 
 def lowrank() -> Iterator[Case]:
@@ -219,7 +312,22 @@ def offload() -> Iterator[Case]:
         yield f"staging {codec}", lambda c=codec: staged(c)
 
 
-FAMILIES = (advantages, loss, returns, token_baseline, risk, logprobs, lowrank, attention, prefix_attention, offload)
+FAMILIES = (
+    advantages,
+    loss,
+    selection,
+    disco,
+    logprobs,
+    linear_logprobs,
+    lowrank,
+    attention,
+    prefix_attention,
+    offload,
+    rollout,
+    returns,
+    token_baseline,
+    risk,
+)
 
 
 class Calls(TorchDispatchMode):

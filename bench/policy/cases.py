@@ -1,6 +1,7 @@
 from bench.harness import Case
-from bench.policy import cases_advantages, cases_logprobs, cases_returns
+from bench.policy import cases_advantages, cases_gpu, cases_logprobs, cases_returns
 
 
 def cases(device: str) -> list[Case]:
-    return [*cases_advantages.cases(device), *cases_returns.cases(device), *cases_logprobs.cases(device)]
+    own = cases_gpu.cases() if device == "cuda" else []
+    return [*cases_advantages.cases(device), *cases_returns.cases(device), *own, *cases_logprobs.cases()]

@@ -20,14 +20,29 @@ def by_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, -1)
 
 
-def token_case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool) -> Case:
+def token_peers() -> dict[str, Callable[..., Tensor]]:
+    return {"log_softmax": by_log_softmax, "logsumexp": by_logsumexp}
+
+
+def token_case(
+    rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    backward: bool,
+    peers: Callable[[], dict[str, Callable[..., Tensor]]] = token_peers,
+) -> Case:
+    """peers: made with the case; each has logits of its own, as there are some that overwrite them."""
+
     def make() -> dict[str, Callable[[], object]]:
         torch.manual_seed(0)
         logits = torch.randn(rows, vocabulary).to(dtype).requires_grad_(backward)
         targets = torch.randint(vocabulary, (rows,))
         weights = torch.randn(rows)
 
-        def provider(function, logits: Tensor = logits) -> Callable[[], object]:
+        def copied() -> Tensor:
+            return logits.detach().clone().requires_grad_(backward)
+
+        def provider(function, logits: Tensor) -> Callable[[], object]:
             if not backward:
                 return lambda: function(logits, targets)
 
@@ -37,15 +52,12 @@ def token_case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool) -
 
             return step
 
-        providers = {
-            "pykern": provider(pykern.token_logprobs),
-            "log_softmax": provider(by_log_softmax),
-            "logsumexp": provider(by_logsumexp),
-        }
+        providers = {"pykern": provider(pykern.token_logprobs, logits)}
+        providers |= {name: provider(function, copied()) for name, function in peers().items()}
         if backward:
-            # Overwrites its logits at every step: they are a copy.
+            # Overwrites its logits at every step.
             in_place = partial(pykern.token_logprobs, backward_in_place=True)
-            providers["pykern, in place"] = provider(in_place, logits.detach().clone().requires_grad_())
+            providers["pykern, in place"] = provider(in_place, copied())
         return providers
 
     # One read of the logits; the backward reads them again and writes their gradient.
@@ -59,7 +71,24 @@ def token_case(rows: int, vocabulary: int, dtype: torch.dtype, backward: bool) -
     )
 
 
-def linear_case(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, backward: bool) -> Case:
+def by_eager_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return by_log_softmax(linear(hidden, weight), targets)
+
+
+def linear_peers() -> dict[str, tuple[Callable[..., Tensor], int | None]]:
+    return {"linear, log_softmax": (by_eager_head, None), "the same, 256-row chunks": (by_eager_head, 256)}
+
+
+def linear_case(
+    rows: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    backward: bool,
+    peers: Callable[[], dict[str, tuple[Callable[..., Tensor], int | None]]] = linear_peers,
+) -> Case:
+    """peers: made with the case; each with the rows that it gets at a time, or None for all."""
+
     def make() -> dict[str, Callable[[], object]]:
         torch.manual_seed(0)
         hidden = torch.randn(rows, hidden_size).to(dtype).requires_grad_(backward)
@@ -67,10 +96,9 @@ def linear_case(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype
         targets = torch.randint(vocabulary, (rows,))
         weights = torch.randn(rows)
 
-        def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return by_log_softmax(linear(hidden, weight), targets)
+        def provider(function, chunk: int | None = None) -> Callable[[], object]:
+            chunk = chunk or rows
 
-        def provider(function, chunk: int = rows) -> Callable[[], object]:
             def step() -> None:
                 hidden.grad = weight.grad = None
                 for part in (slice(begin, begin + chunk) for begin in range(0, rows, chunk)):
@@ -80,11 +108,8 @@ def linear_case(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype
 
             return step
 
-        return {
-            "pykern": provider(pykern.linear_token_logprobs),
-            "linear, log_softmax": provider(eager),
-            "the same, 256-row chunks": provider(eager, 256),
-        }
+        ours = {"pykern": provider(pykern.linear_token_logprobs)}
+        return ours | {name: provider(*peer) for name, peer in peers().items()}
 
     # Forward one product; backward the recomputed logits and two products.
     return Case(
@@ -97,11 +122,8 @@ def linear_case(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype
     )
 
 
-def cases(device: str) -> list[Case]:
+def cases() -> list[Case]:
     found = []
-    if device == "cuda":
-        # A micro-batch of a GPU; half a minute of a CPU.
-        found += [token_case(8192, 151936, torch.bfloat16, backward) for backward in (False, True)]
     for dtype in (torch.float32, torch.bfloat16):
         for backward in (False, True):
             found += [token_case(*shape, dtype, backward) for shape in ((512, 32000), (64, 151936))]

@@ -17,30 +17,16 @@ struct Prepared {
   LinearLogprobsInput input;
 
   Prepared(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
-           const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
+           const std::optional<Tensor>& row_temperature, double temperature, double softcap,
+           int64_t vocabulary_start) {
     check_cpu(hidden, "hidden");
     check_cpu(weight, "weight");
-    check_dim(hidden, 2, "hidden");
-    check_dim(weight, 2, "weight");
+    check_linear_head(hidden, weight, targets, bias, vocabulary_start);
     const int64_t rows = hidden.size(0), hidden_size = hidden.size(1), vocabulary = weight.size(0);
-    check_size(weight, 1, hidden_size, "weight");
-    check_type(weight, hidden.scalar_type(), "weight");
-    check_dim(targets, 1, "targets");
-    check_size(targets, 0, rows, "targets");
-    check_targets(targets, vocabulary);
-    STD_TORCH_CHECK(hidden_size <= 1 || (hidden.stride(1) == 1 && weight.stride(1) == 1),
-                    "hidden and weight: expected contiguous rows");
-    STD_TORCH_CHECK(vocabulary < (int64_t{1} << 31), "weight: expected fewer than 2^31 rows");
     const DataType type = data_type(hidden, "hidden");
-    if (bias) {
-      check_dim(*bias, 1, "bias");
-      check_size(*bias, 0, vocabulary, "bias");
-      check_type(*bias, ScalarType::Double, "bias");
-      check_contiguous(*bias, "bias");
-    }
     inverse_temperature = inverse_temperatures(row_temperature, temperature, rows);
-    input = {type, rows, hidden_size, vocabulary, nullptr, hidden.const_data_ptr(), weight.const_data_ptr(),
-             hidden.stride(0), weight.stride(0), bias ? pykern::input<double>(*bias) : nullptr,
+    input = {type, rows, hidden_size, vocabulary, vocabulary_start, nullptr, hidden.const_data_ptr(),
+             weight.const_data_ptr(), hidden.stride(0), weight.stride(0), bias ? pykern::input<double>(*bias) : nullptr,
              pykern::input<int64_t>(targets), inverse_temperature.data(), softcap};
   }
 
@@ -55,10 +41,7 @@ struct Prepared {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor targets, std::optional<Tensor> bias,
-                                           std::optional<Tensor> row_temperature, double temperature, double softcap,
-                                           bool entropy) {
-  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap);
+std::tuple<Tensor, Tensor, Tensor> run_forward(Prepared& prepared, const Tensor& hidden, bool entropy, float* kept) {
   const int64_t rows = prepared.input.rows;
   const DataType type = prepared.input.type;
   prepared.choose_rows([](int64_t) { return false; });
@@ -66,7 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   Tensor entropies = torch::stable::new_zeros(hidden, {entropy ? rows : 0}, result_type(type));
   Tensor statistics = torch::stable::new_zeros(hidden, {rows, 2}, result_type(type));
   const LinearLogprobsForward params{prepared.input, logprobs.mutable_data_ptr(),
-                                     entropy ? entropies.mutable_data_ptr() : nullptr, statistics.mutable_data_ptr()};
+                                     entropy ? entropies.mutable_data_ptr() : nullptr, statistics.mutable_data_ptr(),
+                                     kept};
   if (prepared.input.rows > 0) {
     if (type == DataType::f64) {
       linear_logprobs_forward_f64(params);
@@ -77,41 +61,78 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   return {logprobs, entropies, statistics};
 }
 
-double value_or_zero(const std::optional<Tensor>& tensor, DataType type, int64_t row) {
-  if (!tensor) return 0;
-  return type == DataType::f64 ? input<double>(*tensor)[row] : input<float>(*tensor)[row];
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor targets, std::optional<Tensor> bias,
+                                           std::optional<Tensor> row_temperature, double temperature, double softcap,
+                                           bool entropy, int64_t vocabulary_start) {
+  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, vocabulary_start);
+  return run_forward(prepared, hidden, entropy, nullptr);
 }
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The buffer for kept logits.
+float* check_kept(const Tensor& logits, const LinearLogprobsInput& input) {
+  check_cpu(logits, "logits");
+  check_type(logits, ScalarType::Float, "logits");
+  check_contiguous(logits, "logits");
+  const int64_t needed = round_up(input.rows, kKeptRows) * round_up(input.vocabulary, kKeptEntries);
+  STD_TORCH_CHECK(logits.numel() >= needed, "logits: expected at least ", needed, " elements, got ", logits.numel());
+  STD_TORCH_CHECK(input.type == DataType::f32 || input.type == DataType::bf16, "hidden: expected float32 or bfloat16");
+  return output<float>(logits);
+}
+
+std::tuple<Tensor, Tensor, Tensor> chunk_forward(Tensor hidden, Tensor weight, Tensor targets,
+                                                 std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
+                                                 double temperature, double softcap, bool entropy, Tensor logits) {
+  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, 0);
+  return run_forward(prepared, hidden, entropy, check_kept(logits, prepared.input));
+}
+
+// Of the results' gradients and what of the forward their way back needs.
+struct Gradients {
+  std::optional<Tensor> logprobs, entropy;
+
+  Gradients(const Prepared& prepared, const Tensor& statistics, const Tensor& entropies,
+            const std::optional<Tensor>& grad_logprobs, const std::optional<Tensor>& grad_entropy)
+      : logprobs(contiguous_gradient(grad_logprobs, prepared.input.type, prepared.input.rows, "grad_logprobs")),
+        entropy(contiguous_gradient(grad_entropy, prepared.input.type, prepared.input.rows, "grad_entropy")) {
+    STD_TORCH_CHECK(statistics.numel() == 2 * prepared.input.rows, "statistics: expected those of the forward");
+    STD_TORCH_CHECK(!entropy || entropies.numel() == prepared.input.rows, "entropy: expected that of the forward");
+  }
+
+  // An exactly zero gradient needs no product. (A NaN is not zero and stays.)
+  bool are_zero(DataType type, int64_t row) const { return is_zero(logprobs, type, row) && is_zero(entropy, type, row); }
+
+ private:
+  static bool is_zero(const std::optional<Tensor>& tensor, DataType type, int64_t row) {
+    return !tensor || (type == DataType::f64 ? input<double>(*tensor)[row] == 0 : input<float>(*tensor)[row] == 0);
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor hidden, Tensor weight, Tensor targets, std::optional<Tensor> bias,
                                             std::optional<Tensor> row_temperature, double temperature, double softcap,
                                             Tensor statistics, Tensor entropy, std::optional<Tensor> grad_logprobs,
-                                            std::optional<Tensor> grad_entropy, bool hidden_needs_grad,
-                                            bool weight_needs_grad, bool bias_needs_grad) {
-  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap);
+                                            std::optional<Tensor> grad_entropy, int64_t vocabulary_start,
+                                            bool hidden_needs_grad, bool weight_needs_grad, bool bias_needs_grad) {
+  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, vocabulary_start);
   const int64_t rows = prepared.input.rows, vocabulary = prepared.input.vocabulary;
   const DataType type = prepared.input.type;
-  grad_logprobs = contiguous_gradient(grad_logprobs, type, rows, "grad_logprobs");
-  grad_entropy = contiguous_gradient(grad_entropy, type, rows, "grad_entropy");
-  STD_TORCH_CHECK(statistics.numel() == 2 * rows, "statistics: expected those of the forward");
-  STD_TORCH_CHECK(!grad_entropy || entropy.numel() == rows, "entropy: expected that of the forward");
-  // An exactly zero gradient needs no product. (A NaN is not zero and stays.)
-  prepared.choose_rows([&, type = type](int64_t row) {
-    return value_or_zero(grad_logprobs, type, row) == 0 && value_or_zero(grad_entropy, type, row) == 0;
-  });
-  const bool some = prepared.input.rows > 0;
+  const Gradients gradients(prepared, statistics, entropy, grad_logprobs, grad_entropy);
+  prepared.choose_rows([&](int64_t row) { return gradients.are_zero(type, row); });
+  const bool some = prepared.input.rows > 0 && vocabulary > 0;
   const auto gradient = [&](bool needed, const Tensor& like, std::vector<int64_t> sizes, bool whole) {
     if (!needed) sizes = {0};
     return whole ? new_empty(like, sizes) : torch::stable::new_zeros(like, sizes);
   };
   const int64_t hidden_size = prepared.input.hidden_size;
-  Tensor grad_hidden = gradient(hidden_needs_grad, hidden, {rows, hidden_size}, prepared.input.rows == rows);
+  Tensor grad_hidden = gradient(hidden_needs_grad, hidden, {rows, hidden_size}, some && prepared.input.rows == rows);
   Tensor grad_weight = gradient(weight_needs_grad, weight, {vocabulary, hidden_size}, some);
   Tensor grad_bias = torch::stable::new_zeros(hidden, {bias_needs_grad ? vocabulary : 0}, ScalarType::Double);
   const LinearLogprobsBackward params{prepared.input,
                                       statistics.const_data_ptr(),
                                       entropy.const_data_ptr(),
-                                      pointer_or_null(grad_logprobs),
-                                      pointer_or_null(grad_entropy),
+                                      pointer_or_null(gradients.logprobs),
+                                      pointer_or_null(gradients.entropy),
                                       hidden_needs_grad ? grad_hidden.mutable_data_ptr() : nullptr,
                                       weight_needs_grad ? grad_weight.mutable_data_ptr() : nullptr,
                                       bias_needs_grad ? output<double>(grad_bias) : nullptr};
@@ -125,11 +146,69 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor hidden, Tensor weight, Tensor
   return {grad_hidden, grad_weight, grad_bias};
 }
 
+Tensor chunk_backward(Tensor hidden, Tensor weight, Tensor targets, std::optional<Tensor> bias,
+                      std::optional<Tensor> row_temperature, double temperature, double softcap, Tensor statistics,
+                      Tensor entropy, std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                      Tensor logits, std::optional<Tensor> weight_sums, std::optional<Tensor> bias_sums,
+                      bool hidden_needs_grad) {
+  Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, 0);
+  const LinearLogprobsInput& input = prepared.input;
+  const int64_t rows = input.rows;
+  const Gradients gradients(prepared, statistics, entropy, grad_logprobs, grad_entropy);
+  const float* kept = check_kept(logits, input);
+  if (weight_sums) {
+    check_cpu(*weight_sums, "weight_sums");
+    check_type(*weight_sums, ScalarType::Float, "weight_sums");
+    check_contiguous(*weight_sums, "weight_sums");
+    check_dim(*weight_sums, 2, "weight_sums");
+    check_size(*weight_sums, 0, input.vocabulary, "weight_sums");
+    STD_TORCH_CHECK(weight_sums->size(1) >= round_up(input.hidden_size, kKeptRows),
+                    "weight_sums: expected rows of a multiple of 64");
+  }
+  if (bias_sums) {
+    check_cpu(*bias_sums, "bias_sums");
+    check_type(*bias_sums, ScalarType::Double, "bias_sums");
+    check_contiguous(*bias_sums, "bias_sums");
+    check_dim(*bias_sums, 1, "bias_sums");
+    check_size(*bias_sums, 0, input.vocabulary, "bias_sums");
+  }
+  // The forward has left out the rows with a negative target, and those only.
+  std::vector<int64_t> kept_index;
+  int64_t kept_rows = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (input.targets[row] < 0) continue;
+    if (!gradients.are_zero(input.type, row)) kept_index.push_back(kept_rows);
+    ++kept_rows;
+  }
+  prepared.choose_rows([&](int64_t row) { return gradients.are_zero(input.type, row); });
+  Tensor grad_hidden = torch::stable::new_zeros(hidden, {hidden_needs_grad ? rows : 0, input.hidden_size});
+  const LinearLogprobsBackward params{input,
+                                      statistics.const_data_ptr(),
+                                      entropy.const_data_ptr(),
+                                      pointer_or_null(gradients.logprobs),
+                                      pointer_or_null(gradients.entropy),
+                                      hidden_needs_grad ? grad_hidden.mutable_data_ptr() : nullptr,
+                                      nullptr,
+                                      bias_sums ? output<double>(*bias_sums) : nullptr,
+                                      kept,
+                                      kept_index.data(),
+                                      kept_rows,
+                                      weight_sums ? output<float>(*weight_sums) : nullptr,
+                                      weight_sums ? weight_sums->size(1) : 0,
+                                      true};
+  if (input.rows > 0 && input.vocabulary > 0 && (hidden_needs_grad || weight_sums || bias_sums)) {
+    STD_TORCH_CHECK(linear_logprobs_backward()(params), "linear_policy_loss: not enough memory for the workspace");
+  }
+  return grad_hidden;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pykern, CPU, m) {
   m.impl("linear_token_logprobs", TORCH_BOX(&forward));
   m.impl("linear_token_logprobs_backward", TORCH_BOX(&backward));
+  m.impl("linear_chunk_logprobs", TORCH_BOX(&chunk_forward));
+  m.impl("linear_chunk_gradients", TORCH_BOX(&chunk_backward));
 }
 
 }  // namespace pykern

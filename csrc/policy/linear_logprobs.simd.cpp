@@ -118,6 +118,7 @@ bool forward(const LinearLogprobsForward& params) {
   if (bias) {
     for (int64_t v = 0; v < input.vocabulary; ++v) bias[v] = static_cast<float>(input.bias[v]);
   }
+  fill_lanes(input, target_logit, 0.0f, [](int64_t) { return 0.0f; });
   fill_lanes(input, inverse, 1.0f, [&](int64_t row) { return static_cast<float>(input.inverse_temperature[row]); });
 
   parallel_tasks(panels, [&](int64_t panel, int thread) {
@@ -134,7 +135,7 @@ bool forward(const LinearLogprobsForward& params) {
     const int64_t stripe = task / chunks, first_panel = task % chunks * chunk;
     const int64_t last_panel = first_panel + chunk < panels ? first_panel + chunk : panels;
     char* memory = thread_memory.get<char>() + thread * thread_bytes;
-    float* logits = reinterpret_cast<float*>(memory + tile_bytes);
+    float* scratch = reinterpret_cast<float*>(memory + tile_bytes);
     const int64_t lanes = stripe * tokens + first_panel * kPanel;
     for (int64_t i = 0; i < (last_panel - first_panel) * kPanel; ++i) {
       partial.maximum[lanes + i] = kLowest;
@@ -145,6 +146,7 @@ bool forward(const LinearLogprobsForward& params) {
       const int64_t count = input.vocabulary - first < kTile ? input.vocabulary - first : kTile;
       const WeightTile<T> weight = weight_tile<T, Storage>(input, first, count, reinterpret_cast<T*>(memory));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        float* logits = params.kept ? kept_tile(params.kept, panels, tile, panel) : scratch;
         matmul(count, kPanel, depth, weight.rows, weight.stride, 1, packed + panel * kPanel * depth, logits, kPanel,
                false);
         vfloat largest[kPanelVectors];
@@ -158,7 +160,7 @@ bool forward(const LinearLogprobsForward& params) {
           finish_logits<false>(logits, count, tile_bias, softcap, largest);
         }
         for (int64_t lane = 0; lane < kPanel && token + lane < input.rows; ++lane) {
-          const int64_t target = input.targets[input.active[token + lane]] - first;
+          const int64_t target = input.targets[input.active[token + lane]] - input.vocabulary_start - first;
           if (target >= 0 && target < count) target_logit[token + lane] = logits[target * kPanel + lane];
         }
         float *maxima = partial.maximum + at, *sums = partial.sum + at, *weighted = partial.weighted + at;

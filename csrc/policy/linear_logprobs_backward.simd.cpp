@@ -1,5 +1,5 @@
 // Backward. A group of vocabulary entries x a slab of tokens at a time: its logits are recomputed and
-// turned into their gradients, which stay in a buffer of a few MiB; then every tile of the group adds
+// turned into their gradients, in a buffer of at most 64 MiB; then every tile of the group adds
 // its product with the hidden states to grad_weight, and every block of tokens its product with the
 // weight to grad_hidden. Each sum has one owner and a fixed order, whatever the number of threads.
 //
@@ -16,12 +16,13 @@
 namespace pykern::PYKERN_SIMD {
 namespace {
 
-constexpr int64_t kGradientElements = 1 << 19;      // of a group x slab
-constexpr int64_t kWeightElements = 1 << 21;        // of a group of weight rows
+// Of a group x slab. The threads wait for each other twice per slab, so slabs are long.
+constexpr int64_t kGradientElements = 1 << 23;
+constexpr int64_t kWeightElements = 1 << 21;  // of a group of weight rows
 constexpr int64_t kMaxGroupTiles = 8;
 constexpr int64_t kMinSlab = 256;
 constexpr int64_t kPartTokens = 512, kMaxParts = 16;
-constexpr int64_t kPartElements = 1 << 22;          // of the parts' sums for grad_weight
+constexpr int64_t kPartElements = 1 << 22;  // of the parts' sums for grad_weight
 constexpr int64_t kHiddenColumns = 4 * kPanel, kHiddenRows = 384;  // of one task of grad_hidden
 constexpr int64_t kWeightRows = 96;                                // of one task of grad_weight
 // Rows a power of two apart would share few cache sets.
@@ -63,12 +64,15 @@ PYKERN_INLINE void store_gradients(const GradientTarget<T>& target, int64_t v, i
   }
 }
 
+// Whether logits have a softcap, and whether they have been through it.
+enum class Cap { kNone, kAhead, kApplied };
+
 // d loss / d logit = (g_l ([v = target] - p) - g_H p (log p + H)) / T, times 1 - tanh^2 under a softcap.
-template <class T, bool Softcap, bool Entropy>
+template <class T, Cap Softcap, bool Entropy>
 void logit_gradients(const float* logits, int64_t count, int64_t first, const float* bias, float softcap,
                      const Lanes& lanes, int64_t token, const GradientTarget<T>& target) {
   const vfloat smallest = broadcast(kSmallestExponent);
-  const vfloat cap = broadcast(softcap), inverse_cap = broadcast(Softcap ? 1.0f / softcap : 0.0f);
+  const vfloat cap = broadcast(softcap), inverse_cap = broadcast(Softcap == Cap::kNone ? 0.0f : 1.0f / softcap);
   for (int j = 0; j < kPanelVectors; ++j) {
     const int64_t lane = j * kLanes;
     const vfloat inverse = load(lanes.inverse_temperature + token + lane);
@@ -81,9 +85,9 @@ void logit_gradients(const float* logits, int64_t count, int64_t first, const fl
     const auto gradient = [&](int64_t v) __attribute__((always_inline)) {
       vfloat z = load(logits + v * kPanel + lane) + broadcast(bias ? bias[v] : 0.0f);
       vfloat slope = inverse;
-      if (Softcap) {
-        const vfloat t = tanh(z * inverse_cap);
-        z = cap * t;
+      if (Softcap != Cap::kNone) {
+        const vfloat t = Softcap == Cap::kAhead ? tanh(z * inverse_cap) : z * inverse_cap;
+        if (Softcap == Cap::kAhead) z = cap * t;
         slope *= 1.0f - t * t;
       }
       const vfloat exponent = (z - maximum) * inverse - log_sum;
@@ -156,9 +160,10 @@ class Backward {
         transposed_stride_(group_tiles_ * kTile + kSkew),
         tile_bytes_(round_up(converted_tile_size<T>(input_) * sizeof(T), 64)),
         thread_bytes_(tile_bytes_ + round_up(kPanel * (depth_ > kTile ? depth_ : kTile) * sizeof(float), 64)),
-        weight_needs_grad_(params.grad_weight || params.grad_bias),
-        packed_(packed_size<T>(depth_, batch_) * sizeof(T)),
-        packed_tokens_(params.grad_weight ? batch_ * weight_columns_ * sizeof(T) : 0),
+        needs_weight_sums_(params.grad_weight || params.weight_sums),
+        weight_needs_grad_(needs_weight_sums_ || params.grad_bias),
+        packed_(params.kept ? 0 : packed_size<T>(depth_, batch_) * sizeof(T)),
+        packed_tokens_(needs_weight_sums_ ? batch_ * weight_columns_ * sizeof(T) : 0),
         lane_memory_(kLaneArrays * tokens_ * sizeof(float)),
         bias_(input_.vocabulary * sizeof(float)),
         thread_memory_(threads_ * thread_bytes_),
@@ -166,9 +171,10 @@ class Backward {
         gradient_packed_(params.grad_hidden ? group_tiles_ * kTile * slab_ * sizeof(T) : 0),
         transposed_(params.grad_hidden ? input_.hidden_size * transposed_stride_ * sizeof(T) : 0),
         own_weight_sums_(
-            params.grad_weight && !weight_sums ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
+            needs_weight_sums_ && !weight_sums ? group_tiles_ * kTile * weight_columns_ * sizeof(float) : 0),
         hidden_sums_(params.grad_hidden ? input_.hidden_size * hidden_stride_ * sizeof(float) : 0),
-        given_weight_sums_(weight_sums) {}
+        given_weight_sums_(weight_sums),
+        sums_stride_(params.weight_sums ? params.sums_stride : weight_columns_) {}
 
   static bool one_group(const LinearLogprobsInput& input) {
     const int64_t tiles = ceil_div(input.vocabulary, kTile);
@@ -231,8 +237,10 @@ class Backward {
       const Rows<Storage> rows = panel_rows(
           input_, (batch + token) / kPanel,
           reinterpret_cast<Storage*>(thread_memory_.get<char>() + thread * thread_bytes_ + tile_bytes_));
-      pack(packed_.get<T>() + token * depth_, rows.first, input_.hidden_size, kPanel, 1, rows.stride);
-      if (!params_.grad_weight) return;
+      if (!params_.kept) {
+        pack(packed_.get<T>() + token * depth_, rows.first, input_.hidden_size, kPanel, 1, rows.stride);
+      }
+      if (!needs_weight_sums_) return;
       T* packed_slab = packed_tokens_.get<T>() + slab * weight_columns_;
       for (int64_t column = 0; column < input_.hidden_size; column += kPanel) {
         const int64_t columns = input_.hidden_size - column < kPanel ? input_.hidden_size - column : kPanel;
@@ -259,10 +267,10 @@ class Backward {
     fill_lanes(input_, lanes_.entropy, 0.0f,
                [&](int64_t row) { return params_.grad_entropy ? at(params_.entropy, row) : 0.0f; });
     for (int64_t index = 0; index < tokens_; ++index) {
-      lanes_.target[index] =
-          index < input_.rows ? static_cast<int32_t>(input_.targets[input_.active[index]]) : -1;
+      const int64_t target = index < input_.rows ? input_.targets[input_.active[index]] - input_.vocabulary_start : -1;
+      lanes_.target[index] = target >= 0 && target < input_.vocabulary ? static_cast<int32_t>(target) : -1;
     }
-    if (input_.bias) {
+    if (input_.bias && !params_.kept) {
       for (int64_t v = 0; v < input_.vocabulary; ++v) bias_.get<float>()[v] = static_cast<float>(input_.bias[v]);
     }
   }
@@ -289,30 +297,64 @@ class Backward {
       const int64_t last_panel = first_panel + chunk < slab_panels ? first_panel + chunk : slab_panels;
       const int64_t first = (first_tile + group_tile) * kTile, count = tile_count(first_tile + group_tile);
       char* memory = thread_memory_.get<char>() + thread * thread_bytes_;
-      float* logits = reinterpret_cast<float*>(memory + tile_bytes_);
-      const WeightTile<T> weight = weight_tile<T, Storage>(input_, first, count, reinterpret_cast<T*>(memory));
+      float* scratch = reinterpret_cast<float*>(memory + tile_bytes_);
+      WeightTile<T> weight{};
+      if (!params_.kept) weight = weight_tile<T, Storage>(input_, first, count, reinterpret_cast<T*>(memory));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t token = slab + panel * kPanel;
-        matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_,
-               logits, kPanel, false);
+        const float* logits = scratch;
+        if (params_.kept) {
+          logits = kept_logits(first_tile + group_tile, token, scratch);
+        } else {
+          matmul(count, kPanel, depth_, weight.rows, weight.stride, 1, packed_.get<T>() + (token - batch) * depth_,
+                 scratch, kPanel, false);
+        }
         const GradientTarget<T> target{
             weight_needs_grad_ ? gradient_rows_.get<T>() + group_tile * kTile * rows_stride_ + panel * kPanel : nullptr,
             rows_stride_,
             params_.grad_hidden ? gradient_packed_.get<T>() + (panel * padded_group + group_tile * kTile) * kPanel
                                 : nullptr};
-        const float* bias = input_.bias ? bias_.get<float>() + first : nullptr;
-        const auto softcap = static_cast<float>(input_.softcap);
-        if (softcap > 0) {
-          params_.grad_entropy
-              ? logit_gradients<T, true, true>(logits, count, first, bias, softcap, lanes_, token, target)
-              : logit_gradients<T, true, false>(logits, count, first, bias, softcap, lanes_, token, target);
+        if (input_.softcap <= 0) {
+          write_gradients<Cap::kNone>(logits, count, first, token, target);
+        } else if (params_.kept) {
+          write_gradients<Cap::kApplied>(logits, count, first, token, target);
         } else {
-          params_.grad_entropy
-              ? logit_gradients<T, false, true>(logits, count, first, bias, softcap, lanes_, token, target)
-              : logit_gradients<T, false, false>(logits, count, first, bias, softcap, lanes_, token, target);
+          write_gradients<Cap::kAhead>(logits, count, first, token, target);
         }
       }
     });
+  }
+
+  template <Cap Softcap>
+  void write_gradients(const float* logits, int64_t count, int64_t first, int64_t token,
+                       const GradientTarget<T>& target) {
+    const float* bias = input_.bias && !params_.kept ? bias_.get<float>() + first : nullptr;
+    const auto softcap = static_cast<float>(input_.softcap);
+    params_.grad_entropy ? logit_gradients<T, Softcap, true>(logits, count, first, bias, softcap, lanes_, token, target)
+                         : logit_gradients<T, Softcap, false>(logits, count, first, bias, softcap, lanes_, token,
+                                                              target);
+  }
+
+  // The kept logits of a panel of tokens: in place where those are a panel of the forward, else gathered. Lanes past
+  // the last token get 0, as a row left out may hold NaN.
+  const float* kept_logits(int64_t tile, int64_t token, float* gathered) const {
+    const int64_t panels = ceil_div(params_.kept_rows, kPanel), rows = input_.rows - token;
+    const int64_t count = rows < kPanel ? rows : kPanel;
+    const int64_t* index = params_.kept_index + token;
+    const bool to_the_end = index[0] + count == params_.kept_rows;
+    if (index[0] % kPanel == 0 && index[count - 1] - index[0] == count - 1 && (count == kPanel || to_the_end)) {
+      return kept_tile(params_.kept, panels, tile, index[0] / kPanel);
+    }
+    const float* lanes[kPanel];
+    for (int64_t lane = 0; lane < count; ++lane) {
+      lanes[lane] = kept_tile(params_.kept, panels, tile, index[lane] / kPanel) + index[lane] % kPanel;
+    }
+    for (int64_t v = 0; v < tile_count(tile); ++v) {
+      float* row = gathered + v * kPanel;
+      for (int64_t lane = 0; lane < count; ++lane) row[lane] = lanes[lane][v * kPanel];
+      for (int64_t lane = count; lane < kPanel; ++lane) row[lane] = 0;
+    }
+    return gathered;
   }
 
   int64_t group_entries(int64_t first_tile, int64_t last_tile) const {
@@ -348,16 +390,18 @@ class Backward {
     if (params_.grad_bias) {
       for (int64_t v = 0; v < count; ++v) {
         const double sum = sum_row(gradients + v * rows_stride_, tokens);
-        params_.grad_bias[first + v] = slab > 0 ? params_.grad_bias[first + v] + sum : sum;
+        params_.grad_bias[first + v] = slab > 0 || params_.add ? params_.grad_bias[first + v] + sum : sum;
       }
     }
-    if (!params_.grad_weight) return;
-    float* sums = (given_weight_sums_ ? given_weight_sums_ : own_weight_sums_.get<float>()) + entry * weight_columns_;
+    if (!needs_weight_sums_) return;
+    // Given sums are those of the whole vocabulary.
+    float* sums = given_weight_sums_ ? given_weight_sums_ + first * sums_stride_
+                                     : own_weight_sums_.get<float>() + entry * sums_stride_;
     matmul(count, input_.hidden_size, tokens, gradients, rows_stride_, 1,
-           packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, weight_columns_, slab > 0);
+           packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, sums_stride_, slab > 0 || params_.add);
     if (slab + tokens == tokens_ && !given_weight_sums_) {
       convert_rows(static_cast<Storage*>(params_.grad_weight) + first * input_.hidden_size, input_.hidden_size, sums,
-                   weight_columns_, count, input_.hidden_size);
+                   sums_stride_, count, input_.hidden_size);
     }
   }
 
@@ -379,10 +423,11 @@ class Backward {
   const int threads_;
   const int64_t depth_, panels_, tokens_, tiles_, group_tiles_, slab_, batch_, weight_columns_;
   const int64_t hidden_stride_, rows_stride_, transposed_stride_, tile_bytes_, thread_bytes_;
-  const bool weight_needs_grad_;
+  const bool needs_weight_sums_, weight_needs_grad_;
   const Scratch packed_, packed_tokens_, lane_memory_, bias_, thread_memory_;
   const Scratch gradient_rows_, gradient_packed_, transposed_, own_weight_sums_, hidden_sums_;
   float* const given_weight_sums_;
+  const int64_t sums_stride_;
   Lanes lanes_{};
 };
 
@@ -437,6 +482,7 @@ bool backward_in_parts(const LinearLogprobsBackward& params, int64_t parts) {
 template <class Storage>
 bool backward(const LinearLogprobsBackward& params) {
   const LinearLogprobsInput& input = params.input;
+  if (params.add) return Backward<Storage>(params, max_threads(), kGradientElements, params.weight_sums).run();
   int64_t parts = input.rows / kPartTokens;
   parts = parts < kMaxParts ? parts : kMaxParts;
   const int64_t fit = kPartElements / (input.vocabulary * round_up(input.hidden_size + 1, kPanel));

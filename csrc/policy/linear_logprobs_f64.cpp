@@ -55,7 +55,9 @@ void linear_logprobs_forward_f64(const LinearLogprobsForward& params) {
     const double log_sum = std::log(sum);
     static_cast<double*>(params.statistics)[2 * row] = maximum;
     static_cast<double*>(params.statistics)[2 * row + 1] = log_sum;
-    static_cast<double*>(params.logprobs)[row] = (logits[input.targets[row]] - maximum) * inverse - log_sum;
+    const int64_t target = input.targets[row] - input.vocabulary_start;
+    const double target_logit = target >= 0 && target < input.vocabulary ? logits[target] : 0;
+    static_cast<double*>(params.logprobs)[row] = (target_logit - maximum) * inverse - log_sum;
     if (params.entropy) static_cast<double*>(params.entropy)[row] = log_sum - weighted / sum;
   }
 }
@@ -74,13 +76,14 @@ void linear_logprobs_backward_f64(const LinearLogprobsBackward& params) {
     const double inverse = input.inverse_temperature[row];
     const double g_logprob = at(params.grad_logprobs, row), g_entropy = at(params.grad_entropy, row);
     const double entropy = params.grad_entropy ? at(params.entropy, row) : 0;
+    const int64_t target = input.targets[row] - input.vocabulary_start;
     double* to_hidden = grad_hidden ? grad_hidden + row * input.hidden_size : nullptr;
     if (to_hidden) std::fill(to_hidden, to_hidden + input.hidden_size, 0.0);
     for (int64_t v = 0; v < input.vocabulary; ++v) {
       const double log_p = (logits[v] - at(params.statistics, 2 * row)) * inverse - at(params.statistics, 2 * row + 1);
       const double p = std::exp(log_p);
       const double from_entropy = p == 0 ? 0 : p * (log_p + entropy);
-      const double gradient = (g_logprob * ((v == input.targets[row]) - p) - g_entropy * from_entropy) * slope[v];
+      const double gradient = (g_logprob * ((v == target) - p) - g_entropy * from_entropy) * slope[v];
       if (params.grad_bias) params.grad_bias[v] += gradient;
       for (int64_t h = 0; h < input.hidden_size; ++h) {
         if (to_hidden) to_hidden[h] += gradient * weight_row(input, v)[h];

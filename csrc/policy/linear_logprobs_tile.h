@@ -11,6 +11,7 @@ namespace pykern::PYKERN_SIMD {
 
 // Vocabulary entries per tile: whole row blocks of the vector and of the tile-register products.
 constexpr int64_t kTile = 192;
+static_assert(kKeptEntries % kTile == 0 && kKeptRows % kPanel == 0);
 constexpr float kLowest = -3.402823466e38f;
 // As in logprobs.simd.cpp: logarithms of probabilities stop here, where e^x is 0.
 constexpr float kSmallestExponent = -1e4f;
@@ -77,6 +78,12 @@ Rows<Storage> panel_rows(const LinearLogprobsInput& input, int64_t panel, Storag
     }
   }
   return {gathered, input.hidden_size};
+}
+
+// A tile of the logits that the forward keeps: kTile entries x kPanel of its rows.
+template <class T>
+T* kept_tile(T* kept, int64_t panels, int64_t tile, int64_t panel) {
+  return kept + (tile * panels + panel) * (kTile * kPanel);
 }
 
 // Per-token values of all panels; tokens past the end get `padding`.

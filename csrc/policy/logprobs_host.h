@@ -45,6 +45,29 @@ inline void check_no_overlap(const Tensor& logits) {
   }
 }
 
+// hidden [N, H] and weight [V, H] of contiguous rows, targets [N] and bias [V].
+inline void check_linear_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                              const std::optional<Tensor>& bias, int64_t vocabulary_start) {
+  check_dim(hidden, 2, "hidden");
+  check_dim(weight, 2, "weight");
+  const int64_t rows = hidden.size(0), hidden_size = hidden.size(1), vocabulary = weight.size(0);
+  check_size(weight, 1, hidden_size, "weight");
+  check_type(weight, hidden.scalar_type(), "weight");
+  check_dim(targets, 1, "targets");
+  check_size(targets, 0, rows, "targets");
+  check_type(targets, ScalarType::Long, "targets");
+  check_contiguous(targets, "targets");
+  STD_TORCH_CHECK(vocabulary_start >= 0, "vocabulary_start: expected 0 or more, got ", vocabulary_start);
+  STD_TORCH_CHECK(hidden_size <= 1 || (hidden.stride(1) == 1 && weight.stride(1) == 1),
+                  "hidden and weight: expected contiguous rows");
+  STD_TORCH_CHECK(vocabulary < (int64_t{1} << 31), "weight: expected fewer than 2^31 rows");
+  if (!bias) return;
+  check_dim(*bias, 1, "bias");
+  check_size(*bias, 0, vocabulary, "bias");
+  check_type(*bias, ScalarType::Double, "bias");
+  check_contiguous(*bias, "bias");
+}
+
 inline void check_row_temperature(const std::optional<Tensor>& row_temperature, int64_t rows) {
   if (!row_temperature) return;
   check_type(*row_temperature, ScalarType::Double, "row_temperature");

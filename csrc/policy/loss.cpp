@@ -3,120 +3,20 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/parallel.h"
-#include "policy/arguments.h"
+#include "policy/loss_arguments.h"
+#include "policy/loss_sequences.h"
 
 namespace pykern {
 namespace {
 
-// In the order of AGGREGATES in pykern/policy/loss.py.
-enum class Aggregate : int64_t { token_mean, token_sum, sequence_sum, sequence_mean, sequence_sum_norm };
-
-// Policy loss, KL loss, then means over the tokens; see METRICS in pykern/policy/loss.py.
-constexpr int64_t kMetrics = 10;
-
-// A long sequence is cut, unless its ratio needs all of it; short ones share a task.
-constexpr int64_t kSegmentTokens = 8192;
-
-std::vector<int64_t> sequence_starts(const Tensor& logprobs, const std::optional<Tensor>& cu_seqlens) {
-  std::vector<int64_t> starts;
-  if (!cu_seqlens) {
-    check_dim(logprobs, 2, "logprobs");
-    for (int64_t row = 0; row <= logprobs.size(0); ++row) starts.push_back(row * logprobs.size(1));
-    return starts;
-  }
-  check_dim(logprobs, 1, "logprobs");
-  check_cpu(*cu_seqlens, "cu_seqlens");
-  check_dim(*cu_seqlens, 1, "cu_seqlens");
-  check_type(*cu_seqlens, ScalarType::Long, "cu_seqlens");
-  check_contiguous(*cu_seqlens, "cu_seqlens");
-  const int64_t* values = input<int64_t>(*cu_seqlens);
-  starts.assign(values, values + cu_seqlens->numel());
-  STD_TORCH_CHECK(!starts.empty() && starts.front() == 0 && starts.back() == logprobs.size(0),
-                  "cu_seqlens: expected to begin with 0 and end with the number of tokens, ", logprobs.size(0));
-  for (size_t i = 1; i < starts.size(); ++i) {
-    STD_TORCH_CHECK(starts[i] >= starts[i - 1], "cu_seqlens: expected non-decreasing values, entry ", i, " is smaller");
-  }
-  return starts;
-}
-
-std::vector<LossSegment> cut(const std::vector<int64_t>& starts, bool whole) {
-  std::vector<LossSegment> segments;
-  for (size_t sequence = 0; sequence + 1 < starts.size(); ++sequence) {
-    const int64_t end = starts[sequence + 1];
-    for (int64_t begin = starts[sequence]; begin < end;) {
-      const int64_t stop = whole || end - begin <= kSegmentTokens ? end : begin + kSegmentTokens;
-      segments.push_back({static_cast<int64_t>(sequence), begin, stop});
-      begin = stop;
-    }
-  }
-  return segments;
-}
-
-// First segment of each task, and one past the last.
-std::vector<int64_t> share(const std::vector<LossSegment>& segments) {
-  std::vector<int64_t> first{0};
-  int64_t tokens = 0;
-  for (size_t index = 0; index < segments.size(); ++index) {
-    tokens += segments[index].end - segments[index].begin;
-    if (tokens >= kSegmentTokens || index + 1 == segments.size()) {
-      first.push_back(static_cast<int64_t>(index) + 1);
-      tokens = 0;
-    }
-  }
-  return first;
-}
-
-struct Counts {
-  std::vector<int64_t> lengths;
-  int64_t tokens = 0, sequences = 0;
-};
-
-Counts count(const std::vector<int64_t>& starts, const std::vector<LossSegment>& segments,
-             const std::vector<int64_t>& tasks, const uint8_t* mask) {
-  Counts counts;
-  std::vector<int64_t> unmasked(segments.size());
-  const auto count_mask = count_unmasked();
-  parallel_tasks(static_cast<int64_t>(tasks.size()) - 1, [&](int64_t task, int) {
-    for (int64_t index = tasks[task]; index < tasks[task + 1]; ++index) {
-      const LossSegment& segment = segments[index];
-      const int64_t size = segment.end - segment.begin;
-      unmasked[index] = mask ? count_mask(mask + segment.begin, size) : size;
-    }
-  });
-  counts.lengths.assign(starts.size() - 1, 0);
-  for (size_t index = 0; index < segments.size(); ++index) counts.lengths[segments[index].sequence] += unmasked[index];
-  for (const int64_t length : counts.lengths) {
-    counts.tokens += length;
-    counts.sequences += length > 0;
-  }
-  return counts;
-}
-
-// What each token of a sequence counts in the loss.
-std::vector<double> sequence_weights(const Counts& counts, Aggregate aggregate, double denominator, double horizon) {
-  const auto over = [&](int64_t counted) {
-    const double divisor = denominator > 0 ? denominator : static_cast<double>(counted);
-    return divisor > 0 ? 1 / divisor : 0;
-  };
-  std::vector<double> weights;
-  for (const int64_t length : counts.lengths) {
-    switch (aggregate) {
-      case Aggregate::token_mean: weights.push_back(over(counts.tokens)); break;
-      case Aggregate::token_sum: weights.push_back(1); break;
-      case Aggregate::sequence_sum: weights.push_back(over(counts.sequences)); break;
-      case Aggregate::sequence_mean:
-        weights.push_back(length > 0 ? over(counts.sequences) / static_cast<double>(length) : 0);
-        break;
-      case Aggregate::sequence_sum_norm: weights.push_back(over(counts.sequences) / horizon); break;
-    }
-  }
-  return weights;
-}
+// In the order of METRICS in pykern/policy/losses.py.
+constexpr int64_t kMetrics = 15;
 
 void write_scalar(Tensor& target, int64_t index, double value) {
   if (target.scalar_type() == ScalarType::Double) {
@@ -126,80 +26,141 @@ void write_scalar(Tensor& target, int64_t index, double value) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                           std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
-                                           std::optional<Tensor> ref_logprobs, std::optional<Tensor> rollout_logprobs,
-                                           bool sequence_ratio, bool weight_clip, int64_t kl, int64_t aggregate,
-                                           std::vector<double> settings, bool with_gradient) {
-  const ScalarType type = logprobs.scalar_type();
-  check_loss(logprobs, old_logprobs, mask, ref_logprobs, rollout_logprobs, kl, aggregate, settings, check_cpu);
-  const std::vector<int64_t> starts = sequence_starts(logprobs, cu_seqlens);
-  const auto sequences = static_cast<int64_t>(starts.size()) - 1;
-  const bool per_token = check_loss_advantages(advantages, logprobs, sequences, check_cpu);
+PolicyLossParams loss_params(const LossTensors& tensors, const LossShape& shape, const std::vector<int64_t>& choices,
+                             const std::vector<double>& settings) {
+  using Choice = LossChoice;
+  using Setting = LossSetting;
+  const auto pointer = [](const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
+  const auto flags = [&](const std::optional<Tensor>& tensor) { return static_cast<const uint8_t*>(pointer(tensor)); };
+  PolicyLossParams p{};
+  p.logprobs = tensors.logprobs.const_data_ptr();
+  p.old_logprobs = tensors.old_logprobs.const_data_ptr();
+  p.ref_logprobs = pointer(tensors.ref_logprobs);
+  p.anchor_logprobs = pointer(tensors.anchor_logprobs);
+  p.rollout_logprobs = pointer(tensors.rollout_logprobs);
+  p.entropy = pointer(tensors.entropy);
+  p.clip_low = pointer(tensors.clip_low);
+  p.clip_high = pointer(tensors.clip_high);
+  p.token_weights = pointer(tensors.token_weights);
+  p.advantages = {tensors.advantages.const_data_ptr(), shape.advantages_per_token};
+  p.second_advantages = {pointer(tensors.second_advantages), shape.second_advantages_per_token};
+  p.advantage_weights = {pointer(tensors.advantage_weights), shape.advantage_weights_per_token};
+  p.rollout_weights = {pointer(tensors.rollout_weights), shape.rollout_weights_per_token};
+  p.mask = flags(tensors.mask);
+  p.keep = flags(tensors.keep);
+  p.anchor_keep = flags(tensors.anchor_keep);
+  p.ratio = static_cast<RatioLevel>(choices[Choice::ratio]);
+  p.rule = static_cast<LossRule>(choices[Choice::rule]);
+  p.stabilisation = static_cast<Stabilisation>(choices[Choice::stabilisation]);
+  p.kl = static_cast<KlEstimator>(choices[Choice::kl]);
+  p.anchor = static_cast<KlEstimator>(choices[Choice::anchor]);
+  p.kl_gradient = static_cast<KlGradient>(choices[Choice::kl_gradient]);
+  p.weight_negative_only = choices[Choice::weight_negative_only] != 0;
+  p.rollout_mask = choices[Choice::rollout_rule] != 0;
+  p.ratio_low = settings[Setting::ratio_low];
+  p.ratio_high = settings[Setting::ratio_high];
+  p.ratio_limit = settings[Setting::ratio_limit];
+  p.dual_clip = settings[Setting::dual_clip];
+  for (int index = 0; index < 4; ++index) p.shape[index] = settings[Setting::shape0 + index];
+  p.negative_scale = settings[Setting::negative_scale];
+  p.stabilisation_low = settings[Setting::stabilisation_low];
+  p.stabilisation_high = settings[Setting::stabilisation_high];
+  p.log_ratio_limit = settings[Setting::log_ratio_limit];
+  p.sequence_log_ratio_low = settings[Setting::sequence_log_ratio_low];
+  p.sequence_log_ratio_high = settings[Setting::sequence_log_ratio_high];
+  p.kl_coef = settings[Setting::kl_coef];
+  p.kl_log_ratio_limit = settings[Setting::kl_log_ratio_limit];
+  p.kl_limit = settings[Setting::kl_limit];
+  p.anchor_coef = settings[Setting::anchor_coef];
+  p.rollout_low = settings[Setting::rollout_low];
+  p.rollout_high = settings[Setting::rollout_high];
+  p.entropy_coef = settings[Setting::entropy_coef];
+  const bool common = p.stabilisation == Stabilisation::none && p.anchor == KlEstimator::none &&
+                      p.kl_gradient == KlGradient::value && !p.keep && !p.entropy && !p.clip_low && !p.clip_high &&
+                      !p.token_weights && !p.second_advantages.data && !p.rollout_weights.data;
+  const bool plain = common && p.ratio == RatioLevel::token && p.rule == LossRule::clip && p.negative_scale == 1 &&
+                     std::isinf(p.ratio_limit);
+  p.parts = plain ? LossParts::plain : common ? LossParts::common : LossParts::all;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossTensors& tensors, const std::vector<int64_t>& choices,
+                                               const std::vector<double>& settings, bool with_gradient) {
+  using Setting = LossSetting;
+  const Tensor& logprobs = tensors.logprobs;
+  const LossShape shape = check_loss(tensors, choices, settings, check_cpu);
+  PolicyLossParams params = loss_params(tensors, shape, choices, settings);
+  const LossTasks tasks =
+      share_loss(logprobs, tensors.mask, tensors.cu_seqlens, params.ratio != RatioLevel::token);
+  const std::vector<double> weights =
+      tensors.token_weights
+          ? std::vector<double>(tasks.lengths.size(), 1.0)
+          : sequence_weights(tasks, static_cast<Aggregate>(choices[LossChoice::aggregate]),
+                             choices[LossChoice::count_empty] != 0, settings[Setting::denominator],
+                             settings[Setting::horizon]);
 
   Tensor loss = torch::stable::new_empty(logprobs, {});
   Tensor metrics = torch::stable::new_empty(logprobs, {kMetrics});
-  Tensor coefficient = with_gradient ? torch::stable::empty_like(logprobs) : torch::stable::new_empty(logprobs, {0});
-
-  const auto pointer = [](const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
-  const auto* mask_data = static_cast<const uint8_t*>(pointer(mask));
-  const std::vector<LossSegment> segments = cut(starts, sequence_ratio);
-  const std::vector<int64_t> tasks = share(segments);
-  const Counts counts = count(starts, segments, tasks, mask_data);
-  const std::vector<double> weights = sequence_weights(counts, static_cast<Aggregate>(aggregate),
-                                                       settings[kDenominator], settings[kHorizon]);
-  std::vector<double> sums(segments.size() * kLossSums);
-  const PolicyLossParams params{logprobs.const_data_ptr(),
-                                old_logprobs.const_data_ptr(),
-                                advantages.const_data_ptr(),
-                                pointer(ref_logprobs),
-                                pointer(rollout_logprobs),
-                                mask_data,
-                                with_gradient ? coefficient.mutable_data_ptr() : nullptr,
-                                segments.data(),
-                                counts.lengths.data(),
-                                weights.data(),
-                                sums.data(),
-                                per_token,
-                                sequence_ratio,
-                                weight_clip,
-                                static_cast<KlEstimator>(kl),
-                                settings[kRatioLow],
-                                settings[kRatioHigh],
-                                settings[kDualClip],
-                                settings[kLogRatioLimit],
-                                settings[kSequenceLogRatioLimit],
-                                settings[kKlCoef],
-                                settings[kKlLogRatioLimit],
-                                settings[kKlLimit],
-                                settings[kRolloutClip]};
-  const auto kernel = type == ScalarType::Double ? policy_loss_f64() : policy_loss_f32();
-  parallel_tasks(static_cast<int64_t>(tasks.size()) - 1, [&](int64_t task, int) {
-    for (int64_t index = tasks[task]; index < tasks[task + 1]; ++index) kernel(params, index);
+  const auto gradient = [&](bool wanted) {
+    return wanted ? torch::stable::empty_like(logprobs) : torch::stable::new_empty(logprobs, {0});
+  };
+  Tensor coefficient = gradient(with_gradient);
+  Tensor entropy_coefficient = gradient(with_gradient && params.entropy);
+  std::vector<double> sums(tasks.segments.size() * kLossSums);
+  params.coefficient = with_gradient ? coefficient.mutable_data_ptr() : nullptr;
+  params.entropy_coefficient = with_gradient && params.entropy ? entropy_coefficient.mutable_data_ptr() : nullptr;
+  params.segments = tasks.segments.data();
+  params.lengths = tasks.lengths.data();
+  params.sequence_weight = weights.data();
+  params.sums = sums.data();
+  const auto kernel = logprobs.scalar_type() == ScalarType::Double ? policy_loss_f64() : policy_loss_f32();
+  parallel_tasks(tasks.tasks(), [&](int64_t task, int) {
+    for (int64_t index = tasks.first[task]; index < tasks.first[task + 1]; ++index) kernel(params, index);
   });
 
-  double policy_loss = 0, kl_loss = 0, totals[kLossSums] = {};
-  for (size_t index = 0; index < segments.size(); ++index) {
+  double parts[4] = {}, totals[kLossSums] = {};
+  for (size_t index = 0; index < tasks.segments.size(); ++index) {
     const double* of_segment = sums.data() + index * kLossSums;
-    const double weight = weights[segments[index].sequence];
-    policy_loss += weight * of_segment[kPolicySum];
-    kl_loss += weight * of_segment[kKlSum] * settings[kKlCoef];
+    const double weight = weights[tasks.segments[index].sequence];
+    for (int part = 0; part < 4; ++part) parts[part] += weight * of_segment[kPolicySum + part];
     for (int sum = 0; sum < kLossSums; ++sum) totals[sum] += of_segment[sum];
   }
-  const double per_token_share = counts.tokens > 0 ? 1 / static_cast<double>(counts.tokens) : 0;
-  const double values[kMetrics] = {policy_loss,
-                                   kl_loss,
-                                   totals[kKlSum] * per_token_share,
-                                   totals[kRatioSum] * per_token_share,
-                                   -totals[kLogRatioSum] * per_token_share,
-                                   (totals[kClippedLow] + totals[kClippedHigh]) * per_token_share,
-                                   totals[kClippedLow] * per_token_share,
-                                   totals[kClippedHigh] * per_token_share,
-                                   totals[kDualClipped] * per_token_share,
-                                   totals[kRolloutWeightSum] * per_token_share};
+  parts[1] *= params.kl_coef;
+  parts[2] *= params.anchor_coef;
+  parts[3] *= -params.entropy_coef;
+  const double share = tasks.tokens > 0 ? 1 / static_cast<double>(tasks.tokens) : 0;
+  const double values[kMetrics] = {parts[0],
+                                   parts[1],
+                                   parts[2],
+                                   parts[3],
+                                   totals[kKlSum] * share,
+                                   totals[kAnchorSum] * share,
+                                   totals[kEntropySum] * share,
+                                   totals[kRatioSum] * share,
+                                   -totals[kLogRatioSum] * share,
+                                   (totals[kClippedLow] + totals[kClippedHigh]) * share,
+                                   totals[kClippedLow] * share,
+                                   totals[kClippedHigh] * share,
+                                   totals[kDualClipped] * share,
+                                   totals[kRolloutWeightSum] * share,
+                                   params.parts == LossParts::all ? totals[kKept] * share : tasks.tokens > 0 ? 1.0 : 0.0};
   for (int64_t index = 0; index < kMetrics; ++index) write_scalar(metrics, index, values[index]);
-  write_scalar(loss, 0, policy_loss + kl_loss);
-  return {loss, coefficient, metrics};
+  write_scalar(loss, 0, parts[0] + parts[1] + parts[2] + parts[3]);
+  return {loss, coefficient, entropy_coefficient, metrics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor logprobs, Tensor old_logprobs, Tensor advantages, std::optional<Tensor> mask,
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> keep, std::optional<Tensor> ref_logprobs,
+    std::optional<Tensor> anchor_logprobs, std::optional<Tensor> anchor_keep, std::optional<Tensor> rollout_logprobs,
+    std::optional<Tensor> rollout_weights, std::optional<Tensor> entropy, std::optional<Tensor> clip_low,
+    std::optional<Tensor> clip_high, std::optional<Tensor> second_advantages, std::optional<Tensor> advantage_weights,
+    std::optional<Tensor> token_weights, std::vector<int64_t> choices, std::vector<double> settings,
+    bool with_gradient) {
+  return run({logprobs, old_logprobs, advantages, mask, cu_seqlens, keep, ref_logprobs, anchor_logprobs, anchor_keep,
+              rollout_logprobs, rollout_weights, entropy, clip_low, clip_high, second_advantages, advantage_weights,
+              token_weights},
+             choices, settings, with_gradient);
 }
 
 Tensor backward(Tensor grad_loss, Tensor coefficient) {

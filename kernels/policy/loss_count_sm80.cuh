@@ -2,7 +2,7 @@
 // ratio of whole sequences, the sums that make it up.
 #pragma once
 
-#include "kernels/policy/loss_tokens.cuh"
+#include "kernels/policy/loss_totals.cuh"
 
 namespace pykern {
 
@@ -82,19 +82,20 @@ __global__ void __launch_bounds__(kLossThreads, kMaskBlocks) pack_mask_kernel(Lo
   counter.finish();
 }
 
-// Of the wanted ones among four tokens, those that are not masked.
-__device__ __forceinline__ TokenBits read_mask(const LossParams& p, int64_t token, TokenBits wanted) {
-  const uint8_t* source = p.mask + token;
-  if (wanted & kWholePack && reinterpret_cast<uintptr_t>(p.mask) % 4 == 0) {
-    return nonzero_bytes(__ldcs(reinterpret_cast<const unsigned*>(source))) | kWholePack;
-  }
-  TokenBits bits = wanted & kWholePack;
+// Reads the mask of four tokens and keeps its bits, eight lanes to a word. All lanes must call.
+__device__ __forceinline__ TokenBits keep_mask(const LossParams& p, const LossPart& part, const PartPacks& packs,
+                                               uint32_t pack) {
+  const int64_t token = packs.token_of(pack);
+  const TokenBits valid = read_flags(p.mask, token, packs.inside(pack));
+  unsigned word = (valid & kFourTokens) << (pack % 8 * kThreadTokens);
 #pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) bits |= (is_wanted(wanted, i) && source[i] ? 1u : 0u) << i;
-  return bits;
+  for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(kFullWarp, word, distance);
+  const bool in_part = token + 32 > part.begin && token < part.end;
+  if (pack % 8 == 0 && in_part) *mask_word(p, part, token) = word;
+  return valid;
 }
 
-// A ratio of whole sequences, with a mask or without.
+// A clipped ratio of whole sequences, with a mask or without.
 template <class T>
 class SequenceSums {
  public:
@@ -103,12 +104,12 @@ class SequenceSums {
 
   // Sums of this thread; returns its unmasked tokens.
   __device__ __forceinline__ unsigned run(double (&sums)[kPartSums]) {
-    const bool uniform = !p_.per_token_advantages && !p_.rollout_logprobs;
+    const bool uniform = !p_.advantages.per_token && !p_.rollout_logprobs;
     unsigned unmasked = 0;
     // All threads take part in all turns, for the words of bits.
     for (uint32_t turn = 0; turn < packs_.end(); turn += kLossThreads) {
       const uint32_t pack = turn + threadIdx.x;
-      const TokenBits valid = p_.mask ? keep_mask(pack) : packs_.inside(pack);
+      const TokenBits valid = p_.mask ? keep_mask(p_, part_, packs_, pack) : packs_.inside(pack);
       unmasked += __popc(valid & kFourTokens);
       const FourTokens<T> logprob = packs_.template read<T>(p_.logprobs, pack, valid);
       const FourTokens<T> old = packs_.template read<T>(p_.old_logprobs, pack, valid);
@@ -130,25 +131,13 @@ class SequenceSums {
   }
 
  private:
-  __device__ __forceinline__ T of_sequence() const { return static_cast<const T*>(p_.advantages)[part_.sequence]; }
-
-  // Reads the mask and keeps its bits, eight lanes to a word.
-  __device__ __forceinline__ TokenBits keep_mask(uint32_t pack) const {
-    const int64_t token = packs_.token_of(pack);
-    const TokenBits valid = read_mask(p_, token, packs_.inside(pack));
-    unsigned word = (valid & kFourTokens) << (pack % 8 * kThreadTokens);
-#pragma unroll
-    for (int distance = 1; distance < 8; distance *= 2) word |= __shfl_xor_sync(kFullWarp, word, distance);
-    const bool in_part = token + 32 > part_.begin && token < part_.end;
-    if (pack % 8 == 0 && in_part) *mask_word(p_, part_, token) = word;
-    return valid;
-  }
+  __device__ __forceinline__ T of_sequence() const { return static_cast<const T*>(p_.advantages.values)[part_.sequence]; }
 
   __device__ __forceinline__ void add_advantages(uint32_t pack, TokenBits valid, const FourTokens<T>& old,
                                                  double (&sums)[kPartSums]) const {
     FourTokens<T> advantage, rollout;
-    if (p_.per_token_advantages) {
-      advantage = packs_.template read<T>(p_.advantages, pack, valid);
+    if (p_.advantages.per_token) {
+      advantage = packs_.template read<T>(p_.advantages.values, pack, valid);
     } else {
       const T same = of_sequence();
 #pragma unroll

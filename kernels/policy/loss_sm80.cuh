@@ -1,73 +1,14 @@
-// The pass over the tokens: loss, its gradient with respect to the log-probability, and the sums behind the
-// metrics. Four masked tokens side by side are not even read.
+// The pass over the tokens for clipped ratios and clipped weights, with a KL estimate or without: loss, its gradient
+// with respect to the log-probability, and the sums behind the metrics. Four masked tokens side by side are not even
+// read. Losses of other parts are in loss_composed_sm80.cuh.
 #pragma once
 
 #include <type_traits>
 
-#include "kernels/policy/loss_tokens.cuh"
+#include "kernels/policy/loss_divergence.cuh"
+#include "kernels/policy/loss_totals.cuh"
 
 namespace pykern {
-
-struct LossShared {
-  BlockTotals<kBlockSums> totals;
-  double sums[kBlockSums];
-  bool last;
-};
-
-// exp(-d) + d - 1 and its derivative 1 - exp(-d). Near zero both cancel, so a series takes over; most
-// policies stay so near to their reference that nothing else is needed.
-__device__ __forceinline__ void k3_divergence(const FourTokens<float>& d, FourTokens<float>& value,
-                                              FourTokens<float>& derivative) {
-  bool all_near = true;
-#pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) {
-    float p = -1.0f / 362880;
-    p = p * d[i] + 1.0f / 40320;
-    p = p * d[i] - 1.0f / 5040;
-    p = p * d[i] + 1.0f / 720;
-    p = p * d[i] - 1.0f / 120;
-    p = p * d[i] + 1.0f / 24;
-    p = p * d[i] - 1.0f / 6;
-    p = p * d[i] + 0.5f;
-    value[i] = p * d[i] * d[i];
-    derivative[i] = d[i] - value[i];
-    all_near = all_near && fabsf(d[i]) < 0.5f;
-  }
-  if (all_near) return;
-#pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) {
-    const float e = exponential(-d[i]);
-    const bool near = fabsf(d[i]) < 0.5f;
-    value[i] = near ? value[i] : e + (d[i] - 1.0f);
-    derivative[i] = near ? derivative[i] : 1.0f - e;
-  }
-}
-__device__ __forceinline__ void k3_divergence(const FourTokens<double>& d, FourTokens<double>& value,
-                                              FourTokens<double>& derivative) {
-#pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) {
-    const double less_one = expm1(-d[i]);
-    value[i] = less_one + d[i];
-    derivative[i] = -less_one;
-  }
-}
-
-// Only k3 has limits: of its input, and of its value.
-template <class T>
-__device__ __forceinline__ void limited_k3(const LossBounds<T>& bounds, FourTokens<T> raw, FourTokens<T>& value,
-                                           FourTokens<T>& derivative) {
-  const T limit = bounds.kl_log_ratio_limit, largest = bounds.kl_limit;
-  FourTokens<T> held;
-#pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) held[i] = clamp(raw[i], -limit, limit);
-  k3_divergence(held, value, derivative);
-#pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) {
-    const bool beyond = raw[i] < -limit || raw[i] > limit || value[i] > largest;
-    derivative[i] = beyond ? T(0) : derivative[i];
-    value[i] = value[i] > largest ? largest : value[i];
-  }
-}
 
 // What a call has beside clipped ratios and advantages of sequences: nothing; a KL estimate; anything. What a
 // kernel need not ask about saves instructions and registers.
@@ -90,8 +31,12 @@ class PolicyLoss {
   };
 
  public:
-  __device__ __forceinline__ PolicyLoss(const LossArguments<T>& arguments, LossShared& shared)
-      : arguments_(arguments), p_(arguments.params), bounds_(arguments.bounds), shared_(shared) {}
+  __device__ __forceinline__ PolicyLoss(const LossArguments<T>& arguments, LossShared<kClipSums>& shared)
+      : arguments_(arguments),
+        p_(arguments.params),
+        bounds_(arguments.bounds),
+        shares_(arguments),
+        shared_(shared) {}
 
   __device__ __forceinline__ void run() {
     for (int64_t item = blockIdx.x; item < p_.sequences * p_.grid.parts; item += gridDim.x) {
@@ -108,44 +53,22 @@ class PolicyLoss {
   __device__ __forceinline__ bool has_divergence() const {
     return extras == LossExtras::divergence || (kAny && p_.kl != KlDivergence::none);
   }
-  __device__ __forceinline__ bool clips_weight() const { return kAny && p_.weight_clip; }
-  __device__ __forceinline__ bool has_token_advantages() const { return kAny && p_.per_token_advantages; }
+  __device__ __forceinline__ bool clips_weight() const { return kAny && p_.rule == LossRule::weight; }
+  __device__ __forceinline__ bool has_token_advantages() const { return kAny && p_.advantages.per_token; }
   __device__ __forceinline__ bool has_rollout() const { return kAny && p_.rollout_logprobs; }
   __device__ __forceinline__ bool reads_tokens() const { return has_divergence() || clips_weight(); }
-
-  __device__ __forceinline__ static double over(double denominator, double counted) {
-    const double divisor = denominator > 0 ? denominator : counted;
-    return divisor > 0 ? 1 / divisor : 0;
-  }
 
   // What each token of the part's sequence counts in the loss, and what its tokens share.
   __device__ __forceinline__ void enter(const LossPart& part) {
     sequence_ = part.sequence;
-    const double length = arguments_.counted ? length_of(sequence_) : static_cast<double>(part.sequence_tokens);
-    const double sequences = static_cast<double>(
-        arguments_.counted ? static_cast<int64_t>(p_.counters[kNonEmptySequences]) : p_.sequences);
-    switch (p_.aggregate) {
-      case LossAggregate::token_mean: weight_ = over(p_.denominator, tokens()); break;
-      case LossAggregate::token_sum: weight_ = 1; break;
-      case LossAggregate::sequence_sum: weight_ = over(p_.denominator, sequences); break;
-      case LossAggregate::sequence_mean: weight_ = length > 0 ? over(p_.denominator, sequences) / length : 0; break;
-      case LossAggregate::sequence_sum_norm: weight_ = over(p_.denominator, sequences) / p_.horizon; break;
-    }
+    weight_ = shares_.of_token(part);
     token_weight_ = static_cast<T>(weight_);
     if (!has_token_advantages()) {
-      advantage_ = static_cast<const T*>(p_.advantages)[sequence_];
+      advantage_ = static_cast<const T*>(p_.advantages.values)[sequence_];
       find_range(advantage_, lower_, upper_);
     }
     // A sequence's first part comes before its others, in whichever block it is.
     if (sequence_ratio) find_ratio(part.index == 0 && threadIdx.x == 0);
-  }
-
-  __device__ __forceinline__ double length_of(int64_t sequence) const {
-    return static_cast<double>(static_cast<int64_t>(p_.counters[kSequenceLengths + sequence]));
-  }
-
-  __device__ __forceinline__ double tokens() const {
-    return static_cast<double>(arguments_.counted ? static_cast<int64_t>(p_.counters[kUnmaskedTokens]) : p_.tokens);
   }
 
   // The ratio of the sequence, exp of its mean log-ratio, from the sums of its parts in a fixed order.
@@ -159,10 +82,10 @@ class PolicyLoss {
 #pragma unroll
     for (int i = 0; i < kPartSums; ++i) sums[i] = warp_reduce(sums[i], Sum{});
 
-    const double length = length_of(sequence_), mean = length > 0 ? sums[kLogRatios] / length : 0;
-    const auto limit = static_cast<double>(bounds_.sequence_log_ratio_limit);
-    const bool limited = mean > limit;
-    ratio_ = static_cast<T>(exp(limited ? limit : mean));
+    const double length = shares_.length_of(sequence_), mean = length > 0 ? sums[kLogRatios] / length : 0;
+    const double log_ratio = clamp(mean, p_.bounds.sequence_log_ratio_low, p_.bounds.sequence_log_ratio_high);
+    const bool limited = log_ratio < mean || log_ratio > mean;
+    ratio_ = static_cast<T>(exp(log_ratio));
     const T bounded = clamp(ratio_, bounds_.ratio_low, bounds_.ratio_high);
     // What advantages of either sign are multiplied with in the loss, and in its derivative.
     const bool clipped_high = bounded < ratio_, clipped_low = bounded > ratio_;
@@ -256,7 +179,7 @@ class PolicyLoss {
   __device__ __forceinline__ void add_policy(const PartPacks& packs, uint32_t pack, TokenBits valid,
                                              const Inputs& inputs, FourTokens<T>& gradient, Hits& hits) {
     FourTokens<T> advantages, weights;
-    if (per_token) advantages = packs.template read<T>(p_.advantages, pack, valid);
+    if (per_token) advantages = packs.template read<T>(p_.advantages.values, pack, valid);
     const bool weighted = has_rollout();
     if (weighted) weights = read_weights(packs, pack, valid, inputs);
     T losses = 0, ratios = 0, log_ratios = 0;
@@ -330,20 +253,8 @@ class PolicyLoss {
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
       raw[i] = is_wanted(valid, i) ? inputs.logprob[i] - reference[i] : T(0);
-      value[i] = raw[i];
-      derivative[i] = 1;
     }
-    if (p_.kl == KlDivergence::k2) {
-#pragma unroll
-      for (int i = 0; i < kThreadTokens; ++i) {
-        value[i] = raw[i] * raw[i] * T(0.5);
-        derivative[i] = raw[i];
-      }
-    } else if (p_.kl == KlDivergence::k3 && !arguments_.limited_divergence) {
-      k3_divergence(raw, value, derivative);
-    } else if (p_.kl == KlDivergence::k3) {
-      limited_k3(bounds_, raw, value, derivative);
-    }
+    divergence(p_.kl, bounds_, arguments_.limited_divergence, raw, value, derivative);
     T values = 0;
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
@@ -354,58 +265,24 @@ class PolicyLoss {
     weighted_kl_ += weight_ * static_cast<double>(values);
   }
 
-  // The block that finishes last adds up the sums of all, in a fixed order.
   __device__ __forceinline__ void finish() {
-    double sums[kBlockSums] = {policy_,
-                               weighted_kl_,
-                               kl_,
-                               ratios_,
-                               log_ratios_,
-                               static_cast<double>(counts_.low),
-                               static_cast<double>(counts_.high),
-                               static_cast<double>(counts_.dual),
-                               rollout_weights_};
-    block_totals(sums, shared_.totals,
-                 [&](int index, double sum) { p_.block_sums[int64_t{blockIdx.x} * kBlockSums + index] = sum; });
-    if (threadIdx.x == 0) {
-      __threadfence();
-      shared_.last = atomicAdd(&p_.counters[kFinishedBlocks], 1ull) == gridDim.x - 1;
-    }
-    __syncthreads();
-    if (!shared_.last) return;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < kBlockSums; ++i) sums[i] = 0;
-    for (int64_t block = threadIdx.x; block < gridDim.x; block += kLossThreads) {
-#pragma unroll
-      for (int i = 0; i < kBlockSums; ++i) sums[i] += __ldcg(p_.block_sums + block * kBlockSums + i);
-    }
-    block_totals(sums, shared_.totals, [&](int index, double sum) { shared_.sums[index] = sum; });
-    if (threadIdx.x == 0) write(shared_.sums);
-  }
-
-  __device__ __forceinline__ void write(const double* sums) const {
-    const double count = tokens(), per_token = count > 0 ? 1 / count : 0;
-    const double policy = sums[kWeightedPolicy], kl = sums[kWeightedKl] * static_cast<double>(p_.bounds.kl_coef);
-    const double values[kLossMetrics] = {policy,
-                                         kl,
-                                         sums[kKl] * per_token,
-                                         sums[kRatio] * per_token,
-                                         -sums[kLogRatio] * per_token,
-                                         (sums[kClippedLow] + sums[kClippedHigh]) * per_token,
-                                         sums[kClippedLow] * per_token,
-                                         sums[kClippedHigh] * per_token,
-                                         sums[kDualClipped] * per_token,
-                                         sums[kRolloutWeight] * per_token};
-#pragma unroll
-    for (int i = 0; i < kLossMetrics; ++i) static_cast<T*>(p_.metrics)[i] = static_cast<T>(values[i]);
-    *static_cast<T*>(p_.loss) = static_cast<T>(policy + kl);
+    double sums[kClipSums] = {policy_,
+                              weighted_kl_,
+                              kl_,
+                              ratios_,
+                              log_ratios_,
+                              static_cast<double>(counts_.low),
+                              static_cast<double>(counts_.high),
+                              static_cast<double>(counts_.dual),
+                              rollout_weights_};
+    finish_loss(arguments_, sums, shared_);
   }
 
   const LossArguments<T>& arguments_;
   const LossParams& p_;
   const LossBounds<T>& bounds_;
-  LossShared& shared_;
+  const LossShares<T> shares_;
+  LossShared<kClipSums>& shared_;
 
   // Sums of a thread.
   double policy_ = 0, weighted_kl_ = 0, kl_ = 0, ratios_ = 0, log_ratios_ = 0, rollout_weights_ = 0;
@@ -429,7 +306,7 @@ constexpr int kLossBlocks = sizeof(T) == 8               ? 2
 template <class T, bool sequence_ratio, LossExtras extras>
 __global__ void __launch_bounds__(kLossThreads, kLossBlocks<T, sequence_ratio, extras>)
     policy_loss_kernel(LossArguments<T> arguments) {
-  PYKERN_SHARED(LossShared, shared);
+  PYKERN_SHARED(LossShared<kClipSums>, shared);
   PolicyLoss<T, sequence_ratio, extras>(arguments, shared).run();
 }
 

@@ -1,10 +1,9 @@
-// What the kernels of policy_loss share: parts of sequences, masks as bits, four tokens per thread, sums.
+// What the kernels of policy_loss share: parts of sequences, masks as bits, four tokens per thread.
 #pragma once
 
 #include <cmath>
 
 #include "kernels/common/device.h"
-#include "kernels/common/reduce.cuh"
 #include "kernels/common/vector.cuh"
 #include "kernels/policy/loss.h"
 
@@ -71,6 +70,18 @@ struct FourTokens {
 __device__ __forceinline__ TokenBits nonzero_bytes(uint32_t bytes) {
   const uint32_t ones = ((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u) >> 7;
   return (ones * 0x01020408u) >> 24 & kFourTokens;
+}
+
+// Of the wanted ones among four tokens, those whose flag is set.
+__device__ __forceinline__ TokenBits read_flags(const uint8_t* flags, int64_t token, TokenBits wanted) {
+  const uint8_t* source = flags + token;
+  if (wanted & kWholePack && reinterpret_cast<uintptr_t>(flags) % 4 == 0) {
+    return nonzero_bytes(__ldcs(reinterpret_cast<const unsigned*>(source))) | kWholePack;
+  }
+  TokenBits bits = wanted & kWholePack;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) bits |= (is_wanted(wanted, i) && source[i] ? 1u : 0u) << i;
+  return bits;
 }
 
 __device__ __forceinline__ uint32_t* mask_word(const LossParams& p, const LossPart& part, int64_t token) {
@@ -173,36 +184,10 @@ __device__ __forceinline__ T clamp(T value, T low, T high) {
   return value > high ? high : value;
 }
 
-// min(exp(old_logprob - rollout_logprob), bound)
+// exp(old_logprob - rollout_logprob) within its bounds
 template <class T>
 __device__ __forceinline__ T rollout_weight(T distance, const LossBounds<T>& bounds) {
-  const T weight = exponential(distance);
-  return weight > bounds.rollout_clip ? bounds.rollout_clip : weight;
-}
-
-// --- sums of a block ------------------------------------------------------------------------------------------------
-
-template <int count>
-struct BlockTotals {
-  double of_warp[kLossThreads / kWarpSize][count];
-};
-
-// Adds up the block's values in one fixed order, and hands each sum to one thread: `store(index, sum)`.
-template <int count, class Store>
-__device__ __forceinline__ void block_totals(double (&values)[count], BlockTotals<count>& shared, Store store) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const double sum = warp_reduce(values[i], Sum{});
-    if (lane == 0) shared.of_warp[warp][i] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x < count) {
-    double sum = 0;
-    for (int other = 0; other < kLossThreads / kWarpSize; ++other) sum += shared.of_warp[other][threadIdx.x];
-    store(static_cast<int>(threadIdx.x), sum);
-  }
-  __syncthreads();
+  return clamp(exponential(distance), bounds.rollout_low, bounds.rollout_high);
 }
 
 }  // namespace pykern

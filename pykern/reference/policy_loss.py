@@ -80,6 +80,8 @@ def policy_loss(
         distance = logprob - old
         log_ratio = distance.clamp(-log_ratio_limit, log_ratio_limit)
         low, high = select(clip_low, index), select(clip_high, index)
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            low, high = (torch.as_tensor(bound, dtype=logprob.dtype).expand_as(logprob) for bound in (low, high))
 
         # The ratio: of the token; or one of the sequence, from the mean or the sum of its log-ratios.
         clipped_log = torch.zeros_like(valid[pieces[index]][valid[pieces[index]]])
@@ -100,24 +102,28 @@ def policy_loss(
             rho = torch.where(clipped_log, bounded_log, distance).mean().exp().expand_as(logprob)
             advantage, low, high = advantage.mean().expand_as(advantage), math.inf, math.inf
 
+        def by_sign(condition, chosen: float, otherwise: float) -> Tensor:
+            return torch.where(condition, torch.full_like(rho, chosen), torch.full_like(rho, otherwise))
+
         def term(advantage):
             """Loss of each token, where its clip is in force, and where its dual clip is."""
             clipped = dual = torch.zeros_like(advantage, dtype=torch.bool)
             advantage = torch.where(advantage < 0, advantage * negative_scale, advantage)
             bounded = rho.clamp(1 - low, 1 + high) if ratio != "clipped_sequence" else rho
             if rule == "weight":
-                weight = bounded.detach()
+                weight, clipped = bounded.detach(), rho != bounded
                 if weight_negative_only:
                     weight = torch.where(advantage < 0, weight, torch.ones_like(weight))
-                return -weight * advantage * logprob, rho != bounded, dual
+                    clipped = clipped & (advantage < 0)
+                return -weight * advantage * logprob, clipped, dual
             if rule == "log":
                 return -advantage * logprob, clipped, dual
             if rule == "gate":
-                temper = torch.where(advantage > 0, shape[0], shape[1])
+                temper = by_sign(advantage > 0, shape[0], shape[1])
                 return -advantage * 4 / temper * torch.sigmoid(temper * (rho - 1)), clipped, dual
             if rule == "taper":
-                power = torch.where(advantage < 0, shape[2], shape[0])
-                rate = torch.where(advantage < 0, shape[3], shape[1])
+                power = by_sign(advantage < 0, shape[2], shape[0])
+                rate = by_sign(advantage < 0, shape[3], shape[1])
                 taper = (rate + power * rho.log() - rate * rho).exp().detach()
                 return -taper * advantage * logprob, clipped, dual
             free, held = -advantage * rho.clamp(max=ratio_limit), -advantage * bounded

@@ -13,8 +13,9 @@ import torch
 from .. import ESTIMATORS, LOSSES
 from . import data
 from .config import ARITHMETIC, Config, InputError, settle
-from .device import resolve
+from .device import GPU_DEFAULTS, choose, resolve
 from .files import METRICS, load_checkpoint, new_folder
+from .precision import DTYPES
 
 DESCRIPTION = """GRPO training of a small byte-level language model on pykern's ops.
 
@@ -84,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--compare", type=int, nargs="?", const=1, metavar="EVERY",
                        help="run the same update in plain PyTorch beside every (EVERYth) step; 0: never "
                        "(every 100th for arithmetic, else never)")  # fmt: skip
-    option(group, "--offload", "where activations wait for the backward", choices=["none", "memory", "file"])
+    option(
+        group, "--offload", "where activations wait for the backward; on a GPU none", choices=["none", "memory", "file"]
+    )
     option(
         group,
         "--spill-dir",
@@ -95,7 +98,8 @@ def parser() -> argparse.ArgumentParser:
         "--device", choices=["auto", "cpu", "cuda"], help="auto: a GPU where pykern can use it, else the CPU (auto)"
     )
     option(group, "--threads", "of the processor; 0: as many as PyTorch chooses (1 for arithmetic)", metavar="N")
-    option(group, "--dtype", "of weights and activations", choices=["float32", "bfloat16"])
+    option(group, "--dtype", "of weights and activations; mixed: float32 weights, bfloat16 products "
+           "(what a GPU takes by default)", choices=list(DTYPES))  # fmt: skip
     option(group, "--seed", "of weights, split, order and sampling", metavar="N")
     option(group, "--evaluate-every", "steps between held-out accuracies; 0: at the ends only", metavar="N")
     option(group, "--checkpoint-every", "steps between checkpoints; 0: at the end only", metavar="N")
@@ -124,6 +128,8 @@ def prepare(arguments: list[str]):
     else:
         state = config = None
         device = given.pop("device", "auto")
+        if choose(device) == "cuda":
+            given = {**GPU_DEFAULTS, **given}
 
     name = config.data if config else given.get("data", ARITHMETIC)
     if name == ARITHMETIC:

@@ -24,6 +24,7 @@ from .config import Config
 from .memory import PeakMemory
 from .model import Transformer, causal_attention
 from .plain import plain_optimizer, plain_policy_loss
+from .precision import arithmetic
 
 
 def padded(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +62,8 @@ class PlainUpdate:
         first = {}
         for _ in range(config.updates):
             self.optimizer.zero_grad(set_to_none=True)
-            logprobs, tokens = plain_logprobs(self.model, groups, config.temperature)
+            with arithmetic(config):
+                logprobs, tokens = plain_logprobs(self.model, groups, config.temperature)
             loss = plain_policy_loss(
                 config.loss, logprobs, groups.old_logprobs, groups.advantages, lengths, groups.horizon
             )

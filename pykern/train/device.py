@@ -20,6 +20,18 @@ _OPS = {
 }
 
 
+GPU_DEFAULTS = {"dtype": "mixed", "offload": "none"}
+"""What differs from Config's own defaults on a GPU."""
+
+
+def choose(name: str) -> str:
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises InputError for a GPU that can't be used."""
+    try:
+        return choose_device(name).type
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: {unusable_reason()}; use --device cpu") from error
+
+
 def families(config: Config) -> list[str]:
     """The families that a run with these options uses."""
     unused = {"lowrank": config.optimizer == "adamw", "offload": config.offload == "none"}
@@ -27,12 +39,9 @@ def families(config: Config) -> list[str]:
 
 
 def resolve(config: Config, name: str) -> str:
-    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises InputError where an op the run needs has no kernel there."""
-    try:
-        device = choose_device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: {unusable_reason()}; use --device cpu") from error
-    if device.type == "cuda":
+    """The device that `choose` gives, for a run with these options. Raises InputError where it can't run there."""
+    device = choose(name)
+    if device == "cuda":
         for family in families(config):
             missing = [op for op in _OPS[family] if op not in _native.cuda_ops]
             if missing:
@@ -44,7 +53,12 @@ def resolve(config: Config, name: str) -> str:
             raise InputError(
                 f"--device {name}: activations on a GPU can't be offloaded yet; use --offload none or --device cpu"
             )
-    return device.type
+        if config.dtype == "float32":
+            raise InputError(
+                f"--dtype float32: attention on a GPU takes bfloat16; use --dtype {GPU_DEFAULTS['dtype']}, which keeps "
+                "float32 weights, or --device cpu"
+            )
+    return device
 
 
 def describe(config: Config) -> str:

@@ -108,6 +108,19 @@ class Transformer(nn.Module):
         if shape.tie_head:
             self.head.weight = self.embedding.weight
 
+    def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and the head's weight in the type of a product here: an autocast's, or their own."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        return hidden.to(dtype), self.head.weight.to(dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of sixteen-bit operands in float32, as `linear_token_logprobs` has them."""
+        hidden, weight = self.head_operands(hidden)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), weight.to(dtype))
+
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final hidden states [..., width] of tokens [...] at their positions [...]. The head is the caller's."""
         cos, sin = rotation(positions, self.shape.head_size)

@@ -89,7 +89,7 @@ def plain_policy_loss(
         log_ratio = (per_response(log_ratio) / lengths)[owner]
     ratio, advantage = log_ratio.exp(), advantages[owner]
     clipped = ratio.clamp(1 - row.clip_low, 1 + row.clip_high)
-    if row.clip == "weight":
+    if row.rule == "weight":
         terms = -clipped.detach() * advantage * logprobs
     else:
         terms = torch.maximum(-advantage * ratio, -advantage * clipped)

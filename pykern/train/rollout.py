@@ -105,8 +105,7 @@ def sample(
     tokens, logprobs = [], []
     ended = torch.zeros(len(prompts), group, dtype=torch.bool, device=cache.device)
     for _ in range(longest):
-        logits = model.head(hidden).to(torch.promote_types(hidden.dtype, torch.float32))
-        distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)
+        distribution = (model.logits(hidden) / (temperature or 1.0)).log_softmax(dim=-1)
         if temperature == 0:
             chosen = distribution.argmax(dim=-1)
         else:

@@ -22,6 +22,7 @@ from .config import Config
 from .data import Dataset, Example, supervised
 from .memory import PeakMemory
 from .model import Shape, Transformer, tree_attention
+from .precision import arithmetic, weight_dtype
 from .rollout import Rollouts, sample
 
 
@@ -34,7 +35,7 @@ def make_model(config: Config, device: torch.device) -> Transformer:
     """The model as the seed makes it: always on the CPU first, so that every device starts alike."""
     torch.manual_seed(config.seed)
     shape = Shape(config.layers, config.width, config.heads, config.key_heads, config.tie_head)
-    return Transformer(shape).to(device=device, dtype=getattr(torch, config.dtype))
+    return Transformer(shape).to(device=device, dtype=weight_dtype(config))
 
 
 def make_optimizer(config: Config, model: Transformer, learning_rate: float) -> torch.optim.Optimizer:
@@ -103,14 +104,16 @@ class Trainer:
 
     def logprobs(self, packed: PackedBatch, temperature: float) -> Tensor:
         """Log-probabilities of the packed response tokens, [targets], in float32."""
-        hidden = self.model(packed.token_ids, packed.tree.position, tree_attention(packed.tree))
-        rows = packed.gather(hidden)
-        return linear_token_logprobs(rows, self.model.head.weight, packed.targets, temperature=temperature)
+        with arithmetic(self.config):
+            hidden = self.model(packed.token_ids, packed.tree.position, tree_attention(packed.tree))
+            rows, weight = self.model.head_operands(packed.gather(hidden))
+        return linear_token_logprobs(rows, weight, packed.targets, temperature=temperature)
 
     def sample(self, examples: list[Example], responses: int, temperature: float) -> Rollouts:
         prompts = [example.prompt for example in examples]
         longest = self.config.max_response
-        return sample(self.model, self.dataset.shared, prompts, responses, longest, temperature, self.generator)
+        with arithmetic(self.config):
+            return sample(self.model, self.dataset.shared, prompts, responses, longest, temperature, self.generator)
 
     def accuracy(self, examples: list[Example]) -> float:
         """Share of `examples` that the likeliest response solves."""

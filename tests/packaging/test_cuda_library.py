@@ -19,7 +19,7 @@ from .test_native import package, python  # noqa: F401
 NVCC = shutil.which("nvcc")
 needs_library = pytest.mark.skipif(not NVCC and not CUDA_LIBRARY, reason="no CUDA library: there is no nvcc here")
 
-# Ops whose work is the host's. Every other op has a CUDA kernel or stands in NOT_YET.
+# Ops whose work is the host's. Every other op has a CUDA kernel.
 HOST_OPS = {
     "cpu_level", "best_cpu_level", "set_cpu_level", "built_with", "matmul_in_cache",
     "cuda_architectures", "cuda_built_with", "cuda_stream_source",
@@ -27,7 +27,6 @@ HOST_OPS = {
     "offload_load", "offload_release", "offload_map_allocations", "offload_synchronize", "offload_take_failure",
     "offload_description", "offload_counters", "offload_reset_counters",
 }  # fmt: skip
-NOT_YET = {"linear_token_logprobs", "linear_token_logprobs_backward"}
 
 
 def in_sources(pattern, sources):
@@ -47,7 +46,7 @@ def ops_with_wrappers():
 
 
 def test_every_op_has_a_cuda_wrapper_or_is_known_to_have_none():
-    assert defined_ops() - ops_with_wrappers() == HOST_OPS | NOT_YET
+    assert defined_ops() - ops_with_wrappers() == HOST_OPS
 
 
 REGISTERED = """

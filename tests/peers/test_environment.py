@@ -14,6 +14,7 @@ PEERS = {
     "bitsandbytes": "bitsandbytes",
     "galore_torch": "galore-torch",
     "fira": "fira",
+    "liger_kernel": "liger-kernel",
     "prefix_grouper": "prefix-grouper",
     "transformers": "transformers",
     "trl": "trl",

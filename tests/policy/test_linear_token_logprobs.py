@@ -45,9 +45,16 @@ def check_against_torch(hidden, weight, targets, bias=None, **keywords):
     "rows, hidden_size, vocabulary",
     [(1, 1, 1), (3, 5, 7), (65, 64, 192), (70, 33, 193), (200, 48, 401), (19, 300, 1000)],
 )
-def test_matches_float64(dtype, rows, hidden_size, vocabulary):
+def test_matches_float64(everywhere, dtype, rows, hidden_size, vocabulary):
     hidden, weight, targets, _ = make(rows, hidden_size, vocabulary, dtype)
     check_against_torch(hidden, weight, targets, entropy=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything(everywhere, dtype):
+    hidden, weight, targets, bias = make(31, 39, 407, dtype, bias=True)
+    targets[::7] = -100
+    check_against_torch(hidden, weight, targets, bias, temperature=0.8, softcap=2.0, entropy=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,7 +66,7 @@ def test_everything_at_every_level(cpu_level, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_groups_and_slabs(dtype):
-    hidden, weight, targets, bias = make(1500, 16, 1537 + 193, dtype, bias=True)
+    hidden, weight, targets, bias = make(5600, 16, 1537 + 193, dtype, bias=True)
     check_against_torch(hidden, weight, targets, bias)
 
 
@@ -77,24 +84,25 @@ def test_wide_hidden_states(hidden_size):
 
 
 @pytest.mark.parametrize("softcap", [0.1, 5.0, 1000.0])
-def test_softcap(softcap):
+def test_softcap(everywhere, softcap):
     hidden, weight, targets, _ = make(40, 32, 300, spread=8.0)
     check_against_torch(hidden, weight, targets, softcap=softcap, entropy=True)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 3.0, torch.linspace(0.3, 3.0, 40)], ids=["cold", "hot", "per token"])
-def test_temperature(temperature):
+def test_temperature(everywhere, temperature):
     hidden, weight, targets, bias = make(40, 32, 300, bias=True)
+    temperature = temperature if isinstance(temperature, float) else temperature.to(targets.device)
     check_against_torch(hidden, weight, targets, bias, temperature=temperature, entropy=True)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_large_logits(offset):
+def test_large_logits(everywhere, offset):
     hidden, weight, targets, _ = make(10, 16, 500, spread=100.0)
     check_against_torch(hidden, weight, targets, torch.full((500,), offset), entropy=True)
 
 
-def test_ties():
+def test_ties(everywhere):
     logprobs, entropy = pykern.linear_token_logprobs(
         torch.zeros(3, 8), torch.randn(1000, 8), torch.tensor([0, 500, 999]), entropy=True
     )
@@ -104,7 +112,7 @@ def test_ties():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_bias_masks_vocabulary_entries(dtype):
+def test_bias_masks_vocabulary_entries(everywhere, dtype):
     hidden, weight, _, bias = make(9, 12, 700, dtype, bias=True)
     bias[:450] = -torch.inf
     bias[460::2] = -torch.inf
@@ -123,7 +131,8 @@ def test_bias_masks_vocabulary_entries(dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_ignored_rows_are_not_read(dtype):
+def test_ignored_rows_are_not_read(everywhere, dtype, request):
+    same_bits = request.node.callspec.params["device"] == "cpu"
     hidden, weight, targets, _ = make(100, 24, 210, dtype)
     targets[::3] = -100
     poison(hidden[::3])
@@ -134,12 +143,15 @@ def test_ignored_rows_are_not_read(dtype):
     kept = targets >= 0
     given = (hidden[kept], weight, targets[kept], None, [w[kept] for w in weights])
     few, few_grads = run(pykern.linear_token_logprobs, *given, entropy=True)
-    assert all(torch.equal(r[kept], want) for r, want in zip(results, few))
-    assert torch.equal(grads[0][kept], few_grads[0]) and torch.equal(grads[1], few_grads[1])
+    pairs = [(r[kept], want) for r, want in zip(results, few)]
+    pairs += [(grads[0][kept], few_grads[0]), (grads[1], few_grads[1])]
+    for got, want in pairs:
+        # Elsewhere the library that multiplies may take other ways for other sizes.
+        torch.testing.assert_close(got, want, **({"rtol": 0, "atol": 0} if same_bits else {"rtol": 2e-2, "atol": 1e-3}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_rows_of_zero_gradient_are_left_out(dtype):
+def test_rows_of_zero_gradient_are_left_out(everywhere, dtype):
     hidden, weight, targets, _ = make(6, 8, 50, dtype)
     leaf, head = hidden.requires_grad_(), weight.requires_grad_()
     logprobs = pykern.linear_token_logprobs(leaf, head, targets)
@@ -148,7 +160,7 @@ def test_rows_of_zero_gradient_are_left_out(dtype):
     assert leaf.grad.isfinite().all() and not leaf.grad[2].any() and head.grad.isfinite().all()
 
 
-def test_not_a_number_shows():
+def test_not_a_number_shows(everywhere):
     hidden, weight, targets, _ = make(70, 8, 50)
     hidden[1, 3] = torch.nan
     logprobs, entropy = pykern.linear_token_logprobs(hidden, weight, targets, entropy=True)
@@ -156,7 +168,7 @@ def test_not_a_number_shows():
     assert logprobs.isnan().sum() == 1 and entropy.isnan().sum() == 1
 
 
-def test_nothing_active():
+def test_nothing_active(everywhere):
     hidden, weight, _, bias = make(5, 8, 50, bias=True)
     targets = torch.full((5,), -100)
     results, grads = run(pykern.linear_token_logprobs, hidden, weight, targets, bias, [torch.ones(5)])
@@ -165,7 +177,7 @@ def test_nothing_active():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rows, hidden_size", [(0, 8), (4, 0), (0, 0)])
-def test_empty(dtype, rows, hidden_size):
+def test_empty(everywhere, dtype, rows, hidden_size):
     hidden, weight, targets, _ = make(rows, hidden_size, 13, dtype)
     results, grads = run(pykern.linear_token_logprobs, hidden, weight, targets, None, [torch.ones(rows)])
     torch.testing.assert_close(results[0], -torch.full((rows,), 13.0, dtype=dtype).log())
@@ -173,7 +185,7 @@ def test_empty(dtype, rows, hidden_size):
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
-def test_one_gradient_alone(wanted):
+def test_one_gradient_alone(everywhere, wanted):
     hidden, weight, targets, bias = make(70, 20, 300, bias=True)
     given = {"hidden": hidden, "weight": weight, "bias": bias}
     _, grads = run(pykern.linear_token_logprobs, hidden, weight, targets, bias, [torch.ones(70)])
@@ -183,7 +195,7 @@ def test_one_gradient_alone(wanted):
     assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
 
 
-def test_entropy_alone_has_its_gradient():
+def test_entropy_alone_has_its_gradient(everywhere):
     hidden, weight, targets, _ = make(30, 20, 90)
     grads = []
     for function, dtype in ((pykern.linear_token_logprobs, None), (reference.linear_token_logprobs, torch.float64)):
@@ -203,7 +215,7 @@ def test_entropy_alone_has_its_gradient():
     ],
     ids=["plain", "softcap", "both", "temperature tensor"],
 )
-def test_gradcheck(keywords):
+def test_gradcheck(everywhere, keywords):
     hidden, weight, _, bias = (None if t is None else t.double() for t in make(4, 3, 9, bias=True))
     targets = torch.tensor([0, 8, -100, 4])
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
@@ -229,7 +241,7 @@ def test_views(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, vocabulary", [(700, 1700), (1700, 261)])
+@pytest.mark.parametrize("rows, vocabulary", [(5600, 1700), (1700, 261)])
 def test_same_bits_for_any_number_of_threads(dtype, rows, vocabulary):
     hidden, weight, targets, bias = make(rows, 24, vocabulary, dtype, bias=True)
     targets[5] = -100
@@ -241,7 +253,7 @@ def test_same_bits_for_any_number_of_threads(dtype, rows, vocabulary):
         assert all(torch.equal(a, b) for a, b in zip(first[0] + first[1], again[0] + again[1]))
 
 
-def test_agrees_with_token_logprobs():
+def test_agrees_with_token_logprobs(everywhere):
     hidden, weight, targets, _ = make(50, 16, 999)
     straight = pykern.linear_token_logprobs(hidden, weight, targets, entropy=True)
     through = pykern.token_logprobs(hidden @ weight.t(), targets, entropy=True)
@@ -269,21 +281,21 @@ def test_compiles_whole(keywords):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("everything", [True, False])
-def test_opcheck(dtype, everything):
+def test_opcheck(everywhere, dtype, everything):
     hidden, weight, targets, _ = make(6, 10, 40, dtype)
     bias = torch.randn(40, dtype=torch.float64) if everything else None
     temperature = torch.rand(6, dtype=torch.float64) + 0.5 if everything else None
     arguments = (hidden, weight, targets, bias, temperature, 1.0, 3.0)
-    check_op(torch.ops.pykern.linear_token_logprobs.default, (*arguments, everything))
-    _, entropy, statistics = torch.ops.pykern.linear_token_logprobs.default(*arguments, everything)
+    check_op(torch.ops.pykern.linear_token_logprobs.default, (*arguments, everything, 11))
+    _, entropy, statistics = torch.ops.pykern.linear_token_logprobs.default(*arguments, everything, 11)
     grad = torch.randn(6).to(statistics.dtype)
     check_op(
         torch.ops.pykern.linear_token_logprobs_backward.default,
-        (*arguments, statistics, entropy, grad, grad if everything else None, True, everything, everything),
+        (*arguments, statistics, entropy, grad, grad if everything else None, 11, True, everything, everything),
     )
 
 
-def test_int32_targets_and_other_bias_dtype():
+def test_int32_targets_and_other_bias_dtype(everywhere):
     hidden, weight, targets, bias = make(6, 10, 40, torch.bfloat16, bias=True)
     want = pykern.linear_token_logprobs(hidden, weight, targets, bias=bias)
     assert torch.equal(pykern.linear_token_logprobs(hidden, weight, targets.int(), bias=bias.float()), want)

@@ -7,20 +7,25 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pykern
+from pykern.policy.losses import PRESETS
 from tests.policy.loss_cases import arguments, batch, definition, ours, packed
-from tests.support import assert_accurate, check_op, compile_whole, threads
+from tests.support import assert_accurate, compile_whole, threads
 
 LOSSES = list(pykern.LOSSES)
 KLS = [None, *pykern.KL_ESTIMATORS]
+SOME = ["grpo", "gspo", "cispo", "vespo", "gmpo"]
+"""One loss of each kind of ratio, and a weight."""
 
 
 def assert_matches(positional, named, **bounds):
-    """Loss, gradient and metrics within the error of the definition in the same dtype."""
+    """Loss, gradients and metrics within the error of the definition in the same dtype."""
     dtype = torch.float64 if positional[0].dtype == torch.float64 else torch.float32
     exact, same = definition(positional, named), definition(positional, named, dtype)
     actual = ours(positional, named)
-    assert actual[0].dtype == dtype and actual[2].dtype == positional[0].dtype
-    assert_accurate(actual[2], exact[2], same[2].to(positional[0].dtype), units=bounds.get("units", 4.0))
+    assert actual[0].dtype == dtype and len(actual) == len(exact)
+    for gradient, want, other in zip(actual[2:], exact[2:], same[2:]):
+        assert gradient.dtype == positional[0].dtype
+        assert_accurate(gradient, want, other.to(gradient.dtype), units=bounds.get("units", 4.0))
     terms = exact[2].abs().sum().item()  # the tokens' terms may cancel in a sum, their roundings do not
     for name, value, other, want in [
         ("loss", actual[0], same[0], exact[0]),
@@ -35,10 +40,17 @@ def assert_matches(positional, named, **bounds):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
-@pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_float64_matches_definition(loss, kl, aggregate):
-    assert_matches(*arguments(batch(), loss=loss, kl=kl, aggregate=aggregate), units=64.0)
+def test_float64_matches_definition(loss, aggregate):
+    assert_matches(*arguments(batch(), loss=loss, kl="k3", aggregate=aggregate), units=64.0)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("gradient", pykern.KL_GRADIENTS)
+@pytest.mark.parametrize("kl", pykern.KL_ESTIMATORS)
+@pytest.mark.parametrize("loss", SOME)
+def test_kl_estimates_match_definition(loss, kl, gradient):
+    assert_matches(*arguments(batch(), loss=loss, kl=kl, kl_gradient=gradient, rollout=True), units=64.0)
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -49,17 +61,18 @@ def test_float32_matches_definition_on_each_level(loss, kl, cpu_level):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("loss", SOME)
 def test_low_precision_inputs(loss, dtype):
-    assert_matches(*arguments(batch(dtype=dtype), loss=loss, kl="k3"))
+    assert_matches(*arguments(batch(dtype=dtype), loss=loss, kl="k3", extra=("entropy",)))
 
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
-@pytest.mark.parametrize("loss", ["grpo", "dual_clip", "cispo", "gspo"])
-def test_packed_matches_definition_and_padded(loss, aggregate):
+@pytest.mark.parametrize("count_empty", [False, True])
+@pytest.mark.parametrize("loss", SOME)
+def test_packed_matches_definition_and_padded(loss, count_empty, aggregate):
     tensors = batch()
-    named = {"loss": loss, "kl": "k3", "aggregate": aggregate, "horizon": 37.0}
+    named = {"loss": loss, "kl": "k3", "aggregate": aggregate, "horizon": 37.0, "count_empty": count_empty}
     padded, together = arguments(tensors, **named), arguments(packed(tensors), **named)
     assert_matches(*together, units=64.0)
     wide, narrow = ours(*padded), ours(*together)
@@ -82,49 +95,27 @@ def test_packed_with_mask(loss):
     assert_matches(*arguments(tensors, loss=loss, kl="k2"), units=64.0)
 
 
-@pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
-@pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cispo"])
-def test_gradcheck(loss, kl, aggregate):
-    """A CISPO weight is constant, so differences of its value are not its gradient; see the next test."""
-    tensors = batch(3, 5, poisoned=False, spread=0.1)
-    positional, named = arguments(tensors, loss=loss, kl=kl, rollout=kl == "k1", aggregate=aggregate)
-    logprobs = positional[0].clone().requires_grad_()
-    function = lambda logprobs: pykern.policy_loss(logprobs, *positional[1:], **named)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(function, (logprobs,), eps=1e-7, atol=1e-6)
-
-
-@pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
-@pytest.mark.parametrize("kl", KLS)
-def test_gradcheck_of_cispo_with_its_weight_held(kl, aggregate):
-    """With all ratios clipped, the weight is constant in truth and differences show the gradient."""
-    tensors = batch(3, 5, poisoned=False)
-    tensors["old_logprobs"] = tensors["logprobs"] - 2
-    positional, named = arguments(tensors, loss="cispo", kl=kl, aggregate=aggregate, clip_high=0.5)
-    logprobs = positional[0].clone().requires_grad_()
-    function = lambda logprobs: pykern.policy_loss(logprobs, *positional[1:], **named)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(function, (logprobs,), eps=1e-7, atol=1e-6)
-
-
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_masked_tokens_do_not_leak(loss):
     clean = batch(dtype=torch.float32, poisoned=False, per_token=True)
     dirty = {
-        name: tensor if name == "mask" else tensor.masked_fill(~clean["mask"], math.nan)
+        name: tensor.masked_fill(~clean["mask"], math.nan) if tensor.is_floating_point() else tensor
         for name, tensor in clean.items()
     }
-    first = ours(*arguments(clean, loss=loss, kl="k3", rollout=True))
-    second = ours(*arguments(dirty, loss=loss, kl="k3", rollout=True))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[2], second[2])
-    assert torch.count_nonzero(second[2][~clean["mask"]]) == 0
+    extra = ("entropy", "token_weights", "rollout_weights", "keep")
+    first = ours(*arguments(clean, loss=loss, kl="k3", rollout=True, extra=extra))
+    second = ours(*arguments(dirty, loss=loss, kl="k3", rollout=True, extra=extra))
+    assert torch.equal(first[0], second[0])
+    for before, after in zip(first[2:], second[2:]):
+        assert torch.equal(before, after) and torch.count_nonzero(after[~clean["mask"]]) == 0
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "ref_logprobs"])
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", SOME)
 def test_unmasked_garbage_shows(loss, name, bad):
     tensors = batch(poisoned=False)
     tensors["mask"][0, 0] = True
@@ -152,9 +143,28 @@ def test_no_hidden_clamp_and_the_preset_of_verl():
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("loss", LOSSES)
-def test_preset_of_verl_matches_definition(loss):
-    assert_matches(*arguments(batch(spread=9.0), loss=loss, kl="k3", preset="verl"), units=64.0)
+@pytest.mark.parametrize(
+    "loss, preset",
+    [
+        *((loss, "verl") for loss in LOSSES),
+        *((loss, preset) for loss in SOME for preset in PRESETS if preset not in (None, "verl", "roll")),
+    ],
+)
+def test_presets_match_definition(loss, preset):
+    tensors = batch(spread=9.0)
+    if loss in ("topr", "vespo"):
+        tensors = batch(spread=3.0)
+    assert_matches(*arguments(tensors, loss=loss, kl="k3", preset=preset), units=64.0)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_preset_of_roll_derives_its_dual_clip_from_the_clip():
+    positional, named = arguments(batch(spread=3.0))
+    ours_of = lambda **keywords: ours(positional, named | keywords)  # noqa: E731
+    for keywords, bound in (({}, 1.4), ({"clip_low": 0.3}, 1.6)):
+        expected = ours_of(dual_clip=bound, **keywords)
+        actual = ours_of(preset="roll", **keywords)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -210,7 +220,7 @@ def test_without_old_logprobs_the_ratio_is_one(loss):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
-@pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("loss", SOME)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0), (1, 1), (1, 3), (2, 16), (3, 17)])
 def test_sizes(shape, loss, aggregate):
     positional, named = arguments(batch(*shape, dtype=torch.float32, poisoned=False), loss=loss, aggregate=aggregate)
@@ -229,7 +239,7 @@ def test_everything_masked():
     assert all(metric == 0 for metric in metrics.values())
 
 
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", SOME)
 def test_long_sequences_same_bits_on_any_threads(loss):
     positional, named = arguments(batch(3, 20011, dtype=torch.float32), loss=loss, kl="k3")
     with threads(1):
@@ -284,23 +294,28 @@ def test_float32_advantages_beside_bfloat16_logprobs_keep_their_digits():
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
-def test_opcheck(loss):
-    row = pykern.LOSSES[loss]
-    tensors = batch(2, 9, dtype=torch.float32, poisoned=False)
-    settings = [1 - row.clip_low, 1 + row.clip_high, *[math.inf] * 3, 0.1, math.inf, math.inf, 2.0, 0.0, 1.0]
-    head = tuple(tensors[name] for name in ("logprobs", "old_logprobs", "advantages", "mask"))
-    for gradient in (True, False):
-        check_op(
-            torch.ops.pykern.policy_loss_forward.default,
-            (*head, None, tensors["ref_logprobs"], None, loss == "gspo", False, 3, 0, settings, gradient),
-        )
-    check_op(torch.ops.pykern.policy_loss_backward.default, (torch.tensor(2.0), torch.randn(3, 4)))
+def test_token_weights_stand_for_each_aggregate():
+    tensors = batch(dtype=torch.float32)
+    for aggregate in pykern.AGGREGATES:
+        for count_empty in (False, True):
+            named = {"aggregate": aggregate, "count_empty": count_empty, "horizon": 50.0}
+            for form in (tensors, packed(tensors)):
+                places = {name: form[name] for name in ("mask", "cu_seqlens") if name in form}
+                weights = pykern.policy_loss_token_weights(form["logprobs"], **places, **named)
+                if "mask" in form:
+                    assert torch.count_nonzero(weights[~form["mask"]]) == 0
+                expected = ours(*arguments(form, kl="k3", extra=("entropy",), **named))
+                actual = ours(
+                    *arguments(form | {"token_weights": weights}, kl="k3", extra=("entropy", "token_weights"))
+                )
+                torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
+                for got, want in zip(actual[2:], expected[2:]):
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("form", [lambda tensors: tensors, packed])
-@pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "lp_reg", "hapo", "copo"])
 def test_compiles_whole(loss, form):
     positional, named = arguments(form(batch(dtype=torch.float32)), loss=loss, kl="k3")
     expected = ours(positional, named)
@@ -309,52 +324,6 @@ def test_compiles_whole(loss, form):
     value.backward()
     assert torch.equal(value, expected[0]) and torch.equal(logprobs.grad, expected[2])
     assert torch.equal(metrics["clip_fraction"], expected[1]["clip_fraction"])
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"logprobs": 1.0}, TypeError, "logprobs: expected a floating-point tensor, got float"),
-        ({"logprobs": torch.zeros(3)}, ValueError, r"logprobs: expected \[B, T\], got \[3\]; packed .* cu_seqlens"),
-        ({"old_logprobs": torch.zeros(2, 4)}, ValueError, r"old_logprobs: .* \[2, 3\], got \[2, 4\]"),
-        ({"old_logprobs": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "old_logprobs: .* got torch.int64"),
-        ({"advantages": torch.zeros(3)}, ValueError, r"advantages: .* \[2\], or per token, \[2, 3\], got \[3\]"),
-        ({"mask": torch.ones(3, 2)}, ValueError, r"mask: expected the shape of logprobs, \[2, 3\]"),
-        ({"mask": [1]}, TypeError, "mask: expected a tensor, got list"),
-        ({"loss": "grop"}, ValueError, "loss: expected one of ppo, .* got 'grop'"),
-        ({"aggregate": "mean"}, ValueError, "aggregate: expected one of token-mean, .* got 'mean'"),
-        ({"kl": "k4", "ref_logprobs": torch.zeros(2, 3)}, ValueError, "kl: expected None or one of k1, k2, k3"),
-        ({"kl": "k3"}, ValueError, "ref_logprobs: kl='k3' needs"),
-        ({"kl_coef": 0.1}, ValueError, "kl: expected k1, k2 or k3"),
-        ({"clip_low": -0.1}, ValueError, "clip_low: .* got -0.1"),
-        ({"clip_high": float("nan")}, ValueError, "clip_high: .* got nan"),
-        ({"dual_clip": 1.0}, ValueError, "dual_clip: expected a ratio above 1"),
-        ({"rollout_clip": 0.0}, ValueError, "rollout_clip: expected a positive weight"),
-        ({"denominator": 0}, ValueError, "denominator: expected a positive count"),
-        ({"horizon": -1}, ValueError, "horizon: expected a positive number"),
-        ({"preset": "nemo"}, ValueError, "preset: expected one of None, verl, trl"),
-        ({"cu_seqlens": torch.tensor([0.0, 3.0])}, TypeError, "cu_seqlens: .* got torch.float32"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens: .* padded .* take a mask"),
-    ],
-)
-def test_refuses(change, error, message):
-    named = {"logprobs": torch.zeros(2, 3), "old_logprobs": torch.zeros(2, 3), "advantages": torch.zeros(2)} | change
-    positional = [named.pop(name) for name in ("logprobs", "old_logprobs", "advantages")]
-    with pytest.raises(error, match=message):
-        pykern.policy_loss(*positional, **named)
-
-
-@pytest.mark.parametrize("offsets", [[0, 4, 3], [1, 3], [0, 2], [0, 3, 2, 3]])
-def test_refuses_offsets_that_do_not_cover(offsets):
-    logprobs = torch.zeros(3)
-    with pytest.raises(RuntimeError, match="cu_seqlens: expected"):
-        pykern.policy_loss(logprobs, logprobs, logprobs, cu_seqlens=torch.tensor(offsets))
-
-
-def test_refuses_a_missing_horizon():
-    logprobs = torch.zeros(3)
-    with pytest.raises(ValueError, match="horizon: .* packed sequences needs it"):
-        pykern.policy_loss(logprobs, logprobs, logprobs, cu_seqlens=torch.tensor([0, 3]), loss="dr_grpo")
 
 
 def test_cuda_tensors_without_cuda_kernels_get_one_clear_line(monkeypatch):

@@ -1,17 +1,11 @@
 """policy_loss where a kernel cuts its work: tiles, parts of long sequences, words of the mask, unaligned tensors."""
 
-import math
-
 import pytest
 import torch
 
 import pykern
-from pykern.policy.loss import METRICS
-from pykern.reference import policy_loss as reference
-from tests.policy.loss_cases import arguments, batch, definition, ours
+from tests.policy.loss_cases import TOKENS, arguments, batch, definition, ours
 from tests.policy.test_loss import assert_matches
-
-TOKENS = ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 
 
 def pack_of(lengths: list[int], dtype=torch.float32, *, masked=False, per_token=False) -> dict:
@@ -37,7 +31,7 @@ def unaligned(tensors: dict) -> dict:
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("columns", [127, 128, 511, 512, 513, 2049])
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "gmpo"])
 def test_columns_around_a_tile(loss, columns):
     assert_matches(*arguments(batch(3, columns, dtype=torch.float32), loss=loss, kl="k3"))
 
@@ -45,7 +39,7 @@ def test_columns_around_a_tile(loss, columns):
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
-@pytest.mark.parametrize("loss", ["grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "vespo", "gmpo"])
 def test_packed_lengths_around_tiles_and_words(loss, aggregate, masked):
     tensors = pack_of([0, 1, 511, 0, 513, 3, 1024, 31, 33, 0], masked=masked)
     assert_matches(*arguments(tensors, loss=loss, aggregate=aggregate, horizon=100.0))
@@ -53,7 +47,7 @@ def test_packed_lengths_around_tiles_and_words(loss, aggregate, masked):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "gmpo"])
 @pytest.mark.parametrize("lengths", [[7001], [3, 5190, 700]])
 def test_long_sequences_in_parts(lengths, loss, dtype):
     for per_token in (False, True):
@@ -77,7 +71,7 @@ def test_many_short_sequences(aggregate):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "gmpo"])
 def test_unaligned_tensors(loss, dtype):
     tensors = batch(3, 200, dtype=dtype, per_token=True)
     straight = ours(*arguments(tensors, loss=loss, kl="k3", rollout=True))
@@ -86,7 +80,7 @@ def test_unaligned_tensors(loss, dtype):
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "gmpo"])
 def test_repeats_match_bit_for_bit(loss):
     positional, named = arguments(pack_of([700, 12, 2000], masked=True), loss=loss, kl="k3")
     first, again = ours(positional, named), ours(positional, named)
@@ -94,33 +88,8 @@ def test_repeats_match_bit_for_bit(loss):
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
-@pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("clip", ["ppo", "weight"])
-@pytest.mark.parametrize("limit", [math.inf, 0.01])
-def test_ratio_of_sequences_beside_any_rule(limit, clip, per_token):
-    """Also what no row of LOSSES has: a clipped weight, a dual clip."""
-    tensors = batch(6, 90, spread=0.6, per_token=per_token)
-    tensors["old_logprobs"] += torch.linspace(-0.5, 0.5, 6)[:, None]
-    head = [tensors[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")]
-    settings = [0.9, 1.05, 1.2, math.inf, limit, 0.3, math.inf, math.inf, 2.0, 0.0, 1.0]
-    tail = (tensors["ref_logprobs"], tensors["rollout_logprobs"], True, clip == "weight", 3, 3, settings, True)
-    loss, coefficient, metrics = torch.ops.pykern.policy_loss_forward.default(*head, None, *tail)
-
-    logprobs = head[0].clone().requires_grad_()
-    parts = {"ratio": "sequence", "clip": clip, "clip_low": 0.1, "clip_high": 0.05, "kl": "k3", "kl_coef": 0.3}
-    parts |= {name: tensors[name] for name in ("mask", "ref_logprobs", "rollout_logprobs")}
-    parts |= {"dual_clip": 1.2, "aggregate": "seq-mean-token-mean", "sequence_log_ratio_limit": limit}
-    expected, values = reference.policy_loss(logprobs, *head[1:3], **parts)
-    expected.backward()
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(coefficient, logprobs.grad, rtol=1e-12, atol=1e-14)
-    for name, value in zip(METRICS, metrics):
-        torch.testing.assert_close(value, values[name], rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize("offsets", [[0, 60, 30, 999], [-7, 20, 100], [50, 20, 0]])
-@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "gmpo"])
 def test_wrong_offsets_touch_no_other_memory(loss, offsets, device):
     """Only the CPU's code can look at the offsets without waiting; a kernel keeps to its tensors all the same."""
     tensors = pack_of([100, 0]) | {"cu_seqlens": torch.tensor(offsets)}

@@ -52,7 +52,9 @@ def test_the_report_is_a_picture(tmp_path):
     assert width >= 1000 and height >= 600
 
 
-@pytest.mark.parametrize("option", [[], ["--optimizer", "galore", "--offload", "file"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "option", [[], ["--optimizer", "galore", "--offload", "file"], ["--dtype", "bfloat16"], ["--dtype", "mixed"]]
+)
 def test_equal_seeds_give_equal_runs_bit_for_bit(tmp_path, option):
     for name in ("one", "two"):
         assert train(tmp_path / name, *option) == 0

@@ -6,7 +6,7 @@ import torch
 from pykern import _native, device
 from pykern.train import device as train_device
 from pykern.train.config import Config, InputError
-from pykern.train.device import describe, families, resolve
+from pykern.train.device import GPU_DEFAULTS, describe, families, resolve
 
 
 @pytest.fixture
@@ -31,8 +31,14 @@ def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
 
 def test_auto_is_the_gpu_where_all_kernels_are_there(usable_gpu):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS)
-    assert resolve(Config(offload="none"), "auto") == "cuda"
+    assert resolve(Config(**GPU_DEFAULTS), "auto") == "cuda"
     assert resolve(Config(), "cpu") == "cpu"
+
+
+def test_float32_is_refused_on_a_gpu(usable_gpu):
+    usable_gpu.setattr(_native, "cuda_ops", ALL_OPS)
+    with pytest.raises(InputError, match="--dtype float32: attention on a GPU takes bfloat16; use --dtype mixed"):
+        resolve(Config(offload="none"), "cuda")
 
 
 def test_offload_is_refused_on_a_gpu(usable_gpu):
@@ -59,7 +65,7 @@ def test_missing_kernel_is_refused_by_name(usable_gpu, name, family, op):
 def test_unused_family_needs_no_kernel(usable_gpu):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS - {"low_rank_adam_step", "adam_step"})
     assert families(Config(optimizer="adamw", offload="none")) == ["attention", "policy"]
-    assert resolve(Config(optimizer="adamw", offload="none"), "auto") == "cuda"
+    assert resolve(Config(optimizer="adamw", **GPU_DEFAULTS), "auto") == "cuda"
 
 
 def test_needed_ops_exist():
