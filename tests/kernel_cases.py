@@ -218,6 +218,22 @@ def linear_logprobs() -> Iterator[Case]:
                     lambda n=rows, h=hidden_size, v=vocabulary, d=dtype, o=options: step(n, h, v, d, o),
                 )
 
+    def loss_step(hidden_size: int, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [normal(300, hidden_size, dtype=dtype), normal(601, hidden_size, dtype=dtype), normal(601)]
+        leaves = [tensor.requires_grad_() for tensor in leaves]
+        targets = torch.randint(601, (300,))
+        targets[1::3] = -100
+        loss, metrics = pykern.linear_policy_loss(
+            leaves[0], leaves[1], targets, -torch.rand(300), normal(3), bias=leaves[2], softcap=3.0, entropy_coef=0.1,
+            cu_seqlens=torch.tensor([0, 100, 150, 300]),
+        )  # fmt: skip
+        loss.backward()
+        return [loss, *metrics.values(), *(leaf.grad for leaf in leaves)]
+
+    for hidden_size in (64, 33):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"linear_policy_loss {hidden_size} {str(dtype)[6:]}", lambda h=hidden_size, d=dtype: loss_step(h, d)
+
 
 def lowrank() -> Iterator[Case]:
     def train(kind: type, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:

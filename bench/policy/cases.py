@@ -1,7 +1,14 @@
 from bench.harness import Case
-from bench.policy import cases_advantages, cases_gpu, cases_logprobs, cases_returns
+from bench.policy import cases_advantages, cases_gpu, cases_linear, cases_logprobs, cases_loss, cases_returns
 
 
 def cases(device: str) -> list[Case]:
     own = cases_gpu.cases() if device == "cuda" else []
-    return [*cases_advantages.cases(device), *cases_returns.cases(device), *own, *cases_logprobs.cases()]
+    return [
+        *cases_advantages.cases(device),
+        *cases_loss.cases(device),
+        *cases_returns.cases(device),
+        *own,
+        *cases_logprobs.cases(),
+        *cases_linear.cases(),
+    ]

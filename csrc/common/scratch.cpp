@@ -38,10 +38,18 @@ void* take_scratch(size_t bytes, size_t& capacity) {
   const size_t page = bytes < kLargePage ? 64 : kLargePage;
   capacity = (bytes + 64 + page - 1) / page * page;
   void* const pointer = std::aligned_alloc(page, capacity);
-#if defined(__linux__)
-  if (pointer && page == kLargePage) madvise(pointer, capacity, MADV_HUGEPAGE);
-#endif
+  if (pointer && page == kLargePage) prefer_large_pages(pointer, capacity);
   return pointer;
+}
+
+void prefer_large_pages(void* pointer, size_t bytes) {
+#if defined(__linux__)
+  const size_t begin = (reinterpret_cast<size_t>(pointer) + kLargePage - 1) / kLargePage * kLargePage;
+  const size_t end = (reinterpret_cast<size_t>(pointer) + bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)pointer, (void)bytes;
+#endif
 }
 
 void give_scratch(void* pointer, size_t capacity) {

@@ -13,6 +13,9 @@ namespace pykern {
 void* take_scratch(size_t bytes, size_t& capacity);
 void give_scratch(void* pointer, size_t capacity);
 
+// For memory of others that has not been touched yet.
+void prefer_large_pages(void* pointer, size_t bytes);
+
 // Uninitialised, aligned to a cache line and to the widest vector. `get` is null if the machine
 // has no memory left; the host wrapper turns that into an error.
 class Scratch {

@@ -58,13 +58,16 @@ class GroupAdvantages {
       : request_(request), in_(in), advantages_(advantages), keep_(keep), counts_(counts), workspace_(workspace) {}
 
   void run() {
+    double* const totals = at_least(workspace_.totals, in_.rows);
     if (in_.components == 1 && in_.weights[0] == 1 && !in_.given && !pays_for_length()) {
-      take_rows([this](int64_t row, double& total) {
-        total = static_cast<double>(in_.rewards[row]);
-        return std::isfinite(total);
-      });
+      workspace_.sorted.sort(
+          in_.ids, in_.rows, [this](int64_t row) { return keep_[row] = std::isfinite(in_.rewards[row]); },
+          [this, totals](int64_t row, int32_t place) { totals[place] = in_.rewards[row]; });
     } else {
-      take_rows([this](int64_t row, double& total) { return add_components(row, total); });
+      double* const by_row = at_least(workspace_.values, in_.rows);
+      workspace_.sorted.sort(
+          in_.ids, in_.rows, [this, by_row](int64_t row) { return keep_[row] = add_components(row, by_row[row]); },
+          [totals, by_row](int64_t row, int32_t place) { totals[place] = by_row[row]; });
     }
     form_groups();
     const bool every_row = taken_ == in_.rows && counted(AdvantageCount::filtered) == 0;
@@ -116,15 +119,6 @@ class GroupAdvantages {
     missing_ += in_.components - present;
     total = sum + penalty(row);
     return true;
-  }
-
-  template <class Total>
-  void take_rows(Total total_of) {
-    double* const by_row = at_least(workspace_.values, in_.rows);
-    double* const totals = at_least(workspace_.totals, in_.rows);
-    workspace_.sorted.sort(
-        in_.ids, in_.rows, [&](int64_t row) { return keep_[row] = total_of(row, by_row[row]); },
-        [&](int64_t row, int32_t place) { totals[place] = by_row[row]; });
   }
 
   // Groups that the filter takes out become empty.

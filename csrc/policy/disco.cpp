@@ -13,6 +13,7 @@
 
 #include "common/parallel.h"
 #include "policy/disco_arguments.h"
+#include "policy/disco_tokens.h"
 
 namespace pykern {
 namespace {
@@ -59,7 +60,7 @@ class Disco {
     std::transform(values, values + kDiscoMetrics, metrics, [](double value) { return static_cast<T>(value); });
     *loss = static_cast<T>(policy + penalty);
     if (!coefficient) return;
-    const T of_divergence = static_cast<T>(over(slope, totals_.tokens));
+    const double of_divergence = over(slope, totals_.tokens);
     parallel_tasks(batch_.sequences, [&](int64_t index, int) { differentiate(index, of_divergence, coefficient); });
   }
 
@@ -68,16 +69,15 @@ class Disco {
   bool is_k3() const { return rules_.divergence == DiscoDivergence::k3; }
 
   void measure(int64_t index) {
-    Sequence& sequence = sequences_[index];
-    for_tokens(batch_, index, [&](int64_t token) {
-      const T d = logprobs_[token] - old_[token], ratio = std::exp(d);
-      // exp(d) - d - 1 cancels near zero.
-      const T k3 = d > T(-0.5) && d < T(0.5) ? std::expm1(d) - d : ratio - d - 1;
-      sequence.tokens += 1;
-      sequence.score += static_cast<double>(is_ratio() ? ratio : logprobs_[token]);
-      sequence.divergence += static_cast<double>(is_k3() ? k3 : -d);
-    });
-    sequence.score = over(sequence.score, sequence.tokens);
+    const int64_t begin = sequence_begin(batch_, index), count = sequence_begin(batch_, index + 1) - begin;
+    const uint8_t* mask = batch_.mask ? batch_.mask + begin : nullptr;
+    DiscoTokens tokens;
+    if constexpr (sizeof(T) == 4) {
+      tokens = disco_tokens_f32()(logprobs_ + begin, old_ + begin, mask, count, is_ratio(), is_k3());
+    } else {
+      tokens = disco_tokens_f64()(logprobs_ + begin, old_ + begin, mask, count, is_ratio(), is_k3());
+    }
+    sequences_[index] = {tokens.count, over(tokens.scores, tokens.count), tokens.divergences, 0};
   }
 
   double logit(const Sequence& sequence, bool positive) const {
@@ -144,16 +144,19 @@ class Disco {
     }
   }
 
-  void differentiate(int64_t index, T of_divergence, T* coefficient) const {
+  void differentiate(int64_t index, double of_divergence, T* coefficient) const {
     const Sequence& sequence = sequences_[index];
-    const T of_score = static_cast<T>(-over(over(1, totals_.groups) * sequence.share, sequence.tokens));
-    const int64_t end = sequence_begin(batch_, index + 1);
-    for (int64_t token = sequence_begin(batch_, index); token < end; ++token) {
-      coefficient[token] = 0;
-      if (batch_.mask && !batch_.mask[token]) continue;
-      const T d = logprobs_[token] - old_[token];
-      coefficient[token] =
-          of_score * (is_ratio() ? std::exp(d) : T(1)) + of_divergence * (is_k3() ? std::expm1(d) : T(-1));
+    const double of_score = -over(over(1, totals_.groups) * sequence.share, sequence.tokens);
+    const int64_t begin = sequence_begin(batch_, index), count = sequence_begin(batch_, index + 1) - begin;
+    const uint8_t* mask = batch_.mask ? batch_.mask + begin : nullptr;
+    const auto write = [&](auto kernel) {
+      kernel(logprobs_ + begin, old_ + begin, mask, count, is_ratio(), is_k3(), of_score, of_divergence,
+             coefficient + begin);
+    };
+    if constexpr (sizeof(T) == 4) {
+      write(disco_gradient_f32());
+    } else {
+      write(disco_gradient_f64());
     }
   }
 

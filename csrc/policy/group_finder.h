@@ -24,7 +24,8 @@ class GroupFinder {
     resize(kFirstBits);
   }
 
-  int32_t find(int64_t id) {
+  // Inline, for it is most of the work for one row.
+  __attribute__((always_inline)) int32_t find(int64_t id) {
     for (size_t slot = first_slot(id);; slot = (slot + 1) & mask_) {
       const int32_t group = slots_[slot];
       if (group == kNoGroup) return add(id, slot);
@@ -49,7 +50,7 @@ class GroupFinder {
     slots_.assign(mask_ + 1, kNoGroup);
   }
 
-  int32_t add(int64_t id, size_t slot) {
+  __attribute__((noinline)) int32_t add(int64_t id, size_t slot) {
     at_least(ids_, groups_ + 1)[groups_] = id;
     slots_[slot] = groups_++;
     if (4 * static_cast<size_t>(groups_) > mask_) grow();

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "common/scratch.h"
 #include "policy/logprobs_host.h"
 
 namespace pykern {
@@ -68,8 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   return run_forward(prepared, hidden, entropy, nullptr);
 }
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // The buffer for kept logits.
 float* check_kept(const Tensor& logits, const LinearLogprobsInput& input) {
   check_cpu(logits, "logits");
@@ -85,7 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> chunk_forward(Tensor hidden, Tensor weight, T
                                                  std::optional<Tensor> bias, std::optional<Tensor> row_temperature,
                                                  double temperature, double softcap, bool entropy, Tensor logits) {
   Prepared prepared(hidden, weight, targets, bias, row_temperature, temperature, softcap, 0);
-  return run_forward(prepared, hidden, entropy, check_kept(logits, prepared.input));
+  float* const kept = check_kept(logits, prepared.input);
+  prefer_large_pages(kept, logits.numel() * sizeof(float));
+  return run_forward(prepared, hidden, entropy, kept);
 }
 
 // Of the results' gradients and what of the forward their way back needs.
@@ -156,14 +157,19 @@ Tensor chunk_backward(Tensor hidden, Tensor weight, Tensor targets, std::optiona
   const int64_t rows = input.rows;
   const Gradients gradients(prepared, statistics, entropy, grad_logprobs, grad_entropy);
   const float* kept = check_kept(logits, input);
+  const bool is_sum = weight_sums && weight_sums->scalar_type() == ScalarType::Float;
   if (weight_sums) {
     check_cpu(*weight_sums, "weight_sums");
-    check_type(*weight_sums, ScalarType::Float, "weight_sums");
     check_contiguous(*weight_sums, "weight_sums");
     check_dim(*weight_sums, 2, "weight_sums");
     check_size(*weight_sums, 0, input.vocabulary, "weight_sums");
-    STD_TORCH_CHECK(weight_sums->size(1) >= round_up(input.hidden_size, kKeptRows),
+    if (!is_sum) {
+      check_type(*weight_sums, weight.scalar_type(), "weight_sums");
+      check_size(*weight_sums, 1, input.hidden_size, "weight_sums");
+    }
+    STD_TORCH_CHECK(!is_sum || weight_sums->size(1) >= round_up(input.hidden_size, kKeptRows),
                     "weight_sums: expected rows of a multiple of 64");
+    prefer_large_pages(weight_sums->mutable_data_ptr(), weight_sums->numel() * weight_sums->element_size());
   }
   if (bias_sums) {
     check_cpu(*bias_sums, "bias_sums");
@@ -188,14 +194,13 @@ Tensor chunk_backward(Tensor hidden, Tensor weight, Tensor targets, std::optiona
                                       pointer_or_null(gradients.logprobs),
                                       pointer_or_null(gradients.entropy),
                                       hidden_needs_grad ? grad_hidden.mutable_data_ptr() : nullptr,
-                                      nullptr,
+                                      weight_sums && !is_sum ? weight_sums->mutable_data_ptr() : nullptr,
                                       bias_sums ? output<double>(*bias_sums) : nullptr,
                                       kept,
                                       kept_index.data(),
                                       kept_rows,
-                                      weight_sums ? output<float>(*weight_sums) : nullptr,
-                                      weight_sums ? weight_sums->size(1) : 0,
-                                      true};
+                                      is_sum ? output<float>(*weight_sums) : nullptr,
+                                      is_sum ? weight_sums->size(1) : 0};
   if (input.rows > 0 && input.vocabulary > 0 && (hidden_needs_grad || weight_sums || bias_sums)) {
     STD_TORCH_CHECK(linear_logprobs_backward()(params), "linear_policy_loss: not enough memory for the workspace");
   }

@@ -41,8 +41,8 @@ constexpr int64_t kKeptRows = 64, kKeptEntries = 192;
 // written whole, grad_hidden in the active rows.
 //
 // With `kept` of a forward over `kept_rows` rows, active row i was its row kept_index[i]; no logits are
-// computed. With `weight_sums`, its rows sums_stride apart with room for whole vectors, the gradient is
-// added there in place of grad_weight, and grad_bias is added to.
+// computed, and grad_bias is added to. With `weight_sums`, its rows sums_stride apart with room for whole
+// vectors, the gradient is added there, in place of grad_weight.
 struct LinearLogprobsBackward {
   LinearLogprobsInput input;
   const void *statistics, *entropy;
@@ -54,7 +54,6 @@ struct LinearLogprobsBackward {
   int64_t kept_rows = 0;
   float* weight_sums = nullptr;
   int64_t sums_stride = 0;
-  bool add = false;
 };
 
 // False if the machine has no memory for the workspace.

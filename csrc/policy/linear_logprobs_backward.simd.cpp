@@ -390,7 +390,7 @@ class Backward {
     if (params_.grad_bias) {
       for (int64_t v = 0; v < count; ++v) {
         const double sum = sum_row(gradients + v * rows_stride_, tokens);
-        params_.grad_bias[first + v] = slab > 0 || params_.add ? params_.grad_bias[first + v] + sum : sum;
+        params_.grad_bias[first + v] = slab > 0 || params_.kept ? params_.grad_bias[first + v] + sum : sum;
       }
     }
     if (!needs_weight_sums_) return;
@@ -398,7 +398,8 @@ class Backward {
     float* sums = given_weight_sums_ ? given_weight_sums_ + first * sums_stride_
                                      : own_weight_sums_.get<float>() + entry * sums_stride_;
     matmul(count, input_.hidden_size, tokens, gradients, rows_stride_, 1,
-           packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, sums_stride_, slab > 0 || params_.add);
+           packed_tokens_.get<T>() + (slab - batch) * weight_columns_, sums, sums_stride_,
+           slab > 0 || params_.weight_sums);
     if (slab + tokens == tokens_ && !given_weight_sums_) {
       convert_rows(static_cast<Storage*>(params_.grad_weight) + first * input_.hidden_size, input_.hidden_size, sums,
                    sums_stride_, count, input_.hidden_size);
@@ -482,7 +483,7 @@ bool backward_in_parts(const LinearLogprobsBackward& params, int64_t parts) {
 template <class Storage>
 bool backward(const LinearLogprobsBackward& params) {
   const LinearLogprobsInput& input = params.input;
-  if (params.add) return Backward<Storage>(params, max_threads(), kGradientElements, params.weight_sums).run();
+  if (params.kept) return Backward<Storage>(params, max_threads(), kGradientElements, params.weight_sums).run();
   int64_t parts = input.rows / kPartTokens;
   parts = parts < kMaxParts ? parts : kMaxParts;
   const int64_t fit = kPartElements / (input.vocabulary * round_up(input.hidden_size + 1, kPanel));

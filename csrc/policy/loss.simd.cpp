@@ -122,7 +122,9 @@ class Segment {
       r.high = infinite;
     }
     V sums[kLossSums];
-    for (V& sum : sums) sum = nothing;
+    // Unrolled, or the sums would stay in memory.
+#pragma GCC unroll 16
+    for (int sum = 0; sum < kLossSums; ++sum) sums[sum] = nothing;
     V chain = nothing;
     for (int64_t token = begin; token < end; token += K::kWidth) {
       const int64_t count = lanes(token, end);
@@ -249,6 +251,7 @@ class Segment {
                  counts ? weighted(weight * gradient, share) : nothing, count);
       }
     }
+#pragma GCC unroll 16
     for (int sum = 0; sum < kLossSums; ++sum) sums_[sum] += K::sum(sums[sum]);
     if (!by_token) chain_ += K::sum(chain);
   }

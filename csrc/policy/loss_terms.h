@@ -9,8 +9,6 @@
 
 namespace pykern::PYKERN_SIMD {
 
-typedef uint8_t vbyte __attribute__((vector_size(kLanes)));
-
 template <class V>
 struct Kind;
 
@@ -33,14 +31,22 @@ struct Kind<vfloat> {
   }
   // Lanes that hold an unmasked token.
   static PYKERN_INLINE vint valid(const uint8_t* mask, int64_t count) {
-    if (!mask && count == kWidth) return everywhere();
-    vbyte bytes = {};
-    if (mask && count == kWidth) {
-      std::memcpy(&bytes, mask, sizeof bytes);
-    } else {
-      for (int64_t lane = 0; lane < count; ++lane) bytes[lane] = mask ? mask[lane] : 1;
-    }
-    return __builtin_convertvector(bytes, vint) != 0;
+    if (count == kWidth) return mask ? widen_bytes(mask) != 0 : everywhere();
+    uint8_t bytes[kLanes] = {};
+    for (int64_t lane = 0; lane < count; ++lane) bytes[lane] = mask ? mask[lane] : 1;
+    return widen_bytes(bytes) != 0;
+  }
+  // By hand, since the compiler takes such a conversion apart byte by byte.
+  static PYKERN_INLINE vint widen_bytes(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+    return (vint)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+#elif defined(__AVX2__)
+    return (vint)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+#else
+    vint result;
+    for (int lane = 0; lane < kLanes; ++lane) result[lane] = bytes[lane];
+    return result;
+#endif
   }
   static PYKERN_INLINE vfloat exponential(vfloat value) { return PYKERN_SIMD::exp(value); }
   static PYKERN_INLINE vfloat logarithm(vfloat value) {

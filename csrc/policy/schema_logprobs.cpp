@@ -27,7 +27,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
       "bool weight_needs_grad, bool bias_needs_grad) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   // The same for some rows whose logits are kept from the forward to the backward, in `logits`: at least
   // round_up(rows, 64) * round_up(vocabulary, 192) floats in whatever order and type the device likes. The backward
-  // adds to weight_sums, float32 [vocabulary, at least round_up(hidden_size, 64)], and to bias_sums, float64.
+  // adds to weight_sums, float32 [vocabulary, at least round_up(hidden_size, 64)], and to bias_sums, float64; or
+  // weight_sums is bfloat16 zeros [vocabulary, hidden_size] as the weight, and receives the gradient of these rows.
   m.def(
       "linear_chunk_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
       "float temperature, float softcap, bool entropy, Tensor(a!) logits) -> (Tensor logprobs, Tensor entropy, "

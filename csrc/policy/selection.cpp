@@ -120,8 +120,12 @@ class Selection {
   }
   Key key(int64_t token) const { return keys_(token); }
 
-  // The key of this rank, and with `next` the one that follows; how many keys are smaller.
-  Key at(int64_t rank, int64_t* smaller, Key* next) const {
+  struct Place {
+    int64_t smaller, equal;  // keys that are smaller than the wanted one, or as large
+  };
+
+  // The key of this rank, and with `next` the one that follows.
+  Key at(int64_t rank, Place* of_key, Key* next) const {
     Key leading = 0;
     int64_t before = 0;
     while (rank >= before + counts_.leading[leading]) before += counts_.leading[leading++];
@@ -136,10 +140,11 @@ class Selection {
     for (const auto& keys : of_task) found.insert(found.end(), keys.begin(), keys.end());
     const auto place = found.begin() + (rank - before);
     std::nth_element(found.begin(), place, found.end());
-    if (smaller) {
-      *smaller = before + std::count_if(found.begin(), found.end(), [&](Key key) { return key < *place; });
-    }
     const Key result = *place;
+    if (of_key) {
+      of_key->smaller = before + std::count_if(found.begin(), found.end(), [&](Key key) { return key < result; });
+      of_key->equal = std::count(found.begin(), found.end(), result);
+    }
     if (next) {
       *next = place + 1 < found.end() ? *std::min_element(place + 1, found.end())
               : rank + 1 < candidates_count_ ? at(rank + 1, nullptr, nullptr)
@@ -175,10 +180,11 @@ void select_share(const Selection<Keys>& selection, int64_t tokens, double share
     std::fill(selected, selected + tokens, false);
     return;
   }
-  int64_t smaller = 0;
-  const auto last = selection.at(wanted - 1, &smaller, nullptr);
+  typename Selection<Keys>::Place place;
+  const auto last = selection.at(wanted - 1, &place, nullptr);
+  const int64_t wanted_ties = wanted - place.smaller;
   std::vector<int64_t> ties(task_count(tokens) + 1);
-  parallel_tasks(task_count(tokens), [&](int64_t task, int) {
+  parallel_tasks(wanted_ties < place.equal ? task_count(tokens) : 0, [&](int64_t task, int) {
     for_task_tokens(task, tokens, [&](int64_t token) {
       ties[task + 1] += selection.takes_part(token) && selection.key(token) == last;
     });
@@ -190,7 +196,7 @@ void select_share(const Selection<Keys>& selection, int64_t tokens, double share
       selected[token] = false;
       if (!selection.takes_part(token)) return;
       const auto key = selection.key(token);
-      selected[token] = key < last || (key == last && tie++ < wanted - smaller);
+      selected[token] = key < last || (key == last && tie++ < wanted_ties);
     });
   });
 }

@@ -20,9 +20,9 @@ struct GeneralShared {
 template <class T>
 class GeneralAdvantages : GroupStatisticsTable<T> {
   using Base = GroupStatisticsTable<T>;
-  using Base::collect, Base::count, Base::find_deviations, Base::find_groups, Base::find_means;
-  using Base::for_groups, Base::for_parts, Base::for_places, Base::high, Base::length_at, Base::low, Base::number;
-  using Base::p_, Base::rewards_, Base::table_, Base::takes_part, Base::weight, Base::word;
+  using Base::collect, Base::count, Base::find_deviation, Base::find_groups, Base::find_mean, Base::for_groups;
+  using Base::for_parts, Base::for_places, Base::high, Base::length_at, Base::low, Base::number, Base::p_;
+  using Base::rewards_, Base::table_, Base::takes_part, Base::weight, Base::word;
 
  public:
   __device__ __forceinline__ GeneralAdvantages(const AdvantageParams& params, unsigned char* memory,
@@ -34,22 +34,27 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
     this->take_rows();
     int counted[kAdvantageCounts] = {};
     find_groups(counted[static_cast<int>(AdvantageCount::groups)]);
-    if (p_.stage != AdvantageStage::after_filter) total_up(counted);
-    if (p_.stage == AdvantageStage::filter) return;
     const int parts = p_.decompose ? p_.components : 1;
-    for (int part = 0; part < parts; ++part) {
-      // The sums are in the table, unless they belong to an earlier launch.
-      const bool at_hand = p_.stage == AdvantageStage::whole && !p_.decompose && p_.transform != Transform::min_max;
-      if (!at_hand) {
-        take_part(part);
-        collect();
+    // Each function is called in one place only: inlined, they are large.
+#pragma unroll 1
+    for (int part = p_.stage == AdvantageStage::after_filter ? 0 : kTotal; part < parts; ++part) {
+      // Of one part the values are the sums, which are in the table already.
+      const bool at_hand = p_.stage == AdvantageStage::whole && part == 0 && !p_.decompose &&
+                           p_.transform != Transform::min_max;
+      if (!at_hand) take_part(part);
+      const int first = part != kTotal && p_.group_transform ? kRaw : kFinal;
+#pragma unroll 1
+      for (int turn = first; turn <= kFinal; ++turn) {
+        if (!at_hand || turn > first) collect();
+        measure(part == kTotal ? kSums : static_cast<Turn>(turn));
+        if (turn == kRaw) transform_groups();
       }
-      if (p_.group_transform) {
-        transform_groups();
-        collect();
+      if (part != kTotal) {
+        add_part(part);
+      } else {
+        total_up(counted);
+        if (p_.stage == AdvantageStage::filter) return;
       }
-      find_statistics();
-      add_part(part);
     }
     if (!p_.whole_batch) {
       T* const advantages = static_cast<T*>(p_.advantages);
@@ -63,28 +68,26 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
   }
 
  private:
+  // Of what there are statistics: the sums, for the filter; the rewards, for a transform; what is left by it.
+  enum Turn : int { kSums, kRaw, kFinal };
+
   // --- which rows take part ---------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void total_up(int (&counted)[kAdvantageCounts]) {
-    for_places([&](int64_t place) {
-      const int64_t row = table_.row(place);
-      const double total = rewards_.total(row);
-      number(kValue, place) = total;
-      counted[static_cast<int>(AdvantageCount::non_finite)] += !is_finite(total);
-      if (is_finite(total)) counted[static_cast<int>(AdvantageCount::missing)] += rewards_.missing(row);
-    });
-    collect();
-    if (p_.filter == Filter::difficulty) find_means();
     for_groups([&](int64_t leader) {
       const double n = count(leader);
       counted[static_cast<int>(AdvantageCount::equal_groups)] += n > 1 && low(leader) == high(leader);
       counted[static_cast<int>(AdvantageCount::singletons)] += n == 1;
       if (!passes_filter(leader)) counted[static_cast<int>(AdvantageCount::filtered)] += static_cast<int>(n);
     });
-    add_counts(counted, shared_.counts, p_.counts);
     for_places([&](int64_t place) {
-      p_.keep[table_.row(place)] = takes_part(place) && passes_filter(table_.leader(place));
+      const int64_t row = table_.row(place);
+      const bool part = takes_part(place);
+      counted[static_cast<int>(AdvantageCount::non_finite)] += !part;
+      if (part) counted[static_cast<int>(AdvantageCount::missing)] += rewards_.missing(row);
+      p_.keep[row] = part && passes_filter(table_.leader(place));
     });
+    add_counts(counted, shared_.counts, p_.counts);
   }
   __device__ __forceinline__ bool passes_filter(int64_t leader) const {
     if (p_.filter == Filter::equal) return !(count(leader) > 1 && low(leader) == high(leader));
@@ -96,7 +99,7 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
 
   __device__ __forceinline__ void take_part(int part) {
     double low = 0, high = 1;
-    const bool to_range = p_.transform == Transform::min_max;
+    const bool to_range = p_.transform == Transform::min_max && part != kTotal;
     if (to_range) {
       low = HUGE_VAL, high = -HUGE_VAL;
       double value[4];
@@ -119,8 +122,6 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
   // --- transforms by the group; a group of one keeps its reward -----------------------------------------------------
 
   __device__ __forceinline__ void transform_groups() {
-    if (p_.transform == Transform::relative_length || p_.transform == Transform::best_gap) find_means();
-    if (p_.transform == Transform::best_gap && needs_deviations()) find_deviations();
     for_groups([&](int64_t leader) { word(kHolders, leader) = word(kSecond, leader) = 0; });
     __syncthreads();
     const bool by_best = p_.transform == Transform::best_gap, by_longest = p_.transform == Transform::relative_length;
@@ -138,9 +139,11 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
     if (!by_best && !by_longest) {
       for_groups([&](int64_t leader) {
         const auto correct = static_cast<double>(word(kHolders, leader));
-        const PassRewards gets = pass_rewards(p_.transform, count(leader), correct, p_.k);
-        number(kSecond, leader) = gets.of_correct;
-        number(kOfWrong, leader) = gets.of_wrong;
+#pragma unroll 1
+        for (int wrong = 0; wrong < 2; ++wrong) {
+          const double gets = pass_reward(p_.transform, count(leader), correct, p_.k, !wrong);
+          table_.numbers(kSecond + wrong)[leader] = gets;
+        }
       });
       __syncthreads();
     }
@@ -165,15 +168,35 @@ class GeneralAdvantages : GroupStatisticsTable<T> {
   __device__ __forceinline__ bool may_fall_back() const {
     return p_.scale == Scale::token_std && is_finite(p_.fallback);
   }
-  __device__ __forceinline__ bool needs_deviations() const { return p_.scale == Scale::group_std || may_fall_back(); }
+  __device__ __forceinline__ bool needs_mean(Turn turn, int population) const {
+    switch (turn) {
+      case kSums: return population == kAll && p_.filter == Filter::difficulty;
+      case kRaw:
+        return population == kAll &&
+               (p_.transform == Transform::relative_length || p_.transform == Transform::best_gap);
+      default:
+        return population == kAll || (population == kTokens ? p_.by_length : p_.scale == Scale::leave_one_out_std);
+    }
+  }
+  // Of those whose mean is needed.
+  __device__ __forceinline__ bool needs_deviation(Turn turn, int population) const {
+    if (turn == kSums) return false;
+    if (population == kTokens) return p_.scale == Scale::token_std;
+    if (p_.scale == Scale::leave_one_out_std) return turn == kFinal;
+    // After best_gap the deviation is still that of the rewards.
+    return (p_.scale == Scale::group_std || may_fall_back()) &&
+           (turn == kRaw) == (p_.transform == Transform::best_gap);
+  }
 
-  __device__ __forceinline__ void find_statistics() {
-    find_means();
-    if (needs_deviations() && p_.transform != Transform::best_gap) find_deviations();
-    if (p_.scale == Scale::leave_one_out_std) this->find_deviations_of_others();
-    if (p_.by_length) this->find_token_means();
-    if (p_.scale == Scale::token_std) this->find_token_deviations();
-    if (may_fall_back() && p_.baseline == Baseline::given) {
+  __device__ __forceinline__ void measure(Turn turn) {
+#pragma unroll 1
+    for (int population = 0; population < kGroupPopulations; ++population) {
+      if (!needs_mean(turn, population)) continue;
+      if (population == kWithoutLowest) this->find_extremes();
+      find_mean(population);
+      if (needs_deviation(turn, population)) find_deviation(population);
+    }
+    if (turn == kFinal && may_fall_back() && p_.baseline == Baseline::given) {
       for_groups([&](int64_t leader) { word(kLargest, leader) = 0; });
       __syncthreads();
       for_parts([&](bool part, int64_t place, int64_t leader) {

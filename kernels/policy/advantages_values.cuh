@@ -9,6 +9,7 @@
 namespace pykern {
 
 constexpr double kAbsent = HUGE_VAL;  // of a row that takes no part
+constexpr int kTotal = -1;            // the weighted sum of the components, in the place of one
 
 template <class T>
 class RowRewards {
@@ -18,23 +19,9 @@ class RowRewards {
         rewards_(static_cast<const T*>(params.rewards)),
         given_(static_cast<const T*>(params.baseline_rewards)) {}
 
-  // The weighted sum of the row's components.
-  __device__ __forceinline__ double total(int64_t row) const {
-    if (!takes_part(row)) return kAbsent;
-    double sum = 0;
-    bool any = false;
-    for (int component = 0; component < p_.components; ++component) {
-      const double value = at(row, component);
-      if (!is_finite(value)) continue;
-      // Not fused, so that components of equal weights may change places.
-      sum += __dmul_rn(p_.weights[component], value);
-      any = true;
-    }
-    return any ? sum + penalty(row) : kAbsent;
-  }
-  // One component, or the sum.
+  // One component if they are decomposed, or their sum.
   __device__ __forceinline__ double part(int64_t row, int component) const {
-    if (!p_.decompose) return total(row);
+    if (component == kTotal || !p_.decompose) return total(row);
     return takes_part(row) ? at(row, component) + penalty(row) : kAbsent;
   }
   __device__ __forceinline__ int missing(int64_t row) const {
@@ -48,6 +35,19 @@ class RowRewards {
   }
 
  private:
+  __device__ __forceinline__ double total(int64_t row) const {
+    if (!takes_part(row)) return kAbsent;
+    double sum = 0;
+    bool any = false;
+    for (int component = 0; component < p_.components; ++component) {
+      const double value = at(row, component);
+      if (!is_finite(value)) continue;
+      // Not fused, so that components of equal weights may change places.
+      sum += __dmul_rn(p_.weights[component], value);
+      any = true;
+    }
+    return any ? sum + penalty(row) : kAbsent;
+  }
   __device__ __forceinline__ double at(int64_t row, int component) const {
     return static_cast<double>(rewards_[row * p_.components + component]);
   }
@@ -76,24 +76,18 @@ __device__ __forceinline__ double choose_ratio(double a, double b, double k) {
   return ratio;
 }
 
-struct PassRewards {
-  double of_correct, of_wrong;
-};
-
-// What a correct and a wrong one of n samples get where k of them are drawn.
-__device__ __forceinline__ PassRewards pass_rewards(Transform transform, double n, double correct, double k) {
-  const double wrong = n - correct, share = k / n, others_share = k / (n - 1);
-  // Of k drawn with a correct sample, or with a wrong one: the chance that the k - 1 others are all wrong.
-  const double beside_correct = choose_ratio(wrong, n - 1, k - 1), beside_wrong = choose_ratio(wrong - 1, n - 1, k - 1);
-  const PassRewards marginal{share, share * (1 - beside_wrong)};
+// What a correct or a wrong one of n samples gets where k of them are drawn.
+__device__ __forceinline__ double pass_reward(Transform transform, double n, double correct, double k,
+                                              bool is_correct) {
+  const double share = k / n, wrong_others = n - correct - !is_correct;
+  // The chance that the k - 1 drawn beside it are all wrong, and that k drawn without it are.
+  const double beside = choose_ratio(wrong_others, n - 1, k - 1), without = choose_ratio(wrong_others, n - 1, k);
+  const double marginal = is_correct ? share : share * (1 - beside);
   switch (transform) {
-    case Transform::pass_at_k: return {beside_correct, 0};
+    case Transform::pass_at_k: return is_correct ? beside : 0;
     case Transform::pass_at_k_marginal: return marginal;
-    case Transform::pass_at_k_leave_one_out:
-      // Less pass@k of the others.
-      return {marginal.of_correct - others_share * (1 - choose_ratio(wrong, n - 1, k)),
-              marginal.of_wrong - others_share * (1 - choose_ratio(wrong - 1, n - 1, k))};
-    default: return {share * beside_correct, 0};
+    case Transform::pass_at_k_leave_one_out: return marginal - k / (n - 1) * (1 - without);
+    default: return is_correct ? share * beside : 0;
   }
 }
 

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kSequenceThreads) disco_groups_kernel(DiscoPar
     totals[kTotalNegatives] = self.kind == kNegative ? 1 : 0;
     totals[kTotalNegativeScore] = self.kind == kNegative ? self.score : 0;
   }
-  if (!last_block_of_batch(p.finished, shared.last)) return;
+  if (!is_last_block(p.finished, shared.last)) return;
   double totals[kDiscoTotals] = {};
   for (int64_t sequence = threadIdx.x; sequence < p.batch.sequences; sequence += kSequenceThreads) {
 #pragma unroll

@@ -44,6 +44,9 @@ enum GroupColumn : int {
 };
 static_assert(kGroupColumns * 8 == kAdvantageRowBytes, "");
 
+// Of a group: all rows; rows weighed by their length; all but the only row with the lowest value, or the highest.
+enum GroupPopulation : int { kAll, kTokens, kWithoutLowest, kWithoutHighest, kGroupPopulations };
+
 // Terms of a sum whose magnitudes add up to at most `largest` times `count`.
 struct SumBound {
   double largest, count;
@@ -134,14 +137,14 @@ class GroupStatisticsTable : protected BlockGroups {
     __syncthreads();
   }
 
-  // Sums `term(place, leader)` over each group, to `finish(leader, sum)`. `bound(leader)` is zero for no sum.
+  // Sums `term(place, leader)` over each group, to `finish(leader, sum)`.
   template <class Bound, class Term, class Finish>
   __device__ __forceinline__ void sum_groups(Bound bound, Term term, Finish finish) {
     for_parts([&](bool part, int64_t place, int64_t leader) {
       Word high = 0, low = 0;
       if (part) {
         const SumBound most = bound(leader);
-        part = most.largest > 0 && is_finite(most.largest);
+        part = most.largest > 0 && is_finite(most.largest) && most.count > 0;
         if (part) FixedPoint(most.largest, most.count).cut(term(place, leader), high, low);
       }
       add_to_leaders(part, leader, high, table_.words(kSumHigh));
@@ -151,66 +154,97 @@ class GroupStatisticsTable : protected BlockGroups {
     for_groups([&](int64_t leader) {
       const SumBound most = bound(leader);
       Word &high = word(kSumHigh, leader), &low = word(kSumLow, leader);
-      finish(leader, !(most.largest > 0)          ? 0
-                     : !is_finite(most.largest) ? HUGE_VAL
-                                                : FixedPoint(most.largest, most.count).join(high, low));
+      finish(leader, !(most.largest > 0 && most.count > 0) ? 0
+                     : !is_finite(most.largest)          ? HUGE_VAL
+                                                         : FixedPoint(most.largest, most.count).join(high, low));
       high = low = 0;
     });
     __syncthreads();
   }
 
-  __device__ __forceinline__ void find_means() {
-    sum_groups([&](int64_t leader) { return SumBound{larger_magnitude(low(leader), high(leader)), count(leader)}; },
-               [&](int64_t place, int64_t) { return number(kValue, place); },
-               [&](int64_t leader, double sum) {
-                 number(kMean, leader) = mean_within(sum, count(leader), low(leader), high(leader));
-               });
+  // --- means and squares of the distances from them, of each GroupPopulation ----------------------------------------
+
+  // Of a group's rows, whether one alone holds the lowest value, or the highest.
+  __device__ __forceinline__ bool only_holder(int64_t leader, int side) const {
+    return (side ? word(kExtremes, leader) >> 32 : word(kExtremes, leader) & 0xffffffffu) == 1;
+  }
+  __device__ __forceinline__ double lowest(int population, int64_t leader) const {
+    return from_ordered(population == kTokens          ? word(kTokensLow, leader)
+                        : population == kWithoutLowest ? word(kOthers, leader)
+                                                       : word(kLow, leader));
+  }
+  __device__ __forceinline__ double highest(int population, int64_t leader) const {
+    return from_ordered(population == kTokens           ? word(kTokensHigh, leader)
+                        : population == kWithoutHighest ? table_.words(kOthers + 1)[leader]
+                                                        : word(kHigh, leader));
+  }
+  // The sum of the rows' weights; zero for no statistics.
+  __device__ __forceinline__ double total(int population, int64_t leader) const {
+    if (population == kTokens) return weight(leader);
+    const double n = count(leader);
+    if (population == kAll) return n;
+    return n > 2 && only_holder(leader, population - kWithoutLowest) ? n - 1 : 0;
+  }
+  __device__ __forceinline__ double row_weight(int population, int64_t place, int64_t leader) const {
+    if (population == kTokens) return static_cast<double>(length_at(place));
+    if (population == kAll) return 1;
+    return ordered(number(kValue, place)) != word(population == kWithoutLowest ? kLow : kHigh, leader);
+  }
+  __device__ __forceinline__ GroupColumn mean_column(int population) const {
+    return population == kAll ? kMean : population == kTokens ? kTokenMean : kOthersMean;
   }
 
-  // Sums of the squares of the distances from the means, to `finish(leader, sum)`.
-  template <class Finish>
-  __device__ __forceinline__ void sum_squares(Finish finish) {
-    sum_groups([&](int64_t leader) { return SumBound{square(high(leader) - low(leader)), count(leader)}; },
-               [&](int64_t place, int64_t leader) { return square(number(kValue, place) - number(kMean, leader)); },
-               finish);
-  }
-  __device__ __forceinline__ void find_deviations() {
-    sum_squares([&](int64_t leader, double sum) {
-      const double n = count(leader);
-      number(kDeviation, leader) = n > 1 ? sqrt(sum / (n - p_.ddof)) : 1;
-    });
-  }
-
-  __device__ __forceinline__ void find_token_means() {
+  // Sums over each group its rows' weights times the values, or the squares of their distances from the mean.
+  __device__ __forceinline__ void find_mean(int population) {
+    const auto bound = [&](int64_t leader) {
+      return SumBound{larger_magnitude(lowest(population, leader), highest(population, leader)),
+                      total(population, leader)};
+    };
     sum_groups(
-        [&](int64_t leader) {
-          return SumBound{larger_magnitude(tokens_low(leader), tokens_high(leader)), weight(leader)};
-        },
-        [&](int64_t place, int64_t) { return static_cast<double>(length_at(place)) * number(kValue, place); },
+        bound,
+        [&](int64_t place, int64_t leader) { return row_weight(population, place, leader) * number(kValue, place); },
         [&](int64_t leader, double sum) {
-          number(kTokenMean, leader) = mean_within(sum, weight(leader), tokens_low(leader), tokens_high(leader));
+          number(mean_column(population), leader) =
+              mean_within(sum, total(population, leader), lowest(population, leader), highest(population, leader));
         });
   }
-  __device__ __forceinline__ void find_token_deviations() {
+  __device__ __forceinline__ void find_deviation(int population) {
+    const auto bound = [&](int64_t leader) {
+      return SumBound{square(highest(population, leader) - lowest(population, leader)), total(population, leader)};
+    };
     sum_groups(
-        [&](int64_t leader) {
-          return SumBound{square(tokens_high(leader) - tokens_low(leader)), weight(leader)};
-        },
+        bound,
         [&](int64_t place, int64_t leader) {
-          return static_cast<double>(length_at(place)) * square(number(kValue, place) - number(kTokenMean, leader));
+          const double distance = number(kValue, place) - number(mean_column(population), leader);
+          return row_weight(population, place, leader) * square(distance);
         },
-        [&](int64_t leader, double sum) { number(kTokenDeviation, leader) = sqrt(sum / weight(leader)); });
+        [&](int64_t leader, double sum) {
+          const double n = count(leader);
+          if (population == kTokens) {
+            number(kTokenDeviation, leader) = sqrt(sum / weight(leader));
+          } else if (population != kAll) {
+            // Others that are equal have no deviation to divide by.
+            const bool equal = lowest(population, leader) == highest(population, leader);
+            table_.words(kOthers + population - kWithoutLowest)[leader] =
+                static_cast<Word>(__double_as_longlong(equal ? -1 : sum));
+          } else if (p_.scale == Scale::leave_one_out_std) {
+            number(kDeviation, leader) = sum;
+          } else {
+            number(kDeviation, leader) = n > 1 ? sqrt(sum / (n - p_.ddof)) : 1;
+          }
+        });
   }
 
   // Of the others than a row. Taking its share from the sum of squares of all is exact enough, unless the row is the
-  // only one with the lowest or the highest value, which may hold most of the sum: those two sums are made apart.
-  __device__ __forceinline__ void find_deviations_of_others() {
-    sum_squares([&](int64_t leader, double sum) {
-      number(kDeviation, leader) = sum;
+  // only one with the lowest or the highest value, which may hold most of the sum: those two sums are made apart, and
+  // this finds what the two are made of.
+  __device__ __forceinline__ void find_extremes() {
+    for_groups([&](int64_t leader) {
       word(kExtremes, leader) = 0;
       word(kOthers, leader) = ~Word{0};
       table_.words(kOthers + 1)[leader] = 0;
     });
+    __syncthreads();
     for_parts([&](bool part, int64_t place, int64_t leader) {
       const Word value = part ? ordered(number(kValue, place)) : 0;
       const bool lowest = part && value == word(kLow, leader), highest = part && value == word(kHigh, leader);
@@ -219,51 +253,15 @@ class GroupStatisticsTable : protected BlockGroups {
       raise_leaders(part && !highest, leader, value, table_.words(kOthers + 1));
     });
     __syncthreads();
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) {
-      Word* const others = table_.words(kOthers + side);
-      const auto is_other = [&](int64_t place, int64_t leader) {
-        return ordered(number(kValue, place)) != word(side ? kHigh : kLow, leader);
-      };
-      const auto others_low = [&](int64_t leader) { return side ? low(leader) : from_ordered(others[leader]); };
-      const auto others_high = [&](int64_t leader) { return side ? from_ordered(others[leader]) : high(leader); };
-      sum_groups(
-          [&](int64_t leader) {
-            const bool needed = only_holder(leader, side) && count(leader) > 2;
-            return SumBound{needed ? larger_magnitude(others_low(leader), others_high(leader)) : 0, count(leader)};
-          },
-          [&](int64_t place, int64_t leader) { return is_other(place, leader) ? number(kValue, place) : 0; },
-          [&](int64_t leader, double sum) {
-            number(kOthersMean, leader) =
-                mean_within(sum, count(leader) - 1, others_low(leader), others_high(leader));
-          });
-      sum_groups(
-          [&](int64_t leader) {
-            const bool needed = only_holder(leader, side) && count(leader) > 2;
-            return SumBound{needed ? square(others_high(leader) - others_low(leader)) : 0, count(leader)};
-          },
-          [&](int64_t place, int64_t leader) {
-            return is_other(place, leader) ? square(number(kValue, place) - number(kOthersMean, leader)) : 0;
-          },
-          // Others that are equal have no deviation to divide by.
-          [&](int64_t leader, double sum) {
-            const bool equal = others_low(leader) == others_high(leader);
-            others[leader] = static_cast<Word>(__double_as_longlong(equal ? -1 : sum));
-          });
-    }
-  }
-  // Of a group's rows, whether one alone holds the lowest value, or the highest.
-  __device__ __forceinline__ bool only_holder(int64_t leader, int side) const {
-    return (side ? word(kExtremes, leader) >> 32 : word(kExtremes, leader) & 0xffffffffu) == 1;
   }
   // What a row is divided by for the deviation of the others, or -1 where they are equal.
   __device__ __forceinline__ double deviation_of_others(int64_t place, int64_t leader) const {
     const double n = count(leader), value = number(kValue, place);
     double squares;
     if (n == 2 || low(leader) == high(leader)) return -1;
-    const bool lowest = value == low(leader), highest = value == high(leader);
-    if ((lowest && only_holder(leader, 0)) || (highest && only_holder(leader, 1))) {
-      squares = __longlong_as_double(static_cast<long long>(table_.words(kOthers + highest)[leader]));
+    const bool is_lowest = value == low(leader), is_highest = value == high(leader);
+    if ((is_lowest && only_holder(leader, 0)) || (is_highest && only_holder(leader, 1))) {
+      squares = __longlong_as_double(static_cast<long long>(table_.words(kOthers + is_highest)[leader]));
       if (squares < 0) return -1;
     } else {
       squares = number(kDeviation, leader) - square(value - number(kMean, leader)) * n / (n - 1);

@@ -33,8 +33,8 @@ const char* gradient(const LinearLogprobsGradient& params, Stream stream) {
 
 template <class T>
 const char* accumulate(const LinearLogprobsAccumulate& params, Stream stream) {
-  const dim3 blocks(blocks_for(params.count, kLinearThreads * Pack<T>::kSize));
-  return launch(linear_logprobs_accumulate_kernel<T>, Grid{blocks, dim3(kLinearThreads)}, stream, params);
+  const Grid grid{dim3(static_cast<unsigned>(params.rows)), dim3(kLinearThreads)};
+  return launch(linear_logprobs_accumulate_kernel<T>, grid, stream, params);
 }
 
 }  // namespace

@@ -25,8 +25,9 @@ template <class T, SelectionOrder order>
 const char* launch_share(const SelectionParams& p, Stream stream) {
   const Grid grid = grid_of(selection_blocks(p.tokens));
   const char* error = launch_digits<T, order, false>(p, stream);
-  // Random keys all differ.
-  if (!error && order != SelectionOrder::random) error = launch(selection_ties_kernel<T, order>, grid, stream, p);
+  if constexpr (order != SelectionOrder::random) {  // whose keys all differ
+    if (!error) error = launch(selection_ties_kernel<T, order>, grid, stream, p);
+  }
   return error ? error : launch(select_share_kernel<T, order>, grid, stream, p);
 }
 

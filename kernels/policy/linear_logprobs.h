@@ -64,18 +64,20 @@ struct LinearLogprobsGradient {
 };
 constexpr int kLinearLogprobsRows = 64;
 
-// grad_bias[entry] = the sum of its shares.
+// grad_bias[entry] = the sum of its shares, added to what is there if `add`.
 struct LinearLogprobsBias {
   DataType type;
   int64_t shares, entries, stride;
   const void* bias_shares;
   double* grad_bias;
+  bool add;
 };
 
-// result = sum + part; result may be the sum, and is of another type where the sum is complete.
+// result = sum + part, matrices whose rows are `stride` elements apart, those of part `columns`; result may be the sum,
+// and is of another type where the sum is complete.
 struct LinearLogprobsAccumulate {
   DataType type, result_type;
-  int64_t count;
+  int64_t rows, columns, stride;
   const void *sum, *part;
   void* result;
 };

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_join_kernel(co
   }
   const Real* const largests = static_cast<const Real*>(params.largest) + row;
   const Real* const sums = static_cast<const Real*>(params.sum) + row;
-  const Real* const weights = static_cast<const Real*>(params.weighted) + row;
+  const Real* const weights = static_cast<const Real*>(params.weighted) + (entropy ? row : 0);
   Real largest = Exponential<Real>::kLowest;
   for (int64_t segment = 0; segment < params.segments; ++segment) {
     largest = larger(largest, largests[segment * params.rows]);
@@ -325,36 +325,41 @@ __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_bias_kernel(co
   const Real* const shares = static_cast<const Real*>(params.bias_shares) + entry;
   double sum = 0;
   for (int64_t share = 0; share < params.shares; ++share) sum += shares[share * params.stride];
-  params.grad_bias[entry] = sum;
+  params.grad_bias[entry] = params.add ? params.grad_bias[entry] + sum : sum;
 }
 
 // --- hidden states ---------------------------------------------------------------------------------------
 
+// One block per row.
 template <class T>
 __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_accumulate_kernel(
     const LinearLogprobsAccumulate params) {
   using Real = Real<T>;
   constexpr int kSize = Pack<T>::kSize, kLoads = kSize / Pack<Real>::kSize;
-  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kSize;
+  const int64_t row = blockIdx.x;
   // Not marked as restricted: the result may be the sum.
-  const Real* const sum = static_cast<const Real*>(params.sum) + first;
-  const Real* const part = static_cast<const Real*>(params.part) + first;
-  T* const result = static_cast<T*>(params.result) + first;
-  if (first + kSize <= params.count && allows_packs(sum) && allows_packs(part) && allows_packs(result)) {
+  const Real* const sum = static_cast<const Real*>(params.sum) + row * params.stride;
+  const Real* const part = static_cast<const Real*>(params.part) + row * params.columns;
+  T* const result = static_cast<T*>(params.result) + row * params.stride;
+  const bool in_packs = allows_packs(sum) && allows_packs(part) && allows_packs(result);
+  const int64_t packs = in_packs ? params.columns / kSize : int64_t{0};
+  for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x) {
     Real values[kSize];
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
-      const Pack<Real> a = load_pack(sum + load * Pack<Real>::kSize);
-      const Pack<Real> b = load_pack<Reuse::stream>(part + load * Pack<Real>::kSize);
+      const int64_t at = pack * kSize + load * Pack<Real>::kSize;
+      const Pack<Real> a = load_pack<Reuse::stream>(sum + at);
+      const Pack<Real> b = load_pack<Reuse::stream>(part + at);
 #pragma unroll
       for (int i = 0; i < Pack<Real>::kSize; ++i) values[load * Pack<Real>::kSize + i] = a[i] + b[i];
     }
     Words<T> words;
     set_elements(words, values);
-    store_pack(reinterpret_cast<Word<T>*>(result), words);
-    return;
+    store_pack(reinterpret_cast<Word<T>*>(result + pack * kSize), words);
   }
-  for (int i = 0; i < kSize && first + i < params.count; ++i) narrow(sum[i] + part[i], result[i]);
+  for (int64_t i = packs * kSize + threadIdx.x; i < params.columns; i += blockDim.x) {
+    narrow(sum[i] + part[i], result[i]);
+  }
 }
 
 // One block per row. Bits are copied, of unsigned integers as large as an element.

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 2) rollout_correction_kernel
   for (int64_t sequence = blockIdx.x; sequence < p.batch.sequences; sequence += gridDim.x) {
     correct_sequence<T>(p, sequence, shared);
   }
-  if (!last_block_of_batch(p.finished, shared.last)) return;
+  if (!is_last_block(p.finished, shared.last)) return;
   join_columns(p, shared);
   if (threadIdx.x == 0) {
     write_metrics(p.rules, shared.columns[0], static_cast<T*>(p.metrics));

@@ -6,6 +6,7 @@
 
 #include "kernels/common/device.h"
 #include "kernels/common/reduce.cuh"
+#include "kernels/policy/last_block.cuh"
 #include "kernels/policy/selection.h"
 
 namespace pykern {
@@ -110,20 +111,6 @@ __device__ __forceinline__ void count_digit(bool active, unsigned digit, unsigne
   if (active && static_cast<int>(threadIdx.x) % kWarpSize == __ffs(static_cast<int>(peers)) - 1) {
     atomicAdd(&digits[digit], static_cast<unsigned>(__popc(peers)));
   }
-}
-
-// Whether this block is the last one of the launch; it sees what the others wrote.
-__device__ __forceinline__ bool is_last_block(unsigned long long* finished, bool& shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    shared = atomicAdd(finished, 1ull) == gridDim.x - 1;
-    if (shared) *finished = 0;
-  }
-  __syncthreads();
-  const bool last = shared;
-  if (last) __threadfence();
-  return last;
 }
 
 // The digit in which the rank lies, how many keys have a smaller one, and how many have it. The counts become zero.

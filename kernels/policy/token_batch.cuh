@@ -3,6 +3,7 @@
 
 #include "kernels/common/device.h"
 #include "kernels/common/reduce.cuh"
+#include "kernels/policy/last_block.cuh"
 #include "kernels/policy/token_batch.h"
 
 namespace pykern {
@@ -69,17 +70,6 @@ __device__ __forceinline__ void block_sums(const double (&values)[kCount], Block
     shared.totals[threadIdx.x] = sum;
   }
   __syncthreads();
-}
-
-// Whether this block is the last one of the launch; it sees what the others wrote.
-__device__ __forceinline__ bool last_block_of_batch(unsigned long long* finished, bool& shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) shared = atomicAdd(finished, 1ull) == gridDim.x - 1;
-  __syncthreads();
-  const bool last = shared;
-  if (last) __threadfence();
-  return last;
 }
 
 }  // namespace pykern

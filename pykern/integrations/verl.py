@@ -36,9 +36,11 @@ from ..policy import (
     optimal_token_baseline,
     policy_loss,
     policy_loss_token_weights,
+    rollout_correction,
 )
 
 try:
+    from verl import DataProto
     from verl.trainer.ppo import core_algos
 except ImportError as error:
     raise ImportError(
@@ -146,31 +148,36 @@ def generalized_advantages(
     return gae(token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=response_mask, whiten=True)
 
 
-def token_baseline(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    old_log_probs: Tensor,
-    sum_pi_squared: Tensor,
-    rollout_is_weights: Tensor | None = None,
-    handle_zero_tail: bool = True,
-    epsilon: float = 1e-8,
-    **keywords,
-) -> tuple[Tensor, Tensor]:
-    """verl's optimal token baseline; its returns are the rewards to come."""
-    rewards = torch.where(response_mask != 0, token_level_rewards, 0.0)
-    returns = discounted_returns(rewards, gamma=1.0)
-    advantages = optimal_token_baseline(
-        returns,
-        _ids(index, rewards.device),
-        old_log_probs,
-        sum_pi_squared,
-        mask=response_mask,
-        weights=rollout_is_weights,
-        zero_tail=handle_zero_tail,
-        eps=epsilon,
-    )
-    return advantages, returns
+def token_baseline(align: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """verl's optimal token baselines: steps counted by "position", or by unmasked "token". Returns: rewards to come."""
+
+    def function(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        old_log_probs: Tensor,
+        sum_pi_squared: Tensor,
+        rollout_is_weights: Tensor | None = None,
+        handle_zero_tail: bool = True,
+        epsilon: float = 1e-8,
+        **keywords,
+    ) -> tuple[Tensor, Tensor]:
+        returns = discounted_returns(torch.where(response_mask != 0, token_level_rewards, 0.0), gamma=1.0)
+        advantages = optimal_token_baseline(
+            returns,
+            old_log_probs,
+            sum_pi_squared,
+            _ids(index, returns.device),
+            mask=response_mask,
+            importance_weights=rollout_is_weights,
+            align=align,
+            zero_tail=handle_zero_tail,
+            eps=epsilon,
+            singleton="self",
+        )
+        return advantages, returns
+
+    return function
 
 
 ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -185,8 +192,8 @@ ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "remax": remax,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": outcome_advantages("reinforce_pp_baseline"),
-    "optimal_token_baseline": token_baseline,
-    "tir_optimal_token_baseline": token_baseline,
+    "optimal_token_baseline": token_baseline("position"),
+    "tir_optimal_token_baseline": token_baseline("token"),
 }
 """verl's estimators, in its own names."""
 
@@ -216,6 +223,13 @@ def _picked(config: Any, name: str, default: float) -> float:
     return default if value is None else value
 
 
+def _dro_beta(config: Any) -> float:
+    beta = config.policy_loss.dro_beta
+    if beta is None or not beta > 0:
+        raise ValueError(f"policy_loss.dro_beta: expected a positive weight of the distance, got {beta!r}")
+    return beta
+
+
 _KEYWORDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vanilla": lambda config: {"loss": "ppo", "dual_clip": config.get("clip_ratio_c", 3.0), **_clips(config)},
     "dppo_tv": lambda config: {"loss": "dppo_tv", **_divergence_bounds(config)},
@@ -235,7 +249,7 @@ _KEYWORDS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "count_empty": True,
         **_clips(config),
     },
-    "dro": lambda config: {"loss": "dro", "anchor_coef": config.policy_loss.dro_beta},
+    "dro": lambda config: {"loss": "dro", "anchor_coef": _dro_beta(config)},
     "cispo": lambda config: {"loss": "cispo_relative", **_clips(config)},
 }
 """What verl's settings of each of its losses mean to policy_loss."""
@@ -262,6 +276,8 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
     """A policy loss of verl's signature: one of verl's names, or a row of pykern.LOSSES, and keywords of policy_loss.
 
     Rows of pykern.LOSSES take `clip_ratio_low` and `clip_ratio_high` from verl's settings where those are not None.
+    In gspo, weights or advantages that differ within a response are differentiated through the ratio of the whole
+    response; verl gives each token the gradient of its own.
     """
 
     def function(
@@ -301,8 +317,9 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
             rollout_is_weights = torch.exp(logs.sum(dim=-1) / ((response_mask != 0).sum(dim=-1) + 1e-8))
         elif rollout_is_weights is not None and name in ("dro", "kl_cov"):
             # They weigh the distance from the old policy as well.
+            del keywords["aggregate"]
             share = policy_loss_token_weights(log_prob, mask=response_mask, aggregate=aggregate, **batch)
-            keywords["token_weights"], rollout_is_weights = share * rollout_is_weights, None
+            keywords["token_weights"], rollout_is_weights, batch = share * rollout_is_weights, None, {}
         loss, metrics = policy_loss(
             log_prob,
             old_log_prob,
@@ -351,6 +368,122 @@ def agg_loss(
     )
     loss = torch.where(loss_mask != 0, loss_mat * weights, 0.0).sum()
     return loss * dp_size if loss_agg_mode == "token-sum" else loss
+
+
+# --- rollout correction -----------------------------------------------------------------------------------------
+
+_WEIGHT_METRICS = {
+    "rollout_is_mean": "weight_mean",
+    "rollout_is_std": "weight_std",
+    "rollout_is_max": "weight_max",
+    "rollout_is_min": "weight_min",
+    "rollout_is_eff_sample_size": "effective_sample_size",
+    "rollout_is_ratio_fraction_high": "weight_fraction_high",
+    "rollout_is_ratio_fraction_low": "weight_fraction_low",
+}
+_REJECTION_METRICS = {
+    "rollout_rs_masked_fraction": "rejected_fraction",
+    "rollout_rs_seq_masked_fraction": "rejected_sequence_fraction",
+}
+_POLICY_METRICS = (
+    "kl", "k3_kl", "training_ppl", "training_log_ppl", "rollout_ppl", "rollout_log_ppl", "log_ppl_diff",
+    "log_ppl_abs_diff", "log_ppl_diff_max", "log_ppl_diff_min", "ppl_ratio", "chi2_token", "chi2_seq",
+)  # fmt: skip
+
+
+def _bounds(given: str | float, name: str) -> list[tuple[float | None, float]]:
+    """verl's thresholds, "upper" or "lower_upper" between commas, as pairs."""
+    if isinstance(given, bool):
+        raise TypeError(f"{name}: expected a number or a string such as 0.5_2.0, not a boolean, got {given}")
+    pairs = []
+    for part in str(given).split(","):
+        try:
+            *low, high = (float(number) for number in part.strip().split("_"))
+        except ValueError:
+            raise ValueError(f"{name}: expected numbers, as in 2.0 or 0.5_2.0, got {given!r}") from None
+        if len(low) > 1 or not high > 0 or (low and not 0 < low[0] <= high):
+            raise ValueError(f"{name}: expected positive bounds, the lower one first, got {given!r}")
+        pairs.append((low[0] if low else None, high))
+    return pairs
+
+
+def _criterion_mean(name: str, distance: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the unmasked tokens of what a criterion compares; verl logs it."""
+    *level, kind = name.split("_")
+    distance = torch.where(mask, distance, 0.0).clamp(-20.0, 20.0)
+    values = {"k1": -distance, "k2": 0.5 * distance.square(), "k3": torch.expm1(distance) - distance}[kind]
+    counts = mask.sum(dim=-1)
+    if level == ["token"]:
+        return values.sum() / counts.sum().clamp(min=1)
+    if level == ["seq", "max"]:
+        statistic = torch.where(mask, values, -torch.inf).amax(dim=-1)
+    else:
+        statistic = values.sum(dim=-1) / (counts.clamp(min=1) if level == ["seq", "mean"] else 1)
+    return torch.where(counts > 0, statistic * counts, 0.0).sum() / counts.sum().clamp(min=1)
+
+
+def compute_rollout_correction_and_rejection_mask(
+    old_log_prob: Tensor,
+    rollout_log_prob: Tensor,
+    response_mask: Tensor,
+    rollout_is: str | None = None,
+    rollout_is_threshold: str | float | None = 2.0,
+    rollout_is_batch_normalize: bool = False,
+    rollout_rs: str | None = None,
+    rollout_rs_threshold: str | float | None = None,
+) -> tuple[DataProto | None, Tensor, dict[str, float]]:
+    """verl's function of this name in one pass: weights (a DataProto), the mask without what is rejected, metrics.
+
+    Of verl's metrics the statistics of each sequence's mean weight ("rollout_is_seq_...") are not among these, nor
+    the extremes and deviations of what a criterion compares.
+    """
+    keywords: dict[str, Any] = {"weight": None, "reject": (), "reject_bounds": ()}
+    if rollout_is is not None and rollout_is_threshold is not None:
+        ((low, high),) = _bounds(rollout_is_threshold, "rollout_is_threshold")
+        rule = "truncate" if low is None else "mask"
+        keywords |= {"weight": rollout_is, "weight_rule": rule, "weight_clip": (low or 0.0, high)}
+    if rollout_rs is not None:
+        if rollout_rs_threshold is None:
+            raise ValueError(f"rollout_rs_threshold: rollout_rs={rollout_rs!r} needs it, got None")
+        criteria = [name.strip() for name in rollout_rs.split(",")]
+        pairs = _bounds(rollout_rs_threshold, "rollout_rs_threshold")
+        if len(pairs) not in (1, len(criteria)):
+            raise ValueError(f"rollout_rs_threshold: expected 1 or {len(criteria)} thresholds, got {len(pairs)}")
+        pairs = pairs * len(criteria) if len(pairs) == 1 else pairs
+        keywords["reject"] = criteria
+        keywords["reject_bounds"] = [high if low is None else (low, high) for low, high in pairs]
+    weights, keep, measured = rollout_correction(
+        old_log_prob,
+        rollout_log_prob,
+        mask=response_mask,
+        correction="verl_token_is",
+        normalize=rollout_is_batch_normalize,
+        **keywords,
+    )
+    names = {name: name for name in _POLICY_METRICS}
+    if weights is not None:
+        names |= _WEIGHT_METRICS
+        if rollout_is_batch_normalize:
+            names["rollout_is_batch_norm_factor"] = "normalization"
+    if rollout_rs is not None:
+        names |= _REJECTION_METRICS
+        for name in keywords["reject"]:
+            names[f"rollout_rs_{name}_masked_fraction"] = f"rejected_{name}"
+            names[f"rollout_rs_{name}_seq_masked_fraction"] = f"rejected_{name}_sequences"
+    values = torch.stack([measured[name] for name in names.values()]).tolist()
+    metrics = {f"rollout_corr/{name}": value for name, value in zip(names, values)}
+    for name in keywords["reject"]:
+        mean = _criterion_mean(name, old_log_prob - rollout_log_prob, response_mask != 0)
+        metrics[f"rollout_corr/rollout_rs_{name}_mean"] = mean.item()
+    if weights is not None and keywords["weight_rule"] == "mask":
+        sides = ("rollout_corr/rollout_is_ratio_fraction_high", "rollout_corr/rollout_is_ratio_fraction_low")
+        metrics["rollout_corr/rollout_is_oob_ratio"] = sum(metrics[side] for side in sides)
+    mask = torch.where(keep, response_mask, torch.zeros_like(response_mask))
+    if weights is None:
+        return None, mask, metrics
+    if weights.dim() == 1:
+        weights = torch.where(response_mask != 0, weights[:, None], 0.0)
+    return DataProto.from_dict(tensors={"rollout_is_weights": weights}), mask, metrics
 
 
 # --- the head ---------------------------------------------------------------------------------------------------

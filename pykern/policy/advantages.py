@@ -97,7 +97,8 @@ def group_advantages(
         transform, baseline, scale, finish: names of parts, in the place of the estimator's.
         decompose: the estimator for each component, then their weighted sum; else for the weighted sum of components.
         component_weights: K numbers; by default 1 each (1/K for bnpo_decomposed).
-        eps: added to the standard deviation, mean or share that divides; default 1e-6 ("trl" 1e-4; gpg 0).
+        eps: added to the standard deviation, mean or share that divides; default 1e-6 ("trl" 1e-4; gpg 0, in its
+            repository 1e-5).
         finish_eps: added to the standard deviation (default as eps) or to the variance (1e-8) of the finish.
         ddof: 1 (default) divides squared distances by n - 1, 0 by n.
         singleton: a group with one reward gets "zero", or by "self" its reward with mean 0 and deviation 1.

@@ -46,10 +46,10 @@ def linear_policy_loss(
     computed, kept in float32, and turned into their gradient in place: three products of hidden states, logits and
     weight (6 N V H operations) where linear_token_logprobs and policy_loss one after the other take four. This is the
     way for float32 and bfloat16, if a gradient is wanted, without a process_group, and if the workspace has room for
-    the sums of weight's gradient, 4 V H bytes (none for float32 with H a multiple of 64, and none if weight
-    requires no gradient), 80 MiB, and (4 + element size) V bytes for each of 256 tokens, or of all if there are
-    fewer. In all other cases, and under torch.compile, the two functions run one after the other. Both ways are exact
-    and agree up to rounding.
+    80 MiB and either (4 + element size) V bytes for each token, or that for 256 tokens at a time and the sums of
+    weight's gradient, 4 V H bytes (none for float32 with H a multiple of 64, and none if weight requires no
+    gradient). In all other cases, and under torch.compile, the two functions run one after the other. Both ways are
+    exact and agree up to rounding.
 
     Tokens whose loss has an exactly zero gradient, by their mask, their advantage or a clipped branch, take no part
     in the products for the gradients; those masked, in none. On CUDA, where looking for them would wait for the
@@ -135,11 +135,18 @@ def linear_policy_loss(
 def _rows_of_a_chunk(head: Head, workspace_bytes: int) -> int:
     """A multiple of 64."""
     entries = -(-head.weight.shape[0] // 192) * 192
-    sums = _sums_shape(head.weight) if head.weight.requires_grad else (0, 0)
+    per_row = max((4 + head.hidden.element_size()) * entries, 1)
+
+    def fitting(room: int) -> int:
+        return max(room // per_row // 64 * 64, 0)
+
+    rows = fitting(workspace_bytes - _FIXED_BYTES)
+    if not head.weight.requires_grad or head.hidden.shape[0] <= rows:
+        return rows
+    sums = _sums_shape(head.weight)
     if sums == head.weight.shape and head.weight.dtype == torch.float32:
-        sums = (0, 0)  # They become the gradient.
-    room = workspace_bytes - _FIXED_BYTES - 4 * sums[0] * sums[1]
-    return max(room // max((4 + head.hidden.element_size()) * entries, 1) // 64 * 64, 0)
+        return rows  # They become the gradient.
+    return fitting(workspace_bytes - _FIXED_BYTES - 4 * sums[0] * sums[1])
 
 
 def _sums_shape(weight: Tensor) -> tuple[int, int]:
@@ -181,7 +188,6 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, softcap, tokens):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sums = weight.new_zeros(_sums_shape(weight), dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         results = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
@@ -191,6 +197,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
         active = (targets >= 0).nonzero().squeeze(1) if can_look_at(targets) else None
         whole = active is None or active.shape == targets.shape
         count = targets.shape[0] if whole else active.shape[0]
+        sums = None
+        if needs_weight:
+            # One chunk alone needs no sums besides its gradient.
+            alone = count <= tokens.rows_of_a_chunk and weight.dtype != torch.float32
+            sums = (
+                weight.new_zeros(weight.shape) if alone else weight.new_zeros(_sums_shape(weight), dtype=torch.float32)
+            )
         evaluated = None
         logits = hidden.new_empty(
             (-(-min(tokens.rows_of_a_chunk, count) // 64) * 64, -(-weight.shape[0] // 192) * 192), dtype=torch.float32

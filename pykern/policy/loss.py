@@ -106,7 +106,9 @@ def policy_loss(
     aggregate="seq-mean-token-mean" (TRL: count_empty=True). bnpo is TRL's loss of that name, an aggregate; the paper's
     part is in the advantages. cispo has the raw upper bound 1 + clip_high = 5 and no lower one, cispo_relative verl's
     two. topr weighs by the whole trajectory (paper), topr_token by token (ROLL). verl's default configuration bounds
-    the weight of its dppo losses by clip_high=2.0, and its geo_mean counts empty rows: gmpo with count_empty=True.
+    the weight of its dppo losses by clip_high=2.0, and its geo_mean counts empty rows: gmpo with count_empty=True. gspo
+    is differentiated through the mean (TRL); verl's code, the paper's GSPO-token, through each token's own
+    log-probability, which is the same where a sequence has one advantage and one rollout weight.
 
     Aggregates (S: sum over a sequence's tokens, L: its unmasked tokens, sequences with L = 0 counting nowhere unless
     count_empty): "token-mean" sum S / sum L; "token-sum" sum S; "seq-mean-token-sum" mean S; "seq-mean-token-mean"

@@ -10,11 +10,12 @@ from typing import NoReturn
 
 import torch
 
-from .. import ESTIMATORS, LOSSES
+from .. import ESTIMATORS
 from . import data
 from .config import ARITHMETIC, Config, InputError, settle
 from .device import GPU_DEFAULTS, choose, resolve
 from .files import METRICS, load_checkpoint, new_folder
+from .plain import PLAIN_LOSSES
 from .precision import DTYPES
 
 DESCRIPTION = """GRPO training of a small byte-level language model on pykern's ops.
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     option(group, "--max-response", "longest response, in tokens (bytes)", metavar="N")
     option(group, "--temperature", "of sampling and of the log-probabilities", metavar="T")
     option(group, "--estimator", "advantages", choices=sorted(ESTIMATORS))
-    option(group, "--loss", "policy loss", choices=sorted(LOSSES))
+    option(group, "--loss", "policy loss", choices=sorted(PLAIN_LOSSES))
     option(group, "--updates", "optimizer steps per batch", metavar="N")
     group = top.add_argument_group("optimizer")
     option(group, "--optimizer", "of the blocks' matrices; the rest gets AdamW", choices=["galore", "fira", "adamw"])

@@ -1,10 +1,23 @@
 """The loss and the optimizer step of the plain update: chains of PyTorch calls, by the references' formulas."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .. import LOSSES
 from ..reference import lowrank as reference
+
+PLAIN_LOSSES = tuple(
+    name
+    for name, row in LOSSES.items()
+    if row.rule in ("clip", "weight")
+    and row.ratio in ("token", "sequence")
+    and (row.stabilisation, row.anchor, row.weight_negative_only) == ("none", None, False)
+    and row.ratio_limit == math.inf
+    and not row.needs
+)
+"""The losses that plain_policy_loss knows, and the trainer offers: those made of log-probabilities and advantages."""
 
 
 def _widened(tensor: Tensor) -> Tensor:

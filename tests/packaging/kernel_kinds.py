@@ -77,10 +77,10 @@ KINDS: dict[str, str] = {
     "policy: rollout_correction_kernel<*": OTHER,
     "policy: rollout_normalize_kernel<*": OTHER,
     "policy: link_rows_kernel": OTHER,
-    "policy: risk_advantages_kernel<*": OTHER,
     "policy: disco_scores_kernel<*": OTHER,
     "policy: disco_groups_kernel<*": OTHER,
     "policy: disco_gradient_kernel<*": OTHER,
+    "policy: risk_advantages_kernel<*": OTHER,
 }
 """The kind of every kernel; the first pattern that fits counts."""
 

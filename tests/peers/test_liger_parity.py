@@ -81,7 +81,7 @@ def test_grpo(loss_type, level, beta, delta, correct_kl):
     ours.backward()
     torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-6, atol=1e-6)
     for own, other in ((y.grad, x.grad), (v.grad, w.grad)):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=2e-6 * other.abs().max().item())
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -96,6 +96,6 @@ def test_scaled_cross_entropy(temperature):
     logprobs, own_entropy = pykern.linear_token_logprobs(y, v, targets, temperature=temperature, entropy=True)
     (-logprobs.sum() + 0.3 * own_entropy.sum()).backward()
     torch.testing.assert_close(logprobs, -loss, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(own_entropy[targets >= 0], entropy[targets >= 0], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(own_entropy[targets >= 0], entropy[targets >= 0], rtol=1e-5, atol=1e-5)
     for own, other in ((y.grad, x.grad), (v.grad, w.grad)):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=2e-6 * other.abs().max().item())
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())

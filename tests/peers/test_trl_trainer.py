@@ -46,15 +46,20 @@ def train(trainer_class, folder, **settings):
     """Losses, advantages, gradient norms and weights of two updates, the second off policy."""
     keywords = {name: settings.pop(name) for name in ("estimator", "loss") if name in settings}
     arguments = GRPOConfig(
-        output_dir=str(folder / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=2,
-        gradient_accumulation_steps=2, num_iterations=2, learning_rate=0.02, logging_steps=1, report_to="none", seed=3,
-        use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, **settings,
+        output_dir=str(folder / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
+        max_steps=2, gradient_accumulation_steps=2, num_iterations=2, learning_rate=0.02, logging_steps=1,
+        report_to="none", seed=3, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, **settings,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": ["abc", "hello", "q", "some words", "z y", "pykern", "tree", "lane"]})
     # TRL loads the model for the KL term a second time, by its name.
     model().save_pretrained(folder / "model")
     trainer = trainer_class(
-        str(folder / "model"), [vowels, short], args=arguments, train_dataset=prompts, processing_class=tokenizer(), **keywords
+        str(folder / "model"),
+        [vowels, short],
+        args=arguments,
+        train_dataset=prompts,
+        processing_class=tokenizer(),
+        **keywords,
     )
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]

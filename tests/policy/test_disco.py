@@ -89,6 +89,20 @@ def test_parts(score, negatives, positives, divergence):
     compare(ours(*tensors, **keywords), definition(*tensors, **keywords))
 
 
+@pytest.mark.usefixtures("cpu_level")
+@pytest.mark.parametrize("columns", [1, 7, 16, 33, 1100])
+@pytest.mark.parametrize("score", SCORES)
+def test_every_instruction_set(score, columns):
+    *tensors, mask = batch(rows=8, columns=columns, dtype=torch.float32, spread=0.05)
+    for keywords in ({"mask": mask}, {"mask": None}):
+        if keywords["mask"] is None:
+            tensors = [tensor.nan_to_num(-1.0, -1.0, -1.0) for tensor in tensors[:2]] + tensors[2:]
+        for divergence in DIVERGENCES:
+            changes = {"score": score, "tau": 0.7, "divergence": divergence, **keywords}
+            exact = definition(*tensors, **parts("disco", columns, **changes))
+            compare(ours(*tensors, **changes), exact)
+
+
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("score", SCORES)

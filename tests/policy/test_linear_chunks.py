@@ -8,6 +8,11 @@ import torch
 
 import pykern
 from pykern.reference import policy_logprobs as reference
+from tests.policy.loss_cases import arguments as loss_arguments
+from tests.policy.test_linear_policy_loss import exact as exact_loss
+from tests.policy.test_linear_policy_loss import make as loss_case
+from tests.policy.test_linear_policy_loss import run as run_loss
+from tests.policy.test_linear_policy_loss import workspace
 from tests.policy.test_linear_token_logprobs import DTYPES, check_against_torch, make, run
 from tests.support import DEVICES, assert_accurate, on, poison
 
@@ -118,3 +123,118 @@ def test_a_leaf_given_to_the_op_itself(everywhere):
     want = torch.ops.pykern.linear_token_logprobs.default(hidden, weight, *arguments)
     got = torch.ops.pykern.linear_token_logprobs.default(hidden.requires_grad_(), weight.requires_grad_(), *arguments)
     assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden_size, keywords", [(24, {}), (64, EVERYTHING), (101, EVERYTHING)])
+def test_kept_logits(everywhere, dtype, hidden_size, keywords):
+    """Rows whose logits stay from the forward to the backward, in two steps that add to the same sums."""
+    hidden, weight, targets, bias = make(70, hidden_size, 401, dtype, bias=bool(keywords))
+    targets[::7] = -100
+    poison(hidden[::7])
+    weights = [torch.randn(70) for _ in range(2)]
+    weights[0][1::7] = weights[1][1::7] = 0
+    exact, exact_grads = run(
+        reference.linear_token_logprobs, hidden, weight, targets, bias, weights, torch.float64, **keywords
+    )
+    eager, eager_grads = run(reference.linear_token_logprobs, hidden, weight, targets, bias, weights, **keywords)
+
+    settings = (keywords.get("temperature", 1.0), keywords.get("softcap", 0.0))
+    entropy = "entropy" in keywords
+    double_bias = None if bias is None else bias.double()
+    weight_sums = torch.zeros(401, -(-hidden_size // 64) * 64)
+    bias_sums = torch.zeros(401, dtype=torch.float64)
+    logits = torch.empty(64 * 576)
+    results, grad_hidden = [], []
+    for rows in (slice(0, 64), slice(64, 70)):
+        given = (hidden[rows], weight, targets[rows], double_bias, None, *settings)
+        found = torch.ops.pykern.linear_chunk_logprobs.default(*given, entropy, logits)
+        results.append(found[:2])
+        grad_hidden.append(
+            torch.ops.pykern.linear_chunk_gradients.default(
+                *given,
+                found[2],
+                found[1],
+                weights[0][rows],
+                weights[1][rows] if entropy else None,
+                logits,
+                weight_sums,
+                None if bias is None else bias_sums,
+                True,
+            )
+        )
+    for parts, want, other in zip(zip(*results), exact, eager):
+        assert_accurate(torch.cat(parts), want, other, units=4)
+    grads = [torch.cat(grad_hidden), weight_sums[:, :hidden_size], *([] if bias is None else [bias_sums.to(dtype)])]
+    for grad, want, other in zip(grads, exact_grads, eager_grads):
+        assert_accurate(grad, want, other, units=2)
+    assert not grads[0][::7].any() and not grads[0][1::7].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_policy_loss_with_kept_logits(everywhere, dtype):
+    """Whole, in two chunks of rows, against the definition and against log-probabilities and loss by themselves."""
+    head, tensors = loss_case(6, 60, 24, 401, dtype, bias=True)
+    positional, named = loss_arguments(tensors, entropy_coef=0.1)
+    keywords = {"temperature": 0.8, "softcap": 3.0}
+    room = workspace(head["weight"], 256)
+    want, want_grads = exact_loss(head, positional, named, **keywords)
+    for bytes_of_workspace, kept in ((room, True), (0, False)):
+        loss, _, grads, once = run_loss(head, positional, named, workspace_bytes=bytes_of_workspace, **keywords)
+        assert once == kept
+        assert_accurate(loss, want, units=64)
+        for grad, wanted in zip(grads, want_grads):
+            assert_accurate(grad, wanted, units=4 if dtype == torch.bfloat16 else 32)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_kept_logits_for_one_gradient(everywhere, wanted):
+    hidden, weight, targets, bias = make(10, 8, 50, bias=True)
+    given = (hidden, weight, targets, bias.double(), None, 1.0, 0.0)
+    found = {}
+    for all_of_them in (True, False):
+        logits = torch.empty(64 * 192)
+        _, entropies, statistics = torch.ops.pykern.linear_chunk_logprobs.default(*given, False, logits)
+        sums = {"weight": torch.zeros(50, 64), "bias": torch.zeros(50, dtype=torch.float64)}
+        asked = [total if all_of_them or wanted == name else None for name, total in sums.items()]
+        sums["hidden"] = torch.ops.pykern.linear_chunk_gradients.default(
+            *given, statistics, entropies, torch.ones(10), None, logits, *asked, all_of_them or wanted == "hidden"
+        )
+        found[all_of_them] = sums
+    assert found[True][wanted].any() and torch.equal(found[True][wanted], found[False][wanted])
+    assert not any(total.any() for name, total in found[False].items() if name != wanted)
+
+
+def test_kept_logits_of_nothing(everywhere):
+    for rows, hidden_size, vocabulary in ((0, 8, 50), (3, 8, 0), (3, 0, 50)):
+        hidden, weight = torch.randn(rows, hidden_size), torch.randn(vocabulary, hidden_size)
+        given = (hidden, weight, torch.full((rows,), -100), None, None, 1.0, 0.0)
+        logits, sums = torch.empty(64 * 192), torch.zeros(vocabulary, 64)
+        logprobs, entropies, statistics = torch.ops.pykern.linear_chunk_logprobs.default(*given, False, logits)
+        grad = torch.ops.pykern.linear_chunk_gradients.default(
+            *given, statistics, entropies, torch.ones(rows), None, logits, sums, None, True
+        )
+        assert logprobs.shape == (rows,) and not logprobs.any()
+        assert grad.shape == hidden.shape and not grad.any() and not sums.any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": torch.empty(64 * 192 - 1)}, "logits: expected at least 12288 elements, got 12287"),
+        ({"hidden": torch.zeros(2, 4).half(), "weight": torch.zeros(5, 4).half()}, "expected float32 or bfloat16"),
+        ({"weight_sums": torch.zeros(4, 64)}, "weight_sums: expected size 5 in dimension 0, got 4"),
+        ({"bias_sums": torch.zeros(5)}, "bias_sums: unexpected dtype"),
+    ],
+    ids=["logits", "float16", "weight_sums", "bias_sums"],
+)
+def test_kept_logits_refuse(everywhere, change, message):
+    given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "logits": torch.empty(64 * 192)}
+    given |= {"weight_sums": torch.zeros(5, 64), "bias_sums": torch.zeros(5, dtype=torch.float64)}
+    device = torch.zeros(0).device
+    given = {name: tensor.to(device) for name, tensor in (given | change).items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pykern.linear_chunk_gradients.default(
+            given["hidden"], given["weight"], torch.tensor([0, 1]), None, None, 1.0, 0.0, torch.zeros(2, 2),
+            torch.zeros(0), torch.ones(2), None, given["logits"], given["weight_sums"], given["bias_sums"], True,
+        )  # fmt: skip

@@ -278,6 +278,21 @@ def test_rows_without_gradient_leave_the_products(dtype, softcap, rows, hidden_s
     assert_accurate(bias_sums, 2 * wanted[2], units=units)
 
 
+def test_gradient_of_the_weight_straight(everywhere):
+    """Into bfloat16, of the rows of one chunk alone: rounded once."""
+    hidden, weight, targets, logits = chunk(90, 24, 401, torch.bfloat16)
+    given = (hidden, weight, targets, None, None, 1.0, 0.0)
+    found = []
+    for grad_weight in (torch.zeros(401, 64), torch.zeros(401, 24, dtype=torch.bfloat16)):
+        _, entropies, statistics = torch.ops.pykern.linear_chunk_logprobs.default(*given, False, logits)
+        torch.ops.pykern.linear_chunk_gradients.default(
+            *given, statistics, entropies, torch.ones(90), None, logits, grad_weight, None, False
+        )
+        found.append(grad_weight[:, :24])
+    assert found[1].any()
+    assert_accurate(found[1], found[0].double(), units=1)
+
+
 @pytest.mark.parametrize("everything", [True, False])
 def test_opcheck(everything):
     hidden, weight, targets, logits = chunk(6, 10, 40, torch.bfloat16)

@@ -1,6 +1,7 @@
 """policy_loss against its definition in float64: values, gradients, metrics, what must not be read, what is refused."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -335,3 +336,30 @@ def test_cuda_tensors_without_cuda_kernels_get_one_clear_line(monkeypatch):
         pykern.policy_loss(logprobs, logprobs, advantages)
     with pytest.raises(NotImplementedError, match="is on cuda:0, but this build .* no CUDA kernels; move"):
         pykern.group_advantages(advantages, ids)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("loss", ["grpo", "sapo", "bnpo", "dr_grpo", "dapo", "luspo"])
+def test_normalisers_of_trl(loss):
+    """Sums over rows and tokens that TRL divides by, an empty row among them."""
+    positional, named = arguments(batch(poisoned=False), loss=loss)
+    mask, width, items = named["mask"], 64, 91
+    _, _, gradient = ours(positional, named | {"aggregate": "token-sum"})
+    row_counts = mask.sum(1, keepdim=True).clamp(min=1)
+    divisor, keywords = {
+        "grpo": (row_counts * len(mask), {"aggregate": "seq-mean-token-mean", "count_empty": True}),
+        "sapo": (row_counts * len(mask), {"aggregate": "seq-mean-token-mean", "count_empty": True}),
+        "bnpo": (mask.sum().clamp(min=1), {"aggregate": "token-mean"}),
+        "dr_grpo": (len(mask) * width, {"aggregate": "seq-mean-token-sum-norm", "count_empty": True, "horizon": width}),
+        "dapo": (items, {"aggregate": "token-mean", "denominator": items}),
+        "luspo": (len(mask), {"aggregate": "seq-mean-token-sum", "count_empty": True}),
+    }[loss]
+    torch.testing.assert_close(ours(positional, named | keywords)[2], gradient / divisor)
+
+
+def test_rows_name_their_source_and_functions_that_exist():
+    for name, row in pykern.LOSSES.items():
+        assert re.fullmatch(r"(arXiv \d{4}\.\d{5}(, \d{4}\.\d{5})*|doi \S+)", row.paper), name
+        for source in row.needs.values():
+            for function in re.findall(r"pykern\.(\w+)", source):
+                assert callable(getattr(pykern, function)), function

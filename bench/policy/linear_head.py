@@ -1,0 +1,97 @@
+"""The head of a large vocabulary: time against the matrix products alone, peak memory against the eager head.
+
+    python -m bench.policy.linear_head [--rows 4096] [--hidden-size 1024] [--vocabulary 151936] [--rounds 3]
+
+Forward and backward in bfloat16, on the CPU. Times are taken in turn in one process; each peak, beyond hidden states
+and weight, in a process of its own. The eager head takes 7 GB at the default sizes.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+from bench.offload.peak_memory import ROOT, peak_bytes
+
+PROVIDERS = ("linear_token_logprobs", "linear_policy_loss", "linear, log_softmax")
+
+
+def step(provider: str, sizes: tuple[int, int, int]):
+    import torch
+
+    import pykern
+    from bench.policy.cases_linear import head_and_targets
+    from bench.policy.cases_logprobs import by_eager_head
+
+    hidden, weight, targets = head_and_targets(*sizes, torch.bfloat16)
+    weights = torch.randn(sizes[0])
+
+    def run() -> None:
+        hidden.grad = weight.grad = None
+        if provider == "linear_policy_loss":
+            loss, _ = pykern.linear_policy_loss(hidden[None], weight, targets[None], None, weights[None])
+            loss.backward()
+        else:
+            function = by_eager_head if provider == "linear, log_softmax" else pykern.linear_token_logprobs
+            function(hidden, weight, targets).backward(weights)
+
+    return run, hidden, weight
+
+
+def peak(provider: str, sizes: tuple[int, int, int]) -> int:
+    """Bytes beyond what the process has when the step begins."""
+    run, hidden, weight = step(provider, sizes)
+    # The peak so far is that of the arguments' making.
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = peak_bytes()
+    run()
+    return peak_bytes() - before
+
+
+def times(sizes: tuple[int, int, int], rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of linear_token_logprobs and of its products, round by round."""
+    from bench.policy.cases_linear import products_alone
+
+    ours, hidden, weight = step("linear_token_logprobs", sizes)
+    found = ([], [])
+    for function, seconds in rounds * list(zip((ours, products_alone(hidden, weight)), found)):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", choices=PROVIDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = (arguments.rows, arguments.hidden_size, arguments.vocabulary)
+    if arguments.one:
+        print(json.dumps(peak(arguments.one, sizes)))
+        return
+    command = [sys.executable, "-m", "bench.policy.linear_head"]
+    for name, size in zip(("--rows", "--hidden-size", "--vocabulary"), sizes):
+        command += [name, str(size)]
+    label = "policy/linear_head[N={} H={} V={} bfloat16]".format(*sizes)
+    peaks = {}
+    for provider in PROVIDERS:
+        child = subprocess.run([*command, "--one", provider], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks[provider] = json.loads(child.stdout)
+    for provider, bytes_ in peaks.items():
+        print(f"{label}  {provider:<22} {bytes_ / 1e6:8.1f} MB  {bytes_ / peaks[PROVIDERS[-1]]:6.3f} of the eager head")
+    ours, products = times(sizes, arguments.rounds)
+    ratio = statistics.median(a / b for a, b in zip(ours, products))
+    print(
+        f"{label}  {statistics.median(ours):.2f} s, the products alone {statistics.median(products):.2f} s: {ratio:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
