@@ -135,6 +135,7 @@ DOUBLES: dict[str, str] = {
     "policy: selection_digits_kernel<*": "one thread: the rank of a share or a quantile among all tokens",
     "policy: quantile_kernel<*": "one thread: the weights of two values",
     "policy: masked_moments_kernel<*": "sums over all tokens",
+    "policy: risk_advantages_kernel<*": "sums in float64 are what risk_advantages promises",
     "policy: *_advantages_kernel<*": "sums in float64 are what group_advantages promises",
     "policy: group_entropy_kernel": "its result is float64",
     "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
