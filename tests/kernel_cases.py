@@ -47,28 +47,54 @@ def advantages() -> Iterator[Case]:
 
 
 def loss() -> Iterator[Case]:
-    def step(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
-        mask = torch.rand(rows, columns) < 0.7
-        old, reference, rollout = (-torch.rand(rows, columns) for _ in range(3))
-        logprobs, advantage = -torch.rand(rows, columns), normal(rows)
-        keywords = {"mask": mask}
+    def tensors(rows: int, columns: int, packed: bool) -> dict[str, Tensor]:
+        shape = (rows * columns,) if packed else (rows, columns)
+        values = {name: -torch.rand(shape) for name in ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs")}
+        values["advantages"] = normal(rows)
+        values["mask"] = torch.rand(shape) < 0.7
         if packed:
-            cu_seqlens = torch.arange(rows + 1) * columns
-            logprobs, old, reference, rollout = (t.reshape(-1) for t in (logprobs, old, reference, rollout))
-            keywords = {"cu_seqlens": cu_seqlens}
-        logprobs.requires_grad_()
-        value, metrics = pykern.policy_loss(
-            logprobs, old, advantage, loss=name, kl="k3", kl_coef=0.1, ref_logprobs=reference, rollout_logprobs=rollout,
-            **keywords,
-        )  # fmt: skip
+            values["cu_seqlens"] = torch.arange(rows + 1) * columns
+        return values
+
+    def step(arguments: dict) -> list[Tensor]:
+        leaves = [arguments[name].requires_grad_() for name in ("logprobs", "entropy") if name in arguments]
+        value, metrics = pykern.policy_loss(kl="k3", kl_coef=0.1, **arguments)
         value.backward()
-        return [value, logprobs.grad, *metrics.values()]
+        return [value.detach(), *(leaf.grad for leaf in leaves), *metrics.values()]
+
+    def common(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        arguments = tensors(rows, columns, packed)
+        if packed:
+            del arguments["mask"]
+        return step(arguments | {"loss": name})
+
+    def composed(rows: int, columns: int, name: str, packed: bool) -> list[Tensor]:
+        arguments = tensors(rows, columns, packed)
+        shape = arguments["logprobs"].shape
+        extra = {name: torch.rand(shape) for name in ("entropy", "token_weights", "rollout_weights", "anchor_logprobs")}
+        extra |= {name: torch.rand(shape) < 0.8 for name in ("keep", "anchor_keep")}
+        if name in ("hapo", "gmpo"):
+            extra |= {name: torch.rand(shape) for name in ("clip_low", "clip_high")}
+        if name != "gmpo":
+            extra |= {name: torch.rand(shape) for name in ("second_advantages", "advantage_weights")}
+        extra |= {"anchor": "abs", "anchor_coef": 0.1, "entropy_coef": 0.1, "kl_gradient": "importance"}
+        return step(arguments | extra | {"loss": name, "rollout_rule": "mask"})
+
+    def weights(rows: int, columns: int, packed: bool) -> list[Tensor]:
+        arguments = tensors(rows, columns, packed)
+        chosen = {name: arguments[name] for name in ("mask", "cu_seqlens") if name in arguments}
+        return [pykern.policy_loss_token_weights(arguments["logprobs"], aggregate="seq-mean-token-mean", **chosen)]
 
     for rows, columns in ((1, 1), (5, 33), (3, 700)):
-        for name in ("grpo", "gspo", "cispo"):
-            for packed in (False, True):
-                label = f"policy_loss {name} {rows}x{columns}{' packed' if packed else ''}"
-                yield label, lambda r=rows, c=columns, n=name, p=packed: step(r, c, n, p)
+        for packed in (False, True):
+            shape = f"{rows}x{columns}{' packed' if packed else ''}"
+            for name in ("grpo", "gspo", "cispo", "sapo", "vespo"):
+                label = f"policy_loss {name} {shape}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: common(r, c, n, p)
+            for name in ("hapo", "sapo", "gmpo", "topr", "dppo_kl"):
+                label = f"policy_loss {name} with every part {shape}"
+                yield label, lambda r=rows, c=columns, n=name, p=packed: composed(r, c, n, p)
+            yield f"policy_loss_token_weights {shape}", lambda r=rows, c=columns, p=packed: weights(r, c, p)
 
 
 def selection() -> Iterator[Case]:

@@ -1,9 +1,17 @@
 from bench.harness import Case
-from bench.policy import cases_advantages, cases_gpu, cases_linear, cases_logprobs, cases_loss, cases_returns
+from bench.policy import (
+    cases_advantages,
+    cases_gpu,
+    cases_linear,
+    cases_logprobs,
+    cases_loss,
+    cases_loss_gpu,
+    cases_returns,
+)
 
 
 def cases(device: str) -> list[Case]:
-    own = cases_gpu.cases() if device == "cuda" else []
+    own = [*cases_loss_gpu.cases(), *cases_gpu.cases()] if device == "cuda" else []
     return [
         *cases_advantages.cases(device),
         *cases_loss.cases(device),

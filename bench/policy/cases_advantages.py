@@ -63,6 +63,23 @@ def any_estimator(samples: int, groups: int, estimator: str, verl: str | None) -
     return make
 
 
+def entropy(samples: int, groups: int) -> Callable[[], dict[str, Callable]]:
+    def make():
+        torch.manual_seed(0)
+        ids = (torch.arange(samples) % groups)[torch.randperm(samples)]
+        answers = torch.randint(0, 5, (samples,))
+        zeros = torch.zeros(groups, dtype=torch.float64)
+
+        def unique() -> Tensor:
+            pairs, count = torch.stack([ids, answers], dim=1).unique(dim=0, return_counts=True)
+            share = count.double() / torch.bincount(ids)[pairs[:, 0]]
+            return zeros.index_add(0, pairs[:, 0], -share * share.log2())[ids]
+
+        return {"pykern": lambda: pykern.group_entropy(ids, answers), "torch unique": unique}
+
+    return make
+
+
 def cases(device: str) -> list[Case]:
     listed = [
         Case("policy", "group_advantages", f"{samples} in {groups}", advantages(samples, groups), bytes=20.0 * samples)
@@ -80,4 +97,5 @@ def cases(device: str) -> list[Case]:
         make = any_estimator(16384, 1024, estimator, verl)
         moved = 28.0 * 16384 + (4.0 * 16384 if estimator == "gdpo" else 0)
         listed.append(Case("policy", f"group_advantages {estimator}", "16384 in 1024", make, bytes=moved))
+    listed.append(Case("policy", "group_entropy", "16384 in 1024", entropy(16384, 1024), bytes=32.0 * 16384))
     return listed

@@ -27,7 +27,7 @@ constexpr int64_t kChunkBytes = int64_t{320} << 20;
 // Bytes of the part of a weight's gradient that is then added to its sums.
 constexpr int64_t kPartBytes = int64_t{32} << 20;
 #endif
-// As for the schemas of the chunk ops.
+// As the schemas of the chunk ops say.
 constexpr int64_t kKeptRows = 64, kKeptEntries = 192;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -104,7 +104,7 @@ struct Head {
     return torch::stable::narrow(whole, 1, 0, entries(chunk));
   }
 
-  // What kernels read besides the logits, announced after the device guard.
+  // What kernels read, announced after the device guard.
   LogitsChunk announced(const Tensor& logits) const {
     return {logits_type(type), rows, 0, 0, cuda::workspace(logits), stride, cuda::input<double>(bias), softcap,
             cuda::input<int64_t>(targets), cuda::input<double>(row_temperature), inverse_temperature};

@@ -4,7 +4,7 @@
 
 #include "common/cuda.h"
 #include "kernels/policy/returns.h"
-#include "policy/arguments_returns.h"
+#include "policy/returns_arguments.h"
 #include "policy/sequences.h"
 
 namespace pykern {

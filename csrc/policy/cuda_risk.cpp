@@ -4,7 +4,7 @@
 
 #include "common/cuda.h"
 #include "kernels/policy/risk.h"
-#include "policy/arguments_risk.h"
+#include "policy/risk_arguments.h"
 
 namespace pykern {
 namespace {

@@ -4,7 +4,7 @@
 
 #include "common/cuda.h"
 #include "kernels/policy/token_baseline.h"
-#include "policy/arguments_token_baseline.h"
+#include "policy/token_baseline_arguments.h"
 
 namespace pykern {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "common/cuda.h"
 #include "kernels/policy/whiten.h"
-#include "policy/arguments_returns.h"
+#include "policy/returns_arguments.h"
 
 namespace pykern {
 namespace {

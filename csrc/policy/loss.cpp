@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossTensors& tensors, const
     return wanted ? torch::stable::empty_like(logprobs) : torch::stable::new_empty(logprobs, {0});
   };
   Tensor coefficient = gradient(with_gradient);
-  Tensor entropy_coefficient = gradient(with_gradient && params.entropy);
+  Tensor entropy_coefficient = gradient(with_gradient && tensors.entropy);
   std::vector<double> sums(tasks.segments.size() * kLossSums);
   params.coefficient = with_gradient ? coefficient.mutable_data_ptr() : nullptr;
   params.entropy_coefficient = with_gradient && params.entropy ? entropy_coefficient.mutable_data_ptr() : nullptr;

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "policy/arguments_returns.h"
+#include "policy/returns_arguments.h"
 #include "policy/sequences.h"
 
 namespace pykern {

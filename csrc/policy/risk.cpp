@@ -11,7 +11,7 @@
 
 #include "common/parallel.h"
 #include "kernels/policy/risk_rule.h"
-#include "policy/arguments_risk.h"
+#include "policy/risk_arguments.h"
 
 namespace pykern {
 namespace {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "policy/arguments_token_baseline.h"
+#include "policy/token_baseline_arguments.h"
 
 namespace pykern {
 namespace {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "policy/arguments_returns.h"
+#include "policy/returns_arguments.h"
 
 namespace pykern {
 namespace {

@@ -54,7 +54,10 @@ class ComposedLoss {
     sequence_ = part.sequence;
     weight_ = p_.token_weights ? 1 : shares_.of_token(part);
     if (!sequence_ratio) return;
-    const SequenceRatio ratio(p_, sequence_, shares_.length_of(sequence_));
+    // Not the chain, which other blocks may be writing.
+    double sums[kChain];
+    sequence_sums(p_, sequence_, sums);
+    const SequenceRatio ratio(p_, sums, shares_.length_of(sequence_));
     log_ratio_ = static_cast<T>(ratio.logarithm);
     ratio_ = static_cast<T>(exp(ratio.logarithm));
     advantage_ = static_cast<T>(ratio.advantage);
@@ -210,9 +213,9 @@ class ComposedLoss {
     if (p_.rollout_logprobs && !starts_at_rollout(p_)) {
 #pragma unroll
       for (int i = 0; i < kThreadTokens; ++i) {
-        const T raw = exponential(in.old[i] - in.rollout[i]), bounded = clamp(raw, bounds_.rollout_low, bounds_.rollout_high);
-        const bool outside = p_.rollout_rule == RolloutRule::mask && !(raw >= bounds_.rollout_low && raw <= bounds_.rollout_high);
-        weight[i] = outside ? T(0) : bounded;
+        const T raw = exponential(in.old[i] - in.rollout[i]), low = bounds_.rollout_low, high = bounds_.rollout_high;
+        const bool drops = p_.rollout_rule == RolloutRule::mask && !(raw >= low && raw <= high);
+        weight[i] = drops ? T(0) : clamp(raw, low, high);
         terms.loss[i] *= weight[i];
         terms.slope[i] *= weight[i];
       }

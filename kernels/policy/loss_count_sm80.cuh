@@ -131,7 +131,9 @@ class SequenceSums {
   }
 
  private:
-  __device__ __forceinline__ T of_sequence() const { return static_cast<const T*>(p_.advantages.values)[part_.sequence]; }
+  __device__ __forceinline__ T of_sequence() const {
+    return static_cast<const T*>(p_.advantages.values)[part_.sequence];
+  }
 
   __device__ __forceinline__ void add_advantages(uint32_t pack, TokenBits valid, const FourTokens<T>& old,
                                                  double (&sums)[kPartSums]) const {

@@ -64,21 +64,26 @@ __device__ __forceinline__ bool starts_at_rollout(const LossParams& p) {
   return p.rollout_logprobs && p.rule == LossRule::taper && p.ratio == LossRatio::product;
 }
 
-// The ratio of a sequence, from the sums of its parts in a fixed order. All lanes must call.
+// The first sums of a sequence, from those of its parts in a fixed order. All lanes must call.
+template <int count>
+__device__ __forceinline__ void sequence_sums(const LossParams& p, int64_t sequence, double (&sums)[count]) {
+  const double* of_parts = p.part_sums + sequence * p.grid.parts * kComposedSums;
+#pragma unroll
+  for (int i = 0; i < count; ++i) sums[i] = 0;
+  for (int64_t part = threadIdx.x % kWarpSize; part < p.grid.parts; part += kWarpSize) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) sums[i] += of_parts[part * kComposedSums + i];
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) sums[i] = warp_reduce(sums[i], Sum{});
+}
+
+// The ratio of a sequence from its sums.
 struct SequenceRatio {
-  double logarithm, advantage, chain;
+  double logarithm, advantage;
   double step;  // of the logarithm by one of a moving token
 
-  __device__ __forceinline__ SequenceRatio(const LossParams& p, int64_t sequence, double length) {
-    const double* of_parts = p.part_sums + sequence * p.grid.parts * kComposedSums;
-    double sums[kComposedSums] = {};
-    for (int64_t part = threadIdx.x % kWarpSize; part < p.grid.parts; part += kWarpSize) {
-#pragma unroll
-      for (int i = 0; i < kComposedSums; ++i) sums[i] += of_parts[part * kComposedSums + i];
-    }
-#pragma unroll
-    for (int i = 0; i < kComposedSums; ++i) sums[i] = warp_reduce(sums[i], Sum{});
-
+  __device__ __forceinline__ SequenceRatio(const LossParams& p, const double* sums, double length) {
     const double one = length > 0 ? 1 / length : 0;
     const bool product = p.ratio == LossRatio::product, limited = p.ratio != LossRatio::clipped_sequence;
     const double raw = product ? sums[kTokenLogRatios] : sums[kTokenLogRatios] * one;
@@ -86,7 +91,6 @@ struct SequenceRatio {
     const double high = limited ? p.bounds.sequence_log_ratio_high : HUGE_VAL;
     logarithm = clamp(raw, low, high);
     advantage = sums[kAdvantages] * one;
-    chain = sums[kChain];
     step = raw < low || raw > high ? 0 : product ? 1 : one;
   }
 };
@@ -155,8 +159,10 @@ __global__ void __launch_bounds__(kLossThreads) ratio_gradient_kernel(LossArgume
       p.ratio == LossRatio::sequence || (p.ratio == LossRatio::product && !(p.bounds.log_ratio_limit < HUGE_VAL));
   for (int64_t item = blockIdx.x; item < p.sequences * p.grid.parts; item += gridDim.x) {
     const LossPart part = find_part(p, item);
-    const SequenceRatio ratio(p, part.sequence, shares.length_of(part.sequence));
-    const T share = static_cast<T>(ratio.step > 0 ? ratio.chain * ratio.step : 0);
+    double sums[kComposedSums];
+    sequence_sums(p, part.sequence, sums);
+    const SequenceRatio ratio(p, sums, shares.length_of(part.sequence));
+    const T share = static_cast<T>(ratio.step > 0 ? sums[kChain] * ratio.step : 0);
     const PartPacks packs(p, part, arguments.packs);
     for (uint32_t pack = threadIdx.x; pack < packs.end(); pack += kLossThreads) {
       const TokenBits valid = packs.unmasked(pack);

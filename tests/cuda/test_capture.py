@@ -83,6 +83,7 @@ def test_every_op_has_a_case():
     labels = " ".join(case.label for case in CASES)
     timed_by = {
         "group_advantages": "group_advantages",
+        "group_entropy": "group_entropy",
         "policy_loss_forward": "policy_loss",
         "policy_loss_backward": "policy_loss",
         "token_logprobs": "token_logprobs_forward",

@@ -315,14 +315,20 @@ def test_opcheck(name):
 
 
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("name", ["grpo", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp_baseline", "gdpo", "copo_global"])
 def test_compiles_whole(name):
     rewards, ids = sample(40)
-    keywords = extras(name, 40)
-    call = lambda rewards: pykern.group_advantages(rewards, ids, estimator=name, return_metrics=True, **keywords)  # noqa: E731
-    advantages, metrics = compile_whole(call)(rewards)
-    assert torch.equal(advantages, call(rewards)[0])
-    assert metrics["groups"] == call(rewards)[1]["groups"]
+    rewards = torch.stack([rewards, rewards.square()], dim=1)
+    keywords = extras(name, 40) | {"overlong": (20, 5, 1.0), "lengths": torch.randint(1, 30, (40,))}
+    keywords["answer_ids"] = ids % 3 if name == "copo_global" else None
+
+    def call(rewards):
+        return pykern.group_advantages(
+            rewards, ids, estimator=name, filter="equal", return_keep=True, return_metrics=True, **keywords
+        )
+
+    for got, want in zip(compile_whole(call)(rewards), call(rewards)):
+        assert got == want if isinstance(got, dict) else torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -264,6 +265,45 @@ def test_both_meanings_of_gpg():
 
 
 @pytest.mark.usefixtures("everywhere")
+def test_bnpo_divides_by_the_density_of_a_beta_distribution():
+    ids = torch.arange(6).repeat_interleave(8)
+    rewards = (torch.rand(48, dtype=torch.float64) < torch.linspace(0.1, 0.9, 6)[ids]).double()
+    shares = rewards.view(6, 8).mean(dim=1)
+    mean, q = shares.mean(), shares.mean() * (1 - shares.mean()) / shares.var() - 1
+    alpha, beta = (1 + q * mean / 3).clamp(min=1), (1 + q * (1 - mean) / 3).clamp(min=1)
+    inner = shares.clamp(1e-12, 1 - 1e-12)  # the class takes no borders; groups there have no signal
+    density = torch.distributions.Beta(alpha, beta).log_prob(inner).exp()
+    want = (rewards - shares[ids]) / density[ids]
+    assert alpha > 1 and beta > 1
+    torch.testing.assert_close(pykern.group_advantages(rewards, ids, estimator="bnpo"), want)
+    # Rewards of any range come between 0 and 1 first.
+    torch.testing.assert_close(pykern.group_advantages(3 * rewards - 7, ids, estimator="bnpo"), want)
+    # Means that are all the same suggest no distribution.
+    same = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    actual = pykern.group_advantages(same, torch.tensor([1, 1, 2, 2]), estimator="bnpo")
+    assert actual.tolist() == [-0.5, 0.5, 0.5, -0.5]
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_maxrl_of_a_mean_that_is_not_above_zero():
+    rewards = torch.tensor([-1.0, 1.0, -3.0, 1.0, 0.0, 1.0])
+    ids = torch.tensor([0, 0, 1, 1, 2, 2])
+    actual = pykern.group_advantages(rewards, ids, estimator="maxrl", eps=0.0)
+    assert actual.tolist() == [0.0, 0.0, 0.0, 0.0, -1.0, 1.0]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("name", ["opo", "hapo"])
+def test_response_without_tokens_is_not_in_a_mean_over_tokens(name):
+    rewards = torch.tensor([0.7, 0.7, 0.7, 0.0, 1.0, 0.0, 0.3])
+    ids, lengths = torch.tensor([0, 0, 0, 0, 1, 1, 1]), torch.tensor([3, 7, 11, 0, 2, 1, 0])
+    actual = pykern.group_advantages(rewards, ids, estimator=name, lengths=lengths)
+    assert actual[:4].tolist() == [0.0] * 4
+    fewer = pykern.group_advantages(rewards[4:6], ids[4:6], estimator=name, lengths=lengths[4:6])
+    assert torch.equal(actual[4:6], fewer) and torch.count_nonzero(fewer) == 2
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_hapo_falls_back_to_grpo():
     rewards = torch.tensor([1.0] + [0.0] * 7, dtype=torch.float64)
     ids, lengths = torch.zeros(8, dtype=torch.int64), torch.tensor([1] + [100] * 7)
@@ -341,6 +381,42 @@ def test_threads_and_repeats_agree_bit_for_bit(name):
     with threads(1):
         assert torch.equal(many, pykern.group_advantages(rewards, ids, estimator=name, **keywords))
     assert torch.equal(many, pykern.group_advantages(rewards, ids, estimator=name, **keywords))
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_components_of_any_strides():
+    rewards, ids = torch.rand(40, 3), torch.randint(0, 5, (40,))
+    straight = pykern.group_advantages(rewards, ids, estimator="gdpo")
+    transposed = rewards.t().contiguous().t()
+    assert not transposed.is_contiguous()
+    assert torch.equal(straight, pykern.group_advantages(transposed, ids, estimator="gdpo"))
+    wide = torch.full((40, 6), NAN)
+    wide[:, ::2] = rewards
+    assert torch.equal(straight, pykern.group_advantages(wide[:, ::2], ids, estimator="gdpo"))
+
+
+def test_callers_in_several_threads_do_not_share_memory():
+    cases = [(*sample(rows, name=name), name, extras(name, rows)) for rows, name in ((700, "hapo"), (90, "bnpo"))] * 4
+
+    def call(case) -> torch.Tensor:
+        rewards, ids, name, keywords = case
+        return pykern.group_advantages(rewards, ids, estimator=name, **keywords)
+
+    alone = [call(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for got, want in zip(pool.map(call, cases), alone):
+                assert torch.equal(got, want)
+
+
+def test_batches_beyond_the_kept_memory():
+    """Rows above 2^18, whose memory is given back, and few again."""
+    rewards, ids = torch.rand(300_000), torch.randint(0, 40_000, (300_000,))
+    few = pykern.group_advantages(rewards[:99], ids[:99] % 9)
+    many = pykern.group_advantages(rewards, ids)
+    chosen = ids < 50
+    assert torch.equal(many[chosen], pykern.group_advantages(rewards[chosen], ids[chosen]))
+    assert torch.equal(few, pykern.group_advantages(rewards[:99], ids[:99] % 9))
 
 
 def test_metrics_are_named():

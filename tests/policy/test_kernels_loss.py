@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.policy.loss_parts import assert_parts_match, choose, parts_of, per_sequence
+from tests.policy.loss_parts import assert_parts_match, choose, parts_of, per_sequence, run
 
 GATE = {"rule": "gate", "shape": (1.0, 1.05, 0.0, 0.0)}
 TAPER = {"rule": "taper", "shape": (2.0, 3.0, 3.0, 2.0)}
@@ -120,6 +120,21 @@ def test_token_weights(ratio, rule):
 
 
 EVERYTHING = "keep anchor_keep rollout_logprobs rollout_weights entropy clip_low clip_high token_weights"
+PARTS = {
+    "stabilisation": "total_variation",
+    "stabilisation_low": 0.2,
+    "stabilisation_high": 0.3,
+    "kl": "k3",
+    "kl_gradient": "importance",
+    "anchor": "abs",
+    "entropy_coef": 0.1,
+    "rollout_rule": "mask",
+}
+
+
+def everything(tensors: dict, ratio: str, rule: str) -> dict:
+    second = "" if ratio == "clipped_sequence" else " second_advantages advantage_weights"
+    return choose(tensors, EVERYTHING + second, ratio=ratio, **PARTS, **RULES[rule])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -127,9 +142,57 @@ EVERYTHING = "keep anchor_keep rollout_logprobs rollout_weights entropy clip_low
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_everything_at_once(ratio, rule, dtype):
     """Also over parts of long sequences, borders of tiles, and padding."""
-    second = "" if ratio == "clipped_sequence" else " second_advantages advantage_weights"
-    parts = {"stabilisation": "total_variation", "stabilisation_low": 0.2, "stabilisation_high": 0.3}
-    parts |= {"kl": "k3", "kl_gradient": "importance", "anchor": "abs", "entropy_coef": 0.1, "rollout_rule": "mask"}
     for padded, lengths in ((False, [1030, 0, 511, 3, 33]), (True, [67, 0, 5])):
-        tensors = parts_of(lengths, dtype, padded=padded)
-        assert_parts_match(choose(tensors, EVERYTHING + second, ratio=ratio, **parts, **RULES[rule]))
+        assert_parts_match(everything(parts_of(lengths, dtype, padded=padded), ratio, rule))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 31, 127, 128, 129, 511, 512, 513])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_sizes_of_one_sequence(ratio, length, padded):
+    assert_parts_match(everything(parts_of([length], torch.float32, padded=padded, unmasked=1.0), ratio, "clip"))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_no_sequences_and_nothing_unmasked(ratio, padded):
+    for tensors in (parts_of([], padded=padded), parts_of([0, 0], padded=padded), parts_of([7, 0, 40], unmasked=0.0)):
+        results = run(everything(tensors, ratio, "gate"))
+        assert all(torch.count_nonzero(result) == 0 for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_unaligned_tensors_and_repeats_give_the_same_bits(ratio, dtype):
+    """The same values one element behind an aligned address."""
+    named = everything(parts_of([700, 12, 0, 1100], dtype), ratio, "gate")
+    moved = dict(named)
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].copy_(value)
+    straight = run(named)
+    for again in (run(named), run(moved)):
+        assert all(torch.equal(one, other) for one, other in zip(straight, again))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_without_gradient_the_same_loss_and_no_coefficients(ratio):
+    named = everything(parts_of([70, 12, 0]), ratio, "gate")
+    loss, coefficient, entropy_coefficient, metrics = run(named, with_gradient=False)
+    expected = run(named)
+    assert coefficient.shape == entropy_coefficient.shape == (0,)
+    assert torch.equal(loss, expected[0]) and torch.equal(metrics, expected[-1])
+
+
+@pytest.mark.parametrize("offsets", [[0, 60, 999], [-7, 20, 100], [50, 20, 0]])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_wrong_offsets_touch_no_other_memory(ratio, offsets):
+    """Only the CPU's code can look at the offsets without waiting; a kernel keeps to its tensors all the same.
+
+    Where sequences overlap, nobody promises whose gradient a token has.
+    """
+    named = everything(parts_of([100]), ratio, "clip") | {"cu_seqlens": torch.tensor(offsets)}
+    try:
+        run(named)
+    except RuntimeError as error:
+        assert "cu_seqlens: expected" in str(error)

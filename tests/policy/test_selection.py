@@ -225,3 +225,61 @@ def test_sizes(name, shape):
 def test_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.zeros(2, 3), torch.zeros(2))
+
+
+def written_out(name, logprobs, old, proxy, entropy, advantages, mask):
+    """The papers' losses of a batch, token by token, under autograd."""
+    ratio = (logprobs - old).exp()
+
+    def clipped(advantages, low, high):
+        return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
+
+    advantages = advantages[:, None].expand_as(logprobs)
+    if name == "clip_cov":
+        keep = pykern.clip_cov_mask(logprobs, old, advantages, mask, covariance_low=0.1, share=0.1)
+        losses = torch.where(keep, clipped(advantages, 0.2, 0.2), 0.0)
+    elif name == "kl_cov":
+        held = pykern.kl_cov_mask(logprobs, advantages, mask, share=0.1)
+        losses = -advantages * ratio + torch.where(held, (logprobs - old).abs(), 0.0)
+    elif name == "lp_reg":
+        held = pykern.low_probability_mask(logprobs, proxy, advantages, mask, share=0.1)
+        divergence = (proxy - logprobs).exp() + logprobs - proxy - 1
+        losses = torch.where(held, -advantages * ratio + 0.7 * divergence, clipped(advantages, 1.0, 9.0))
+    else:
+        low, high, factor = pykern.hapo_modulation(entropy, logprobs, old, mask, clip_high=0.28)
+        losses = clipped(factor * advantages, low, high)
+    return losses[mask].mean()
+
+
+def by_policy_loss(name, logprobs, old, proxy, entropy, advantages, mask):
+    """The same by the row of that name, as the docstrings say."""
+    keywords = {}
+    if name == "clip_cov":
+        keywords["keep"] = pykern.clip_cov_mask(logprobs, old, advantages, mask, covariance_low=0.1, share=0.1)
+    elif name == "kl_cov":
+        keywords["anchor_keep"] = pykern.kl_cov_mask(logprobs, advantages, mask, share=0.1)
+    elif name == "lp_reg":
+        held = pykern.low_probability_mask(logprobs, proxy, advantages, mask, share=0.1)
+        keywords |= {"anchor_logprobs": proxy, "anchor_coef": 0.7, "anchor_keep": held}
+    else:
+        low, high, factor = pykern.hapo_modulation(entropy, logprobs, old, mask, clip_high=0.28)
+        keywords |= {"clip_low": low, "clip_high": high}
+        advantages = factor * advantages[:, None]
+    return pykern.policy_loss(logprobs, old, advantages, mask=mask, loss=name, **keywords)[0]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov", "lp_reg", "hapo"])
+def test_policy_loss_takes_them(name):
+    logprobs, old, entropy, advantages, mask = batch()
+    # Ratios up to 20, so that a clip of 1 + 9 would show.
+    logprobs, proxy = logprobs + torch.where(torch.rand(mask.shape) < 0.1, 3.0, 0.0), logprobs + torch.randn(mask.shape)
+    results = []
+    for loss, poisoned in ((by_policy_loss, True), (written_out, False)):
+        clean = lambda tensor: tensor if poisoned else torch.where(mask, tensor, -1.0)  # noqa: B023,E731
+        leaf = clean(logprobs).clone().requires_grad_()
+        value = loss(name, leaf, clean(old), clean(proxy), clean(entropy), advantages, mask)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

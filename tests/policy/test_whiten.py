@@ -37,6 +37,14 @@ def test_matches_definition(shape, dtype, keywords):
     assert_accurate(pykern.masked_whiten(values, **keywords), exact, units=units)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matches_definition_at_every_level(cpu_level, dtype):
+    for size in (1, 2, 3, 7, 8, 9, 31, 33, 1000, 17_000):
+        values, kept = sample(size, dtype=dtype)
+        exact = reference.masked_whiten(values.double(), kept)
+        assert_accurate(pykern.masked_whiten(values, kept), exact, units=1.0 if dtype == torch.float32 else 200.0)
+
+
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 5000])
 def test_equal_values_are_exactly_zero(count):

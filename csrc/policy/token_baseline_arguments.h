@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "policy/arguments_returns.h"
+#include "policy/returns_arguments.h"
 
 namespace pykern {
 
