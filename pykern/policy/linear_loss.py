@@ -41,12 +41,12 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """policy_loss of the log-probabilities that linear_token_logprobs gives, and where that can be, in one go.
 
-    Where a token's loss depends on no other token's log-probability (rows of LOSSES with ratio "token"), the gradient
-    of the loss for a log-probability is known as soon as this is. Then a chunk of tokens at a time has its logits
-    computed, kept in float32, and turned into their gradient in place: three products of hidden states, logits and
-    weight (6 N V H operations) where linear_token_logprobs and policy_loss one after the other take four. This is the
-    way for float32 and bfloat16, if a gradient is wanted, without a process_group, and if the workspace has room for
-    80 MiB and either (4 + element size) V bytes for each token, or that for 256 tokens at a time and the sums of
+    Where a token's loss depends on no other token's log-probability (a ratio of "token", the row's or as given), the
+    gradient of the loss for a log-probability is known as soon as this is. Then a chunk of tokens at a time has its
+    logits computed, kept in float32, and turned into their gradient in place: three products of hidden states, logits
+    and weight (6 N V H operations) where linear_token_logprobs and policy_loss one after the other take four. This is
+    the way for float32 and bfloat16, if a gradient is wanted, without a process_group, and if the workspace has room
+    for 80 MiB and either (4 + element size) V bytes for each token, or that for 256 tokens at a time and the sums of
     weight's gradient, 4 V H bytes (none for float32 with H a multiple of 64, and none if weight requires no
     gradient). In all other cases, and under torch.compile, the two functions run one after the other. Both ways are
     exact and agree up to rounding.
@@ -116,9 +116,10 @@ def linear_policy_loss(
 
     head = prepared_head(hidden, weight, bias, softcap)
     rows = _rows_of_a_chunk(head, workspace_bytes)
+    ratio = keywords.get("ratio")
     if (
         loss not in LOSSES
-        or LOSSES[loss].ratio != "token"
+        or (LOSSES[loss].ratio if ratio is None else ratio) != "token"
         or process_group is not None
         or hidden.dtype not in (torch.float32, torch.bfloat16)
         or rows < min(hidden.shape[0], _FEWEST_ROWS)

@@ -110,6 +110,12 @@ def test_every_loss(loss):
     check(head, *arguments(tensors, loss=loss), once=pykern.LOSSES[loss].ratio == "token", units=32)
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_ratio_in_place_of_the_rows(ratio):
+    head, tensors = make()
+    check(head, *arguments(tensors, loss="grpo", ratio=ratio), once=ratio == "token", units=32)
+
+
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
 @pytest.mark.parametrize("form", ["padded", "packed"])
 def test_aggregates_with_kl_and_entropy(aggregate, form):
