@@ -147,7 +147,6 @@ DOUBLES: dict[str, str] = {
     "policy: measure_rows_kernel<*": "sums over all tokens of a response",
     "policy: policy_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: composed_loss_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
-    "policy: risk_advantages_kernel<*": "sums in float64 are what risk_advantages promises",
     "policy: sequence_sums_kernel<*": "sums over all tokens of a sequence",
     "policy: ratio_*_kernel<*": "sums over all tokens of a sequence, and its ratio",
     "policy: policy_loss_token_weights_kernel<*": "one over a count, once per part of a sequence",
