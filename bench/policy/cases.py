@@ -7,6 +7,7 @@ from bench.policy import (
     cases_loss,
     cases_loss_gpu,
     cases_returns,
+    cases_selection,
 )
 
 
@@ -16,6 +17,7 @@ def cases(device: str) -> list[Case]:
         *cases_advantages.cases(device),
         *cases_loss.cases(device),
         *cases_returns.cases(device),
+        *cases_selection.cases(),
         *own,
         *cases_logprobs.cases(),
         *cases_linear.cases(),

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
+#include <limits>
 
 #include "policy/advantages_arguments.h"
 #include "policy/advantages_statistics.h"

@@ -102,7 +102,9 @@ struct Gradients {
   }
 
   // An exactly zero gradient needs no product. (A NaN is not zero and stays.)
-  bool are_zero(DataType type, int64_t row) const { return is_zero(logprobs, type, row) && is_zero(entropy, type, row); }
+  bool are_zero(DataType type, int64_t row) const {
+    return is_zero(logprobs, type, row) && is_zero(entropy, type, row);
+  }
 
  private:
   static bool is_zero(const std::optional<Tensor>& tensor, DataType type, int64_t row) {

@@ -9,7 +9,7 @@ import pykern
 from bench.harness import load_cases
 from tests.support import emulated_ops
 
-NOT_ON_A_GPU = ("ward float32", "sequences", "linear_token_logprobs", "refresh", "offload/step_")
+NOT_ON_A_GPU = ("ward float32", "sequences", "refresh", "offload/step_")
 
 # Their bench cases have everything a call needs on the device before it begins.
 CASES = [case for case in load_cases() if not any(part in case.label for part in NOT_ON_A_GPU)]
@@ -86,6 +86,20 @@ def test_every_op_has_a_case():
         "group_entropy": "group_entropy",
         "policy_loss_forward": "policy_loss",
         "policy_loss_backward": "policy_loss",
+        "policy_loss_token_weights": "policy_loss_token_weights",
+        "disco_loss_forward": "disco_loss",
+        "rollout_correction": "rollout_correction",
+        "masked_quantile": "masked_quantile",
+        "masked_select_share": "share_mask",
+        "masked_moments": "masked_moments",
+        "masked_whiten": "masked_whiten",
+        "discounted_scan": "discounted_returns",
+        "optimal_token_baseline": "optimal_token_baseline",
+        "risk_advantages": "risk_advantages",
+        "linear_token_logprobs": "linear_token_logprobs_forward",
+        "linear_token_logprobs_backward": "linear_token_logprobs_forward_backward",
+        "linear_chunk_logprobs": "linear_policy_loss",
+        "linear_chunk_gradients": "linear_policy_loss",
         "token_logprobs": "token_logprobs_forward",
         "token_logprobs_backward": "token_logprobs_forward_backward",
         "token_logprobs_backward_in_place": "token_logprobs_forward_backward",

@@ -20,7 +20,7 @@ CASES = {
     "float64, masked": (torch.float64, True, {"entropy": True}),
 }
 # Shards of one size first: they need no vocabulary_start.
-SIZES = {2: ([203, 203], [1, 405]), 4: ([100, 100, 100, 100], [211, 0, 7, 190])}
+SIZES = {2: ([203, 203], [1, 405]), 4: ([100, 100, 100, 100], [211, 0, 5, 190])}
 
 
 def inputs(name, sizes):
@@ -50,7 +50,18 @@ def shards_of_one_process(sizes_of_all):
             bias = None if bias is None else bias[shard]
             given = (hidden, weight[shard], targets, bias, weights)
             found.append(run(pykern.linear_token_logprobs, *given, process_group=group, **place, **keywords))
-    return found, refusals(rank, group)
+    return found, refusals(rank, group), policy_loss(shard, process_group=group, **place)
+
+
+def policy_loss(shard, **keywords):
+    """Loss and gradients of linear_policy_loss with this shard of the last head."""
+    hidden, weight, targets, _, weights, _ = inputs("plain", (406,))
+    hidden, weight = hidden.view(7, 10, 40).requires_grad_(), weight[shard].requires_grad_()
+    loss, metrics = pykern.linear_policy_loss(
+        hidden, weight, targets.view(7, 10), weights[0].view(7, 10) - 6, weights[1][:7], **keywords
+    )
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
 
 
 def refusals(rank, group):
@@ -78,7 +89,7 @@ def test_shards_match_one_process(processes):
         *given, keywords = inputs(name, sizes)
         exact, exact_grads = run(reference.linear_token_logprobs, *given, dtype=torch.float64, **keywords)
         eager, eager_grads = run(reference.linear_token_logprobs, *given, **keywords)
-        ranks = [results[case] for results, _ in found]
+        ranks = [results[case] for results, *_ in found]
         # In bfloat16 each shard rounds its part of a gradient; in float64 torch's own error counts as none.
         units = 16 if CASES[name][0] == torch.float64 else 4
         for rank in range(count):
@@ -98,7 +109,16 @@ def test_refused_by_every_process(processes):
     assert "expected shards that follow each other from 0 on in the order of the ranks, got [0, 5), [6, 11)" in gap
     assert "got [0, 5), [6, 12)" in unequal and "pass vocabulary_start where the shards differ in size" in unequal
     assert f"targets: expected values below the vocabulary size {5 * count}, got 99" in outside
-    assert all(messages == found[0][1] for _, messages in found)
+    assert all(messages == found[0][1] for _, messages, _ in found)
+
+
+def test_policy_loss_of_shards(processes):
+    loss, grad_hidden, grad_weight = policy_loss(slice(0, 406))
+    shards = [result for *_, result in processes[1]]
+    for other_loss, other_grad_hidden, _ in shards:
+        assert_accurate(other_loss, loss.double(), units=8)
+        assert_accurate(other_grad_hidden, grad_hidden.double(), units=8)
+    assert_accurate(torch.cat([grad for *_, grad in shards]), grad_weight.double(), units=8)
 
 
 @pytest.mark.parametrize(
