@@ -204,7 +204,12 @@ class Segment {
         divergence<V>(p_.kl, distance, c.kl_log_ratio_limit, c.kl_limit, &value, &derivative);
         if constexpr (kAll) {
           if (p_.kl_gradient == KlGradient::straight_through) derivative = distance;
-          if (p_.kl_gradient == KlGradient::importance) {
+          if (p_.kl_gradient == KlGradient::importance && p_.ratio == RatioLevel::product) {
+            // A product over the sequence is no weight for a token's estimate: that takes the token's ratio.
+            const V bounded = clamp(raw, -limit, limit), ratio = K::exponential(bounded);
+            value *= ratio;
+            derivative = derivative * ratio + ((raw == bounded) | (raw != raw) ? value : nothing);
+          } else if (p_.kl_gradient == KlGradient::importance) {
             value *= r.ratio;
             derivative *= r.ratio;
             term.by_ratio += c.kl_coef * value;

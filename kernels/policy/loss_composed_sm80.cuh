@@ -244,6 +244,15 @@ class ComposedLoss {
     if (p_.kl_gradient == KlGradient::straight_through) {
       // The gradient of k2.
       derivative = raw;
+    } else if (p_.kl_gradient == KlGradient::importance && p_.ratio == LossRatio::product) {
+      // A product over the sequence is no weight for a token's estimate: that takes the token's ratio.
+#pragma unroll
+      for (int i = 0; i < kThreadTokens; ++i) {
+        const T apart = in.logprob[i] - in.old[i];
+        const T bounded = clamp(apart, -bounds_.log_ratio_limit, bounds_.log_ratio_limit), ratio = exponential(bounded);
+        value[i] *= ratio;
+        derivative[i] = derivative[i] * ratio + (is_wanted(valid, i) && apart == bounded ? value[i] : T(0));
+      }
     } else if (p_.kl_gradient == KlGradient::importance) {
 #pragma unroll
       for (int i = 0; i < kThreadTokens; ++i) {

@@ -97,7 +97,8 @@ struct SequenceRatio {
 
 // Whether the loss has a gradient by the ratio itself.
 __host__ __device__ __forceinline__ bool moves_ratio(const LossParams& p) {
-  return moves_with_ratio(p.rule) || (p.kl != KlDivergence::none && p.kl_gradient == KlGradient::importance);
+  const bool weighs_divergence = p.kl != KlDivergence::none && p.kl_gradient == KlGradient::importance;
+  return moves_with_ratio(p.rule) || (weighs_divergence && p.ratio != LossRatio::product);
 }
 
 // --- before the pass over the tokens --------------------------------------------------------------------------------

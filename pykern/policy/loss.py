@@ -96,7 +96,7 @@ def policy_loss(
       unbounded. rollout_weights are times the loss as they are.
     - Plus kl_coef times the KL estimate of d = l - ref_logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1, |d|. Its
       gradient is its own ("value"), that of k2 ("straight_through", verl's "+"), or that of ratio * estimate, then its
-      value too ("importance", DeepSeek-V3.2).
+      value too ("importance", DeepSeek-V3.2; the token's ratio where the loss has a product).
     - Plus anchor_coef times a second estimate where anchor_keep is not 0: against the old policy (dro: A l -
       coef d^2 / 2; kimi; kl_cov; prime_rl, whose kl_tau is half of it), a teacher (kdrl), filtered log-probabilities
       (lp_reg).

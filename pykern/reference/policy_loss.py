@@ -175,7 +175,8 @@ def policy_loss(
                 square = 0.5 * (logprob - select(ref_logprobs, index)).square()
                 estimate = square - square.detach() + estimate.detach()
             elif kl_gradient == "importance":
-                estimate = rho * estimate
+                # A product over the sequence is no weight for a token's estimate: that takes the token's ratio.
+                estimate = (log_ratio.exp() if ratio == "product" else rho) * estimate
         anchored = torch.zeros_like(policy)
         if anchor is not None:
             anchored = _divergence(anchor, logprob - select(anchor_logprobs, index), math.inf, math.inf)
