@@ -6,8 +6,7 @@
 
 namespace pykern {
 
-inline void check_group_statistics(const Tensor& values, const Tensor& group_ids, int64_t ddof,
-                                   DeviceCheck on_device) {
+inline void check_group_statistics(const Tensor& values, const Tensor& group_ids, int64_t ddof, DeviceCheck on_device) {
   constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
   const ScalarType type = values.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "values: expected float32 or float64");
