@@ -31,6 +31,7 @@ FAMILY_OPS = {
     "policy": (
         "group_advantages",
         "group_entropy",
+        "group_statistics",
         "discounted_scan",
         "masked_whiten",
         "optimal_token_baseline",

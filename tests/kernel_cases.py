@@ -44,6 +44,9 @@ def advantages() -> Iterator[Case]:
                 yield label, lambda r=rewards, i=ids, n=name, f=filter: step(r, i, n, f)
         answers = torch.randint(0, 4, (size,))
         yield f"group_entropy {size}", lambda i=ids, a=answers: list(torch.ops.pykern.group_entropy.default(i, a))
+        for values in (rewards[:, 0], rewards[:, 1].double()):
+            label = f"group_statistics {values.dtype} {size}"
+            yield label, lambda v=values, i=ids: list(pykern.group_statistics(v, i))
 
 
 def loss() -> Iterator[Case]:

@@ -80,6 +80,23 @@ def entropy(samples: int, groups: int) -> Callable[[], dict[str, Callable]]:
     return make
 
 
+def statistics(samples: int, groups: int) -> Callable[[], dict[str, Callable]]:
+    """Beside the function of verl that pykern.integrations.verl has on it."""
+
+    def make():
+        torch.manual_seed(0)
+        ids = (torch.arange(samples) % groups)[torch.randperm(samples)]
+        values = torch.rand(samples)
+        providers = {"pykern": lambda: pykern.group_statistics(values, ids)}
+        if importlib.util.find_spec("verl"):
+            from verl.utils import group_mean_std
+
+            providers["verl group_mean_std"] = lambda: group_mean_std(values, ids, device=values.device)
+        return providers
+
+    return make
+
+
 def cases(device: str) -> list[Case]:
     listed = [
         Case("policy", "group_advantages", f"{samples} in {groups}", advantages(samples, groups), bytes=20.0 * samples)
@@ -98,4 +115,5 @@ def cases(device: str) -> list[Case]:
         moved = 28.0 * 16384 + (4.0 * 16384 if estimator == "gdpo" else 0)
         listed.append(Case("policy", f"group_advantages {estimator}", "16384 in 1024", make, bytes=moved))
     listed.append(Case("policy", "group_entropy", "16384 in 1024", entropy(16384, 1024), bytes=32.0 * 16384))
+    listed.append(Case("policy", "group_statistics", "16384 in 1024", statistics(16384, 1024), bytes=28.0 * 16384))
     return listed

@@ -16,8 +16,6 @@ namespace pykern {
 namespace {
 
 constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
-// Larger workspaces are given back.
-constexpr int64_t kKeptRows = int64_t{1} << 18;
 
 struct Workspace {
   SortedGroups sorted;
@@ -26,18 +24,6 @@ struct Workspace {
   std::vector<uint8_t> signals;
   std::vector<AdvantageGroup> groups;
 };
-
-// One for each thread that calls; `use` is handed it.
-template <class Kept, class Use>
-void with_workspace(int64_t rows, Use use) {
-  if (rows > kKeptRows) {
-    Kept workspace;
-    use(workspace);
-  } else {
-    static thread_local Kept workspace;
-    use(workspace);
-  }
-}
 
 template <class T>
 struct AdvantageInputs {

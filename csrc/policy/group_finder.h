@@ -15,6 +15,19 @@ T* at_least(std::vector<T>& kept, int64_t size) {
   return kept.data();
 }
 
+// One for each thread that calls; `use` is handed it. Larger ones are given back.
+template <class Kept, class Use>
+void with_workspace(int64_t rows, Use use) {
+  constexpr int64_t kKeptRows = int64_t{1} << 18;
+  if (rows > kKeptRows) {
+    Kept workspace;
+    use(workspace);
+  } else {
+    static thread_local Kept workspace;
+    use(workspace);
+  }
+}
+
 // Numbers ids in the order in which they first come. A hash table with open addressing: it grows with the groups, not
 // with the rows, to stay in the nearest cache.
 class GroupFinder {

@@ -17,8 +17,10 @@ Functions have the signatures that verl calls. The adapter has run with verl 0.9
 """
 
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from ..policy import (
     discounted_returns,
     gae,
     group_advantages,
+    group_statistics,
     kl_cov_mask,
     linear_token_logprobs,
     masked_whiten,
@@ -42,6 +45,7 @@ from ..policy import (
 try:
     from verl import DataProto
     from verl.trainer.ppo import core_algos
+    from verl.utils import groupwise
 except ImportError as error:
     raise ImportError(
         f"pykern.integrations.verl needs the package verl, 0.9 or newer; pip install verl: {error}"
@@ -178,6 +182,33 @@ def token_baseline(align: str) -> Callable[..., tuple[Tensor, Tensor]]:
         return advantages, returns
 
     return function
+
+
+def as_torch_index(index: Any, device: Any = None) -> Tensor:
+    """verl's function of this name: labels of any kind as int64 [N]. Integers, floats within 1e-6 of them and numerals
+    stand for themselves, others are numbered as they come, fractions too (verl cuts them off). Where no device is
+    named, verl's rule decides: what VERL_FORCE_DEVICE names, else its own device."""
+    device = groupwise._resolve_device(device)
+    if isinstance(index, Tensor) and not index.is_floating_point():
+        return index.reshape(-1).to(device, torch.int64)
+    labels = np.asarray(index.detach().cpu().double() if isinstance(index, Tensor) else index).reshape(-1)
+    if labels.dtype.kind == "f" and np.allclose(labels, np.rint(labels), rtol=0, atol=1e-6):
+        labels = np.rint(labels).astype(np.int64)
+    if not any(isinstance(label, (float, np.floating)) for label in labels):
+        with suppress(TypeError, ValueError, OverflowError):
+            return torch.from_numpy(labels.astype(np.int64)).to(device)
+    return _ids(labels.tolist(), device)
+
+
+def group_mean_std(scores: Tensor, gidx: Tensor, eps: float = 1e-6, device: Any = None) -> tuple[Tensor, ...]:
+    """verl's function of this name: mean, deviation of at least sqrt(eps) and count of groups 0 to G - 1, float32 [G].
+    A group of one score or none has mean 0 and deviation 1. Scores that are not finite stay out."""
+    ids = as_torch_index(gidx, device)
+    rows = group_statistics(scores.reshape(-1).to(ids.device, torch.float32), ids)
+    size = int(ids.max()) + 1 if len(ids) else 0
+    mean, std, count = (column.new_zeros(size).index_copy_(0, ids, column) for column in rows)
+    single = count <= 1
+    return mean.masked_fill(single, 0.0), std.clamp(min=eps**0.5).masked_fill(single, 1.0), count.float()
 
 
 ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -22,6 +22,7 @@ from .selection import (
     opsm_mask,
     top_entropy_mask,
 )
+from .statistics import group_statistics
 from .token_baseline import ALIGNMENTS, optimal_token_baseline
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "group_entropy",
+    "group_statistics",
     "hapo_modulation",
     "kl_cov_mask",
     "length_adaptive_lambda",

@@ -84,6 +84,7 @@ def test_every_op_has_a_case():
     timed_by = {
         "group_advantages": "group_advantages",
         "group_entropy": "group_entropy",
+        "group_statistics": "group_statistics",
         "policy_loss_forward": "policy_loss",
         "policy_loss_backward": "policy_loss",
         "policy_loss_token_weights": "policy_loss_token_weights",

@@ -76,6 +76,7 @@ KINDS: dict[str, str] = {
     "policy: plain_advantages_kernel<*": OTHER,
     "policy: general_advantages_kernel<*": OTHER,
     "policy: group_entropy_kernel": OTHER,
+    "policy: group_statistics_kernel<*": OTHER,
     "policy: linear_logprobs_join_kernel<*": OTHER,
     "policy: linear_logprobs_bias_kernel<*": OTHER,
     # A token for each thread, two values and a byte of its mask; a dozen sums of each token.
@@ -138,6 +139,7 @@ DOUBLES: dict[str, str] = {
     "policy: risk_advantages_kernel<*": "sums in float64 are what risk_advantages promises",
     "policy: *_advantages_kernel<*": "sums in float64 are what group_advantages promises",
     "policy: group_entropy_kernel": "its result is float64",
+    "policy: group_statistics_kernel<*": "sums in float64 are what group_statistics promises",
     "policy: rollout_correction_kernel<*": "sums over all tokens, and the ratio of a whole sequence",
     "policy: rollout_normalize_kernel<*": "one divisor per thread",
     "policy: disco_scores_kernel<*": "sums over all tokens of a sequence",

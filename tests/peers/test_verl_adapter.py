@@ -1,10 +1,13 @@
 """Every estimator and policy loss of verl against what pykern.integrations.verl puts in its place, on the CPU."""
 
+import uuid
+
 import numpy as np
 import pytest
 import torch
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos
+from verl.utils import groupwise
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
@@ -128,6 +131,85 @@ def test_optimal_token_baseline(name, tail, weighted):
     ours, theirs = both(name, arguments)
     close(ours[0], theirs[0])
     close(ours[1], theirs[1])
+
+
+# --- statistics of groups ---------------------------------------------------------------------------------------
+
+NAMES = [uuid.UUID(int=number) for number in (7, 3, 7, 9, 3)]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [2, 2, 5, 7, 5, 2],
+        [True, False, True],
+        ["3", "0042", "42", "-1"],
+        ["b", "a", "b", "c", "0042", 42],
+        np.array(["3", 4, "4"], dtype=object),
+        np.array([1.0000001, 2.0, 1.0, 3.0000000001]),
+        np.array(NAMES, dtype=object),
+        np.array([NAMES[0], "x", 4, "x", NAMES[0]], dtype=object),
+        np.array([[4, 4], [9, 4]]),
+        torch.tensor([[5, 5, 1]], dtype=torch.int16),
+        torch.tensor([True, False]),
+        torch.tensor([3.0, 1.0, 3.0], dtype=torch.bfloat16),
+        torch.tensor([0.5, 10.5, 2.25, 0.5]),
+        torch.tensor([]),
+        [],
+    ],
+    ids=str,
+)
+def test_as_torch_index(labels):
+    ours, theirs = adapter.as_torch_index(labels, "cpu"), groupwise.as_torch_index(labels, "cpu")
+    assert ours.dtype == torch.int64 and ours.shape == theirs.shape
+    assert torch.equal(ours[:, None] == ours, theirs[:, None] == theirs)
+    if len(ours):
+        assert ours.min() >= min(0, theirs.min()) and ours.max() == theirs.max()
+
+
+def test_as_torch_index_keeps_integers_and_tells_fractions_apart():
+    assert adapter.as_torch_index([9, -4, 9], "cpu").tolist() == [9, -4, 9]
+    assert adapter.as_torch_index(["9", "07", "9"], "cpu").tolist() == [9, 7, 9]
+    fractions = np.array([0.7, 0.5, 0.7])
+    for kind in (np.float16, np.float32, np.float64, object):
+        assert adapter.as_torch_index(fractions.astype(kind), "cpu").tolist() == [0, 1, 0]
+        assert groupwise.as_torch_index(fractions.astype(kind), "cpu").tolist() == [0, 0, 0]
+
+
+def test_groups_lie_on_the_device_that_is_named(monkeypatch):
+    monkeypatch.setenv("VERL_FORCE_DEVICE", "meta")
+    assert adapter.as_torch_index([1, 2]).device.type == "meta"
+    assert adapter.as_torch_index([1, 2], "cpu").device.type == "cpu"
+    for name in ("VERL_FORCE_DEVICE", "PYTEST_CURRENT_TEST"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(groupwise, "get_device_name", lambda: "meta")
+    assert adapter.as_torch_index([1, 2]).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("eps", [1e-6, 0.0, 0.25])
+@pytest.mark.parametrize("rows, groups", [(0, 1), (1, 1), (2, 1), (40, 60), (500, 7)])
+def test_group_mean_std(rows, groups, eps, dtype):
+    scores, ids = (4 * torch.rand(rows)).to(dtype), torch.randint(groups, (rows,))
+    if rows == 500:
+        scores[ids == 3] = 1  # equal, so that the floor shows
+    ours = adapter.group_mean_std(scores, ids, eps, device="cpu")
+    theirs = groupwise.group_mean_std(scores, ids, eps, device="cpu")
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.dtype == other.dtype and own.shape == other.shape
+        torch.testing.assert_close(own, other, rtol=2e-6, atol=1e-6)
+    assert not ours[0].requires_grad
+
+
+def test_group_mean_std_leaves_out_what_is_not_finite():
+    scores = torch.tensor([1.0, float("nan"), 3.0, float("inf"), 5.0], requires_grad=True)
+    mean, std, count = adapter.group_mean_std(scores, torch.tensor([0, 0, 0, 2, 3]), device="cpu")
+    assert mean.tolist() == [2.0, 0.0, 0.0, 0.0] and count.tolist() == [2.0, 0.0, 0.0, 1.0]
+    torch.testing.assert_close(std, torch.tensor([2.0**0.5, 1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"group_ids: .* \[5\], got \[4\]"):
+        adapter.group_mean_std(scores, torch.zeros(4, dtype=torch.int64), device="cpu")
+    with pytest.raises(IndexError):
+        adapter.group_mean_std(scores, torch.tensor([0, 0, 1, 1, -1]), device="cpu")
 
 
 # --- losses -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ OTHERS = {
         **{f"compute_policy_loss_{name}": function for name, function in adapter.LOSS_FUNCTIONS.items()},
         **{function: adapter.ADVANTAGES[name] for function, name in ADVANTAGES.items()},
     },
+    "verl.utils": {"as_torch_index": adapter.as_torch_index, "group_mean_std": adapter.group_mean_std},
     "verl.trainer.ppo.rollout_corr_helper": {
         "compute_rollout_correction_and_rejection_mask": adapter.compute_rollout_correction_and_rejection_mask,
     },
