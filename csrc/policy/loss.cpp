@@ -129,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossTensors& tensors, const
   parts[2] *= params.anchor_coef;
   parts[3] *= -params.entropy_coef;
   const double share = tasks.tokens > 0 ? 1 / static_cast<double>(tasks.tokens) : 0;
+  const double kept = params.parts == LossParts::all ? totals[kKept] * share : tasks.tokens > 0 ? 1.0 : 0.0;
   const double values[kMetrics] = {parts[0],
                                    parts[1],
                                    parts[2],
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossTensors& tensors, const
                                    totals[kClippedHigh] * share,
                                    totals[kDualClipped] * share,
                                    totals[kRolloutWeightSum] * share,
-                                   params.parts == LossParts::all ? totals[kKept] * share : tasks.tokens > 0 ? 1.0 : 0.0};
+                                   kept};
   for (int64_t index = 0; index < kMetrics; ++index) write_scalar(metrics, index, values[index]);
   write_scalar(loss, 0, parts[0] + parts[1] + parts[2] + parts[3]);
   return {loss, coefficient, entropy_coefficient, metrics};

@@ -189,6 +189,8 @@ __global__ void __launch_bounds__(kLinearThreads) linear_logprobs_join_kernel(co
   }
   const double inverse = row_inverse_temperature(params.row_temperature, params.inverse_temperature, row);
   double sum = 0, weighted = 0;
+  // Unrolled, it spills around the slow path of a division.
+#pragma unroll 1
   for (int64_t segment = 0; segment < params.segments; ++segment) {
     const int64_t at = segment * params.rows;
     const double shift = larger((static_cast<double>(largests[at]) - largest) * inverse, double{kSmallestExponent});
