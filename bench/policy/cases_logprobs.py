@@ -131,4 +131,5 @@ def cases() -> list[Case]:
                 linear_case(*shape, dtype, backward)
                 for shape in ((4096, 256, 512), (1024, 512, 8192), (2048, 256, 32000))
             ]
-    return found
+    # A micro-batch of a large vocabulary, the size that the bar of token_logprobs is set at.
+    return [*found, token_case(2048, 151936, torch.bfloat16, True)]
