@@ -1,6 +1,7 @@
 """The head of a large vocabulary: time against the matrix products alone, peak memory against the eager head.
 
     python -m bench.policy.linear_head [--rows 4096] [--hidden-size 1024] [--vocabulary 151936] [--rounds 3]
+        [--json FILE]
 
 Forward and backward in bfloat16, on the CPU. Times are taken in turn in one process; each peak, beyond hidden states
 and weight, in a process of its own. The eager head takes 7 GB at the default sizes.
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from bench.offload.peak_memory import ROOT, peak_bytes
 
@@ -64,12 +66,26 @@ def times(sizes: tuple[int, int, int], rounds: int) -> tuple[list[float], list[f
     return found
 
 
+def table(label: str, results: dict) -> str:
+    eager = results["peak_bytes"][PROVIDERS[-1]]
+    lines = [
+        f"Forward and backward, {label}: {results['seconds']:.2f} s, its products alone by torch.mm "
+        f"{results['seconds_products']:.2f} s, ratio {results['ratio']:.3f} (medians).",
+        "",
+        "| peak memory beyond hidden states and weight | MB | of the eager head's |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {name} | {size / 1e6:,.0f} | {size / eager:.3f} |" for name, size in results["peak_bytes"].items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     parser.add_argument("--one", choices=PROVIDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = (arguments.rows, arguments.hidden_size, arguments.vocabulary)
@@ -79,18 +95,26 @@ def main() -> None:
     command = [sys.executable, "-m", "bench.policy.linear_head"]
     for name, size in zip(("--rows", "--hidden-size", "--vocabulary"), sizes):
         command += [name, str(size)]
-    label = "policy/linear_head[N={} H={} V={} bfloat16]".format(*sizes)
+    label = "N={} H={} V={} bfloat16".format(*sizes)
     peaks = {}
     for provider in PROVIDERS:
         child = subprocess.run([*command, "--one", provider], cwd=ROOT, capture_output=True, text=True, check=True)
         peaks[provider] = json.loads(child.stdout)
-    for provider, bytes_ in peaks.items():
-        print(f"{label}  {provider:<22} {bytes_ / 1e6:8.1f} MB  {bytes_ / peaks[PROVIDERS[-1]]:6.3f} of the eager head")
     ours, products = times(sizes, arguments.rounds)
-    ratio = statistics.median(a / b for a, b in zip(ours, products))
-    print(
-        f"{label}  {statistics.median(ours):.2f} s, the products alone {statistics.median(products):.2f} s: {ratio:.3f}"
-    )
+    results = {
+        "peak_bytes": peaks,
+        "seconds": statistics.median(ours),
+        "seconds_products": statistics.median(products),
+        "ratio": statistics.median(a / b for a, b in zip(ours, products)),
+    }
+    print(table(label, results))
+    if arguments.json:
+        import torch
+
+        from bench import harness
+
+        environment = harness.environment(torch.device("cpu"))
+        harness.write({"environment": environment, "table": table(label, results), "results": results}, arguments.json)
 
 
 if __name__ == "__main__":
