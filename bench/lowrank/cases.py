@@ -9,7 +9,8 @@ from torch import Tensor
 import pykern
 from bench.harness import Case
 from pykern.lowrank import ops
-from pykern.lowrank.projector import compresses_right, gram_projector
+from pykern.lowrank.matrices import compresses_right
+from pykern.lowrank.projectors import gram_projector
 
 NEVER = 10**9
 

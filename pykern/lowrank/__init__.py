@@ -1,7 +1,16 @@
-"""Low-rank optimizers: AdamW whose moments live in a subspace of the gradient."""
+"""Low-rank optimizers: moments that live in a subspace of the gradient."""
 
 from .backward import BackwardStepper, step_in_backward
 from .groups import low_rank_groups
-from .optimizer import FiraAdamW, GaLoreAdamW, LowRankAdamW
+from .optimizer import LowRankAdamW, LowRankOptimizer
+from .presets import FiraAdamW, GaLoreAdamW
 
-__all__ = ["BackwardStepper", "FiraAdamW", "GaLoreAdamW", "LowRankAdamW", "low_rank_groups", "step_in_backward"]
+__all__ = [
+    "BackwardStepper",
+    "FiraAdamW",
+    "GaLoreAdamW",
+    "LowRankAdamW",
+    "LowRankOptimizer",
+    "low_rank_groups",
+    "step_in_backward",
+]

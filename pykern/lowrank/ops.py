@@ -1,84 +1,63 @@
-"""The raw ops of the family and their fake kernels."""
+"""The raw ops of the family and their fake kernels.
 
-import torch
+One convention for all but `adamw_step`: a weight and its gradient are seen with the compressed axis first, [n,
+length], as views whose unit stride is along either axis. Then P is [n, rank], R = P^T G and every state are [rank,
+length], and up(X) = P X, on both sides. Lists have one entry per matrix, of any shapes but one dtype and one device,
+and an op is one call (on CUDA a few launches) for all of them; a list that is not needed is empty. Low-rank tensors
+(low, direction, ratios, squares) are float32, float64 for float64 matrices, contiguous, and made by the caller.
+`step`s are one- element float32 tensors that count up in the op which advances the moments. `lr` is one float32 or
+float64 element. `grad_scale` and `found_inf` are torch.amp's: one float32 element each, or None; the gradient is
+divided by grad_scale, and where found_inf is not zero no state, count or weight changes. `maximize` turns the
+gradient's sign.
 
-from .. import _native  # noqa: F401 (loads the library that defines the ops)
+low_rank_adamw_step(param!, grad, projector, exp_avg!, exp_avg_sq!, step!, residual_norm!, lr, grad_scale, found_inf,
+        *, beta1, beta2, eps, corrected_eps, weight_decay, decay_after, scale, residual, removed, growth,
+        zero_norm_limits, amplitude, amplitude_first, orthonormal, maximize)
+    The whole step of AdamW on float32 moments: the five parts below in one. residual: 0 none, 1 Fira, 2 APOLLO's
+    channel scale, 3 APOLLO's tensor scale (`projector` then projects down only, and `scale` and `removed` are not
+    read). `orthonormal` False: P^T P is taken into account in the residual's norm.
+low_rank_project(matrix, projector, grad_scale, low!, squares!, *, maximize)
+    low = P^T G; squares = the columns' squared norms (an empty list: not wanted).
+low_rank_rule(low, exp_avg!, exp_avg_sq!, exp_avg_scale!, exp_avg_sq_scale!, step!, direction!, step_factor!,
+        found_inf, *, rule, beta1, beta2, eps, corrected_eps)
+    The inner rule: 0 adamw, 1 adabelief, 2 lion, 3 momentum (reference.lowrank_parts.RULES; the last two have no
+    exp_avg_sq). step_factor [matrices] float64 gets the factor on the learning rate. Moments are float32 (float64 for
+    float64), bfloat16 (both scale lists empty), or 8-bit: uint8 codes [rank, length] of the dynamic map, with one
+    float32 scale per 256 neighbours in a row, [rank, ceil(length / 256)], so that no block mixes two basis vectors.
+    With found_inf the direction is zero.
+low_rank_ratios(low, direction, squares, low_gram, ratios!, sums!, *, per_tensor, removed)
+    phi [length], and sums [matrices, 3] float64, which processes that share the columns add up before the next op.
+    removed None: APOLLO. low_gram: P^T P R, or an empty list where P is orthonormal.
+low_rank_limit(low, direction!, ratios!, sums, residual_norm!, grad_scale, found_inf, *, scale, removed, per_tensor,
+        amplitude, amplitude_first, growth, zero_norm_limits, maximize)
+    direction becomes X (untouched if removed is None), ratios become the factors on G's columns. residual_norm: one
+    element each, of low's dtype, negative until known; an empty list or growth 0: no limit.
+low_rank_apply(param!, projector, direction, grad, factors, low, compensation!, step, seeds, step_factor, lr,
+        grad_scale, found_inf, *, scale, weight_decay, decay_after, sign_scale, rounding, maximize)
+    W - lr * step_factor * (scale up(direction) + G factors + sign_scale sign(g - up(low))), decay before or after.
+    projector and direction: empty for APOLLO; grad and factors, low: empty where not used. rounding: 0 nearest; 1
+    stochastic: Philox4x32-10 with key seeds[i] and counter (index of the element in [n, length] order, step), so that
+    the bits depend on nothing else; 2 Kahan: compensation [n, length], of the weight's dtype and strides, holds what
+    rounding lost and gets it back at the next step.
+adamw_step(param!, grad, exp_avg!, exp_avg_sq!, step!, lr, grad_scale, found_inf, *, beta1, beta2, eps, weight_decay,
+        decay_after, corrected_eps, maximize)
+    Plain AdamW of tensors of any shape; each one's four tensors lie alike in memory, without gaps.
+"""
 
-low_rank_adam_step = torch.ops.pykern.low_rank_adam_step.default
-low_rank_adam_phase = torch.ops.pykern.low_rank_adam_phase.default
-"""(low, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, step, *, beta1, beta2, eps, corrected_eps, maximize)
--> direction: Adam in the subspace alone, in one pass.
+from ._stand_in import (
+    adamw_step,
+    low_rank_apply,
+    low_rank_limit,
+    low_rank_project,
+    low_rank_ratios,
+    low_rank_rule,
+)
 
-`low` is the projected gradient. The moments advance in place and `step` counts up. The direction includes the bias
-corrections, so the weight's change is -lr * scale * up(direction).
-
-Moments of `low`'s shape in float32 (float64 for float64), with both scales None; or in 8 bits: uint8 codes of `low`'s
-shape [rank, length], and one float32 scale per block, [rank, ceil(length / 256)]. Each row of `low` then belongs to one
-basis vector, and a block is 256 neighbours in a row, so that no block mixes the energies of two basis vectors. On the
-left side that is R = P^T G as it is; on the right side R is made and used transposed: low = P^T G^T, up(X) = X^T P^T.
-All tensors are contiguous. Scales of zero make a fresh state, whatever its codes. A block whose magnitudes all are
-below 1.2e-38 is stored as zero; one with a NaN or an infinity becomes NaN."""
-adam_step = torch.ops.pykern.adam_step.default
-
-
-@torch.library.register_fake("pykern::low_rank_adam_step")
-def _(
-    param,
-    grad,
-    projector,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    residual_norm,
-    lr,
-    *,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    scale,
-    right,
-    decay_after,
-    corrected_eps,
-    scaled_residual,
-    maximize,
-):
-    return None
-
-
-@torch.library.register_fake("pykern::adam_step")
-def _(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    lr,
-    *,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    decay_after,
-    corrected_eps,
-    maximize,
-):
-    return None
-
-
-@torch.library.register_fake("pykern::low_rank_adam_phase")
-def _(
-    low,
-    exp_avg,
-    exp_avg_sq,
-    exp_avg_scale,
-    exp_avg_sq_scale,
-    step,
-    *,
-    beta1,
-    beta2,
-    eps,
-    corrected_eps,
-    maximize,
-):
-    return torch.empty_like(low)
+__all__ = [
+    "adamw_step",
+    "low_rank_apply",
+    "low_rank_limit",
+    "low_rank_project",
+    "low_rank_ratios",
+    "low_rank_rule",
+]

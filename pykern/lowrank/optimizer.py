@@ -1,4 +1,4 @@
-"""AdamW in a low-rank subspace of the gradient."""
+"""Optimizers that step in a low-rank subspace of the gradient."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,30 +9,19 @@ from torch import Tensor
 
 from .. import _native
 from . import ops
-from .projector import SIDES, compresses_right, gram_projector
+from .matrices import Job
+from .options import ALIASES, check_rate_device, complete_group, is_low_rank
+from .projectors import PROJECTORS, Choice
+from .refresh import MOMENTS, is_due, note_refresh
+from .residuals import RESIDUALS, measured_factors
+from .rules import RULES
 
-Projector = Callable[[Tensor, int, bool], Tensor]
+ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
 
-RESIDUALS = ("none", "fira")
-
-PARITY: dict[str, dict] = {
-    "galore_torch": {"residual": "none", "decay": "after", "corrected_eps": False, "scaled_residual": False},
-    "fira": {"residual": "fira", "decay": "after", "corrected_eps": False, "scaled_residual": True},
-}
-"""What `parity` fixes: the order of epsilon and decay, and the scale in the residual, of each package."""
-
-PRESETS: dict[str, dict] = {
-    "GaLoreAdamW": {"scale": 0.25, "residual": "none", "parity": "galore_torch"},
-    "FiraAdamW": {"scale": 1.0, "residual": "fira", "parity": "fira"},
-}
-"""A paper a row: its default scale, its fixed residual rule, and the one package it may be in parity with."""
-
-_ALIASES = {"update_proj_gap": "refresh_every", "proj_type": "side", "alpha": "scale"}
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ROUNDING = {"nearest": 0, "stochastic": 1, "kahan": 2}
 
 
-class LowRankAdamW(torch.optim.Optimizer):
+class LowRankOptimizer(torch.optim.Optimizer):
     r"""AdamW whose moments live in a low-rank subspace of each weight's gradient.
 
     For a weight W [rows, columns] with gradient G and an orthonormal basis P, at step t = 1, 2, ...::
@@ -98,41 +87,66 @@ class LowRankAdamW(torch.optim.Optimizer):
         NotImplementedError: a parameter on a device whose kernels this build lacks.
     """
 
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params,
         lr: float | Tensor = 1e-3,
         *,
         rank: int | None = None,
+        rule: str = "adamw",
         refresh_every: int = 200,
+        refresh: str = "every",
+        moments: str = "keep",
         scale: float = 1.0,
         side: str = "std",
-        projector: str | Projector | Tensor = "gram",
+        projector: str | ProjectorFunction | Tensor = "gram",
         residual: str = "none",
+        residual_scale: float = 1.0,
+        growth_limit: float = 1.01,
+        scale_first: bool = False,
+        feedback_share: float = 1.0,
+        state_dtype: str = "float32",
+        rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float | None = None,
         weight_decay: float = 0.0,
         decay: str = "before",
         parity: str | None = None,
         maximize: bool = False,
+        seed: int = 0,
     ):
-        if not (isinstance(projector, Tensor) or callable(projector) or projector == "gram"):
-            raise ValueError(f'projector: expected "gram", a function or a tensor, got {projector!r}')
-        self.projector = projector
+        if not (isinstance(projector, Tensor) or callable(projector) or projector in PROJECTORS):
+            raise ValueError(
+                f"projector: expected one of {tuple(PROJECTORS)}, a function or a tensor, got {projector!r}"
+            )
+        self.projector = None if isinstance(projector, str) else projector
         self._counted: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
             "rank": rank,
+            "rule": rule,
             "refresh_every": refresh_every,
+            "refresh": refresh,
+            "moments": moments,
             "scale": scale,
             "side": side,
+            "projector": projector if isinstance(projector, str) else None,
             "residual": residual,
+            "residual_scale": residual_scale,
+            "growth_limit": growth_limit,
+            "scale_first": scale_first,
+            "feedback_share": feedback_share,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "decay": decay,
             "parity": parity,
             "maximize": maximize,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -140,12 +154,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Adds a group; see torch.optim.Optimizer.add_param_group."""
         if isinstance(param_group, dict):
             param_group = dict(param_group)
-            for theirs, ours in _ALIASES.items():
+            for theirs, ours in ALIASES.items():
                 if theirs in param_group:
                     param_group.setdefault(ours, param_group.pop(theirs))
         super().add_param_group(param_group)
         try:
-            _complete_group(self.param_groups[-1])
+            complete_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -165,95 +179,220 @@ class LowRankAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # torch.amp.GradScaler sets these before it calls.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        index = 0
         for group in self.param_groups:
-            rates: dict[torch.device, Tensor] = {}
-            beta1, beta2 = group["betas"]
-            rule = {
-                "beta1": beta1,
-                "beta2": beta2,
-                "eps": group["eps"],
-                "weight_decay": group["weight_decay"],
-                "decay_after": group["decay"] == "after",
-                "corrected_eps": group["corrected_eps"],
-                "maximize": group["maximize"],
-            }
+            plain: dict[tuple, list[Tensor]] = {}
+            low_rank: dict[tuple, list[Job]] = {}
             for param in group["params"]:
+                index += 1
                 if param.grad is None:
                     continue
                 _check_gradient(param)
                 if param not in self.state and _capturing(param):
-                    raise RuntimeError("LowRankAdamW: take one step before capturing a graph; it makes the state")
-                if param.device not in rates:
-                    rates[param.device] = _rate(group["lr"], param.device)
-                lr = rates[param.device]
-                if group["rank"] is not None and param.dim() == 2 and param.numel() > 0:
-                    with _without_autocast(param.device.type):
-                        self._step_low_rank(param, group, lr, rule)
+                    raise RuntimeError(
+                        f"{type(self).__name__}: take one step before capturing a graph; it makes the state"
+                    )
+                place = (param.device, param.dtype)
+                if is_low_rank(param, group):
+                    job = Job.of(param, index - 1, group, self.state[param])
+                    low_rank.setdefault(place, []).append(job)
                 else:
-                    self._step_plain(param, lr, rule)
+                    plain.setdefault(place, []).append(param)
+            for place, params in plain.items():
+                self._step_plain(params, group, _Amp.on(place[0], grad_scale, found_inf))
+            for place, jobs in low_rank.items():
+                with _without_autocast(place[0].type):
+                    self._step_low_rank(jobs, group, _Amp.on(place[0], grad_scale, found_inf))
         return loss
 
-    def _step_plain(self, param: Tensor, lr: Tensor, rule: dict) -> None:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=_moment_dtype(param))
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=_moment_dtype(param))
-        # The kernel walks through memory, so all must lie alike; the moments have the strides of a
-        # gapless tensor that is laid out like the parameter.
-        strides = state["exp_avg"].stride()
-
-        def laid_out(tensor: Tensor) -> Tensor:
-            if tensor.stride() == strides and tensor.dtype == param.dtype:
-                return tensor
-            return torch.empty_like(state["exp_avg"], dtype=param.dtype).copy_(tensor)
-
-        weight, grad = laid_out(param), laid_out(param.grad)
-        ops.adam_step(weight, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr, **rule)
-        if weight is not param:
-            param.copy_(weight)
-
-    def _step_low_rank(self, param: Tensor, group: dict, lr: Tensor, rule: dict) -> None:
-        rows, columns = param.shape
-        right = compresses_right(rows, columns, group["side"])
-        rank = min(group["rank"], rows, columns)
-        grad = param.grad.to(param.dtype)
-        if grad.stride(1) != 1:
-            grad = grad.contiguous()
-        state = self.state[param]
-        if not state:
-            shape, dtype = ((rows, rank) if right else (rank, columns)), _moment_dtype(param)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros(shape, dtype=dtype, device=param.device)
-            state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=param.device)
-            state["projector"] = torch.zeros(columns if right else rows, rank, dtype=param.dtype, device=param.device)
-            state["next_refresh"] = torch.zeros((), dtype=torch.int64)
-            if group["residual"] == "fira":
-                state["residual_norm"] = torch.full((), -1.0, dtype=dtype, device=param.device)
-        done = self._steps_done(param, state["step"])
-        if done is not None and done >= int(state["next_refresh"]):
-            basis = self._choose_basis(grad, rank, right)
-            if basis is not None:
-                state["projector"].copy_(basis)
-                # On the multiples of refresh_every, also after a refresh that came late.
-                state["next_refresh"].fill_((done // group["refresh_every"] + 1) * group["refresh_every"])
-        weight = param if param.stride(1) == 1 else param.contiguous()
-        ops.low_rank_adam_step(
-            weight,
-            grad,
-            state["projector"],
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            state.get("residual_norm"),
-            lr,
-            scale=group["scale"],
-            right=right,
-            scaled_residual=group["scaled_residual"],
-            **rule,
+    def _step_plain(self, params: list[Tensor], group: dict, amp: "_Amp") -> None:
+        """Plain AdamW of parameters of one device and dtype."""
+        weights, grads = [], []
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                state["exp_avg"] = torch.zeros_like(param, dtype=_wide(param))
+                state["exp_avg_sq"] = torch.zeros_like(param, dtype=_wide(param))
+            # The kernel walks through memory, so all must lie alike; the moments have the strides of a
+            # gapless tensor that is laid out like the parameter.
+            weights.append(_laid_out(param.detach(), state["exp_avg"], param.dtype))
+            grads.append(_laid_out(param.grad, state["exp_avg"], param.dtype))
+        states = [self.state[param] for param in params]
+        beta1, beta2 = group["betas"]
+        ops.adamw_step(
+            weights,
+            grads,
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            _rate(group["lr"], params[0].device),
+            amp.grad_scale,
+            amp.found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decay_after=group["decay"] == "after",
+            corrected_eps=group["corrected_eps"],
+            maximize=group["maximize"],
         )
-        if weight is not param:
-            param.copy_(weight)
+        for param, weight in zip(params, weights, strict=True):
+            if weight.data_ptr() != param.data_ptr():
+                param.copy_(weight)
+
+    def _step_low_rank(self, jobs: list[Job], group: dict, amp: "_Amp") -> None:
+        """The low-rank step of parameters of one group, device and dtype, part by part."""
+        residual, rule = RESIDUALS[group["residual"]], RULES[group["rule"]]
+        for job in jobs:
+            if not job.state:
+                self._init(job)
+        states = [job.state for job in jobs]
+        sources = [job.grad for job in jobs]
+        options = {"maximize": group["maximize"]}
+        if residual.feedback:
+            # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
+            sources = [self._with_feedback(job, amp) for job in jobs]
+        for job, source in zip(jobs, sources, strict=True):
+            self._refresh(job, source)
+
+        projectors = [state["projector"] for state in states]
+        low = [torch.empty(job.rank, job.length, dtype=_wide(job.param), device=job.param.device) for job in jobs]
+        squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
+        if residual.feedback:
+            ops.low_rank_project(sources, projectors, None, low, squares, maximize=False)
+        else:
+            ops.low_rank_project(sources, projectors, amp.grad_scale, low, squares, **options)
+        inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
+        direction, step_factor = rule.directions(inner, states, group, amp.found_inf)
+        if group["side"] == "full":
+            direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
+
+        rate = _rate(group["lr"], jobs[0].param.device)
+        grads, factors, missed, scale = [], [], [], group["scale"]
+        if residual.measured:
+            low_gram = [] if self._orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
+            factors = measured_factors(low, direction, squares, low_gram, states, group, amp.grad_scale, amp.found_inf)
+            grads, scale = [job.grad for job in jobs], 1.0
+        elif residual.constant:
+            share = group["residual_scale"]
+            direction = [scale * n - share * r for n, r in zip(direction, low, strict=True)]
+            sign = -share if group["maximize"] else share
+            factors = [matrix.new_full((matrix.shape[1],), sign) for matrix in low]
+            if amp.grad_scale is not None:
+                factors = [factor / amp.grad_scale for factor in factors]
+            grads, scale = [job.grad for job in jobs], 1.0
+        elif residual.sign:
+            grads, missed = [job.grad for job in jobs], low
+        elif residual.feedback:
+            self._keep_missed(jobs, projectors, low, amp)
+
+        ops.low_rank_apply(
+            [job.weight for job in jobs],
+            projectors if residual.up else [],
+            direction if residual.up else [],
+            grads,
+            factors,
+            missed,
+            [state["compensation"] for state in states] if group["rounding"] == "kahan" else [],
+            [state["step"] for state in states],
+            [_seed(group["seed"], job.index) for job in jobs],
+            step_factor,
+            rate,
+            amp.grad_scale,
+            amp.found_inf,
+            scale=scale,
+            weight_decay=group["weight_decay"],
+            decay_after=group["decay"] == "after",
+            sign_scale=group["residual_scale"],
+            rounding=_ROUNDING[group["rounding"]],
+            **options,
+        )
+        for job in jobs:
+            job.write_back()
+
+    def _init(self, job: Job) -> None:
+        """The state of a parameter before its first step: tensors only."""
+        param, group = job.param, job.group
+        device, wide = param.device, _wide(param)
+        job.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        job.state["projector"] = torch.zeros(job.compressed, job.rank, dtype=param.dtype, device=device)
+        job.state["next_refresh"] = torch.zeros((), dtype=torch.int64)
+        shape = (job.rank, job.length)
+        if group["side"] == "full":
+            job.state["other_projector"] = torch.zeros(job.length, job.rank, dtype=wide, device=device)
+            shape = (job.rank, job.rank)
+        job.state.update(RULES[group["rule"]].init(shape, wide, device, group))
+        if RESIDUALS[group["residual"]].measured:
+            job.state["residual_norm"] = torch.full((), -1.0, dtype=wide, device=device)
+        if RESIDUALS[group["residual"]].feedback:
+            job.state["error"] = torch.zeros_like(job.weight)
+        if group["rounding"] == "kahan":
+            job.state["compensation"] = torch.zeros_like(job.weight)
+
+    def _with_feedback(self, job: Job, amp: "_Amp") -> Tensor:
+        """The gradient plus what earlier steps missed, in the buffer of the latter."""
+        error = job.state["error"]
+        grad = job.grad if amp.grad_scale is None else job.grad / amp.grad_scale.to(job.grad.dtype)
+        if amp.found_inf is not None:
+            grad = torch.where(amp.found_inf != 0, 0.0, grad)
+        return error.sub_(grad) if job.group["maximize"] else error.add_(grad)
+
+    def _keep_missed(self, jobs: list[Job], projectors: list[Tensor], low: list[Tensor], amp: "_Amp") -> None:
+        """error -= share * up(R), in place, where the step is taken."""
+        group, device = jobs[0].group, jobs[0].param.device
+        one = torch.ones(len(jobs), dtype=torch.float64, device=device)
+        ops.low_rank_apply(
+            [job.state["error"] for job in jobs],
+            projectors,
+            low,
+            [],
+            [],
+            [],
+            [],
+            [job.state["step"] for job in jobs],
+            [0] * len(jobs),
+            one,
+            torch.ones((), dtype=torch.float64, device=device),
+            None,
+            amp.found_inf,
+            scale=group["feedback_share"],
+            weight_decay=0.0,
+            decay_after=False,
+            sign_scale=0.0,
+            rounding=0,
+            maximize=False,
+        )
+
+    def _orthonormal(self, group: dict) -> bool:
+        """Whether bases of this group are known to be orthonormal."""
+        return group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+
+    def _refresh(self, job: Job, source: Tensor) -> None:
+        """Chooses a new basis if it is time to; `source` [n, length] is what will be projected."""
+        state, group = job.state, job.group
+        done = self._steps_done(job.param, state["step"])
+        if done is None or not is_due(job, done):
+            return
+        basis = self._choose_basis(job, source, done)
+        if basis is None:
+            return
+        first = not bool(state["projector"].any())
+        before = state["projector"].clone()
+        state["projector"].copy_(basis)
+        if group["side"] == "full":
+            other = self._other_basis(job, source)
+            if other is not None:
+                state["other_projector"].copy_(other)
+        if not first:
+            MOMENTS[group["moments"]](job, before, state["projector"])
+        if group["moments"] == "reset" and not first:
+            # The count of steps is zero again.
+            state["next_refresh"].fill_(group["refresh_every"])
+            if job.param in self._counted:
+                self._counted[job.param] = 1
+            return
+        note_refresh(job, done, sum(len(other["params"]) for other in self.param_groups))
 
     def _steps_done(self, param: Tensor, step: Tensor) -> int | None:
         """Steps taken before this one, counted on the host where it can; None while a graph is captured."""
@@ -272,17 +411,27 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._counted[param] = done + 1
         return done
 
-    def _choose_basis(self, grad: Tensor, rank: int, right: bool) -> Tensor | None:
-        if isinstance(self.projector, str):
-            return gram_projector(grad, rank, right)
-        basis = self.projector if isinstance(self.projector, Tensor) else self.projector(grad, rank, right)
-        expected = (grad.shape[1] if right else grad.shape[0], rank)
-        if tuple(basis.shape) != expected:
+    def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
+        seed = _seed(job.group["seed"], job.index) + done
+        if job.group["projector"] is not None:
+            previous = job.state["projector"] if done > 0 else None
+            return PROJECTORS[job.group["projector"]].choose(Choice(source, job.rank, previous, seed))
+        matrix = source.mT if job.right else source
+        basis = self.projector if isinstance(self.projector, Tensor) else self.projector(matrix, job.rank, job.right)
+        if tuple(basis.shape) != (job.compressed, job.rank):
             raise ValueError(
-                f"projector: expected shape {expected} for a {tuple(grad.shape)} gradient projected from the "
-                f"{'right' if right else 'left'}, got {tuple(basis.shape)}"
+                f"projector: expected shape {(job.compressed, job.rank)} for a {tuple(matrix.shape)} gradient "
+                f"projected from the {'right' if job.right else 'left'}, got {tuple(basis.shape)}"
             )
         return basis
+
+    def _other_basis(self, job: Job, source: Tensor) -> Tensor | None:
+        """The basis of the other axis, for side "full"."""
+        name = job.group["projector"]
+        if name is None:
+            raise ValueError('side: "full" needs a projector by name, which can choose both bases')
+        seed = _seed(job.group["seed"], job.index)
+        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor."""
@@ -299,8 +448,31 @@ class LowRankAdamW(torch.optim.Optimizer):
                 group["lr"] = group["lr"].to(group["params"][0].device)
 
 
-def _moment_dtype(param: Tensor) -> torch.dtype:
+def _wide(param: Tensor) -> torch.dtype:
+    """The dtype of moments and low-rank gradients."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _laid_out(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.stride() == like.stride() and tensor.dtype == dtype:
+        return tensor
+    return torch.empty_like(like, dtype=dtype).copy_(tensor)
+
+
+def _seed(seed: int, index: int) -> int:
+    """A seed of its own for every parameter, in 63 bits."""
+    return (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) % 2**63
+
+
+class _Amp:
+    """What torch.amp.GradScaler left with the optimizer, on one device."""
+
+    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None):
+        self.grad_scale, self.found_inf = grad_scale, found_inf
+
+    @staticmethod
+    def on(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> "_Amp":
+        return _Amp(*(None if value is None else value.to(device) for value in (grad_scale, found_inf)))
 
 
 # In place of a count of steps: ask the device each time.
@@ -322,13 +494,8 @@ def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
     """The learning rate as a tensor on the device, without a copy from the host: that would wait for it."""
     if not isinstance(lr, Tensor):
         return torch.full((), lr, dtype=torch.float64, device=device)
-    _check_rate_device(lr, device)
+    check_rate_device(lr, device)
     return lr
-
-
-def _check_rate_device(lr: Tensor, device: torch.device) -> None:
-    if lr.device != device:
-        raise ValueError(f"lr: expected a float, or a tensor on {device} as the parameters are; got one on {lr.device}")
 
 
 def _check_gradient(param: Tensor) -> None:
@@ -339,70 +506,15 @@ def _check_gradient(param: Tensor) -> None:
             f"LowRankAdamW: this build of pykern has no {param.device.type} kernels for it; "
             "keep the parameters on the CPU or a CUDA device"
         )
-    _native.require_kernels(param, "a parameter", "low_rank_adam_step", "adam_step")
+    _native.require_kernels(param, "a parameter", "low_rank_adamw_step", "adamw_step")
 
 
-def _complete_group(group: dict) -> None:
-    """Checks a group and fills in what `parity` decides."""
-    if group["parity"] is not None:
-        if group["parity"] not in PARITY:
-            raise ValueError(f"parity: expected None or one of {sorted(PARITY)}, got {group['parity']!r}")
-        if group["parity"] == "galore_torch" and group["residual"] != "none":
-            raise ValueError(f"residual: expected 'none' with parity='galore_torch', got {group['residual']!r}")
-        group.update(PARITY[group["parity"]])
-    group.setdefault("corrected_eps", True)
-    group.setdefault("scaled_residual", False)
-    if group["eps"] is None:
-        group["eps"] = 1e-8 if group["parity"] is None else 1e-6
-    for name, choices in (("side", SIDES), ("residual", RESIDUALS), ("decay", ("before", "after"))):
-        if group[name] not in choices:
-            raise ValueError(f"{name}: expected one of {choices}, got {group[name]!r}")
-    for name in ("rank", "refresh_every"):
-        if name == "rank" and group[name] is None:
-            continue
-        if not isinstance(group[name], int) or isinstance(group[name], bool):
-            raise TypeError(f"{name}: expected an int, got {type(group[name]).__name__}")
-        if group[name] < 1:
-            raise ValueError(f"{name}: expected at least 1, got {group[name]}")
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"lr: expected one float32 or float64 element, got {lr.dtype} {tuple(lr.shape)}")
-        for param in group["params"]:
-            _check_rate_device(lr, param.device)
-    elif not lr >= 0:
-        raise ValueError(f"lr: expected a rate of at least 0, got {lr}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {group['betas']}")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name}: expected a number of at least 0, got {group[name]}")
-    for param in group["params"]:
-        if param.dtype not in _FLOATS:
-            raise TypeError(f"params: expected float32, float64, bfloat16 or float16, got {param.dtype}")
-
-
-def _preset(name: str, keywords: dict) -> dict:
-    """The keywords of a preset: its scale unless another is given, its residual, a parity that fits."""
-    fixed = PRESETS[name]
-    if keywords.get("residual", fixed["residual"]) != fixed["residual"]:
-        raise ValueError(
-            f"residual: {name} has {fixed['residual']!r}, got {keywords['residual']!r}; use LowRankAdamW to choose"
-        )
-    if keywords.get("parity") not in (None, fixed["parity"]):
-        raise ValueError(f"parity: expected None or {fixed['parity']!r} for {name}, got {keywords['parity']!r}")
-    return {"scale": fixed["scale"], **keywords, "residual": fixed["residual"]}
-
-
-class GaLoreAdamW(LowRankAdamW):
-    """GaLore: LowRankAdamW without residual, scale 0.25 by default. Takes LowRankAdamW's other keywords."""
+class LowRankAdamW(LowRankOptimizer):
+    """LowRankOptimizer with the inner rule AdamW. Takes LowRankOptimizer's other keywords."""
 
     def __init__(self, params, lr: float | Tensor = 1e-3, **keywords):
-        super().__init__(params, lr, **_preset("GaLoreAdamW", keywords))
-
-
-class FiraAdamW(LowRankAdamW):
-    """Fira: LowRankAdamW with Fira's residual, scale 1 by default. Takes LowRankAdamW's other keywords."""
-
-    def __init__(self, params, lr: float | Tensor = 1e-3, **keywords):
-        super().__init__(params, lr, **_preset("FiraAdamW", keywords))
+        if keywords.get("rule", "adamw") != "adamw":
+            raise ValueError(
+                f"rule: LowRankAdamW has 'adamw', got {keywords['rule']!r}; use LowRankOptimizer to choose"
+            )
+        super().__init__(params, lr, **keywords)

@@ -126,7 +126,7 @@ def test_state_dtypes_and_devices(device, dtype):
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == state["residual_norm"].dtype == wide
     assert optimizer.state[bias]["exp_avg"].dtype == wide
     assert state["projector"].dtype == dtype
-    assert state["exp_avg"].shape == (24, 4) and state["projector"].shape == (16, 4)
+    assert state["exp_avg"].shape == (4, 24) and state["projector"].shape == (16, 4)
     assert all(isinstance(value, torch.Tensor) for value in state_tensors(optimizer))
     assert state["next_refresh"].device.type == "cpu"
     for one in optimizer.state.values():
@@ -332,7 +332,7 @@ def test_strided_gradient(device):
     assert torch.equal(param, other)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (0, 4), (0,)], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (0, 4), (0,)], ids=str)
 def test_parameters_that_are_no_matrix_get_plain_adamw(device, shape):
     ours, theirs = (torch.nn.Parameter(torch.ones(shape, device=device)) for _ in range(2))
     mine, peer = pykern.GaLoreAdamW([ours], 0.01, rank=2), torch.optim.AdamW([theirs], 0.01, weight_decay=0.0)
@@ -387,8 +387,8 @@ def test_autocast_changes_nothing(device, fira):
         ({"residual": "half"}, ValueError, "residual: expected one of"),
         ({"decay": "never"}, ValueError, "decay: expected one of"),
         ({"parity": "apollo"}, ValueError, "parity: expected None or one of"),
-        ({"parity": "galore_torch", "residual": "fira"}, ValueError, "residual: expected 'none' with parity"),
-        ({"projector": "svd"}, ValueError, 'projector: expected "gram", a function or a tensor'),
+        ({"parity": "galore_torch", "residual": "fira"}, ValueError, "residual: expected one of .* with parity"),
+        ({"projector": "best"}, ValueError, "projector: expected one of .*, a function or a tensor"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas: expected two numbers"),
         ({"eps": -1.0}, ValueError, "eps: expected a number of at least 0"),
         ({"weight_decay": float("nan")}, ValueError, "weight_decay: expected a number of at least 0"),
@@ -405,7 +405,7 @@ def test_refused_arguments(keywords, error, message):
 def test_presets_refuse_what_they_fix(make, other):
     with pytest.raises(ValueError, match="parity: expected None or"):
         make([matrix()], parity=other)
-    with pytest.raises(ValueError, match="residual: .* use LowRankAdamW to choose"):
+    with pytest.raises(ValueError, match="residual: .* use LowRankOptimizer to choose"):
         make([matrix()], residual="fira" if make is pykern.GaLoreAdamW else "none")
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pykern.lowrank.projector import compresses_right, gram_projector
+from pykern.lowrank.matrices import compresses_right
+from pykern.lowrank.projectors import gram_projector
 from pykern.reference.lowrank import leading_vectors
 
 

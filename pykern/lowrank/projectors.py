@@ -1,19 +1,39 @@
-"""Choosing the subspace: which side is compressed, and the leading singular vectors of a gradient."""
+"""Choosing the subspace: the projectors, each a row of a table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SIDES = ("std", "reverse_std", "left", "right")
 
+@dataclass(frozen=True)
+class Choice:
+    """What a projector may look at when it chooses a basis.
 
-def compresses_right(rows: int, columns: int, side: str) -> bool:
-    """Whether `side` projects a rows x columns gradient from the right (R = G P, P is columns x rank).
-
-    "std" compresses the smaller axis, "reverse_std" the larger one, "left" and "right" are as named.
+    Attributes:
+        matrix: the gradient [n, length], the axis to be compressed first; not to be written.
+        rank: vectors wanted, at most min(n, length).
+        previous: the basis in use [n, rank], or None at first.
+        seed: of this parameter and this refresh, for projectors that draw.
     """
-    if side == "left" or side == "right":
-        return side == "right"
-    return (rows >= columns) == (side == "std")
+
+    matrix: Tensor
+    rank: int
+    previous: Tensor | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Projector:
+    """One way to choose a basis: a function of a Choice, and what is known of its results.
+
+    `choose` gives P [n, rank], float32 (float64 for a float64 gradient), or None where the gradient names no
+    subspace; then the basis in use is kept and the next step asks again.
+    """
+
+    choose: Callable[[Choice], Tensor | None]
+    orthonormal: bool = True
 
 
 def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:
@@ -45,3 +65,12 @@ def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:
 def _leading(gram: Tensor, rank: int) -> Tensor:
     vectors = torch.linalg.eigh(gram).eigenvectors
     return vectors[:, -rank:].flip(1).contiguous()
+
+
+def _gram(choice: Choice) -> Tensor | None:
+    return gram_projector(choice.matrix.mT, choice.rank, right=True)
+
+
+PROJECTORS: dict[str, Projector] = {
+    "gram": Projector(_gram),
+}

@@ -1,0 +1,108 @@
+"""The options of a parameter group: their defaults, the peers' names for them, and what they may be."""
+
+import torch
+from torch import Tensor
+
+from .matrices import SIDES, matrix_shape
+from .projectors import PROJECTORS
+from .refresh import MOMENTS, REFRESHES
+from .residuals import RESIDUALS
+from .rules import RULES, STATE_DTYPES
+
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+PARITY: dict[str, dict] = {
+    "galore_torch": {"residuals": ("none",), "decay": "after", "corrected_eps": False},
+    "fira": {
+        "residuals": ("none", "fira"),
+        "decay": "after",
+        "corrected_eps": False,
+        "scaled_residual": True,
+        "zero_norm_limits": True,
+    },
+    "apollo_torch": {
+        "residuals": ("apollo_channel", "apollo_tensor"),
+        "decay": "after",
+        "corrected_eps": False,
+        "zero_norm_limits": True,
+    },
+}
+"""What `parity` fixes: the residuals that the package has, the order of epsilon and decay, the limiter's details."""
+
+ALIASES = {"update_proj_gap": "refresh_every", "proj_type": "side", "alpha": "scale"}
+"""The GaLore, Fira and APOLLO packages' names for options of a group."""
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+CHOICES: dict[str, tuple] = {
+    "rule": tuple(RULES),
+    "side": SIDES,
+    "refresh": REFRESHES,
+    "moments": tuple(MOMENTS),
+    "residual": tuple(RESIDUALS),
+    "state_dtype": STATE_DTYPES,
+    "rounding": ROUNDINGS,
+    "decay": ("before", "after"),
+}
+
+
+def complete_group(group: dict) -> None:
+    """Checks a group and fills in what `parity` decides."""
+    parity = group["parity"]
+    if parity is not None:
+        if parity not in PARITY:
+            raise ValueError(f"parity: expected None or one of {sorted(PARITY)}, got {parity!r}")
+        fixed = dict(PARITY[parity])
+        allowed = fixed.pop("residuals")
+        if group["residual"] not in allowed:
+            raise ValueError(f"residual: expected one of {allowed} with parity={parity!r}, got {group['residual']!r}")
+        group.update(fixed)
+    for name, default in (("corrected_eps", True), ("scaled_residual", False), ("zero_norm_limits", False)):
+        group.setdefault(name, default)
+    if group["eps"] is None:
+        group["eps"] = 1e-8 if parity is None else 1e-6
+    for name, choices in CHOICES.items():
+        if group[name] not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {group[name]!r}")
+    if group["projector"] is not None and group["projector"] not in PROJECTORS:
+        raise ValueError(
+            f"projector: expected one of {tuple(PROJECTORS)}, or for the whole optimizer a function or a tensor; "
+            f"got {group['projector']!r}"
+        )
+    _check_numbers(group)
+    for param in group["params"]:
+        if param.dtype not in FLOATS:
+            raise TypeError(f"params: expected float32, float64, bfloat16 or float16, got {param.dtype}")
+
+
+def is_low_rank(param: Tensor, group: dict) -> bool:
+    """Whether a parameter of this group is stepped in a subspace: it has two or more axes, and the group a rank."""
+    return group["rank"] is not None and param.dim() >= 2 and param.numel() > 0 and min(matrix_shape(param.shape)) > 0
+
+
+def _check_numbers(group: dict) -> None:
+    for name in ("rank", "refresh_every"):
+        if name == "rank" and group[name] is None:
+            continue
+        if not isinstance(group[name], int) or isinstance(group[name], bool):
+            raise TypeError(f"{name}: expected an int, got {type(group[name]).__name__}")
+        if group[name] < 1:
+            raise ValueError(f"{name}: expected at least 1, got {group[name]}")
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"lr: expected one float32 or float64 element, got {lr.dtype} {tuple(lr.shape)}")
+        for param in group["params"]:
+            check_rate_device(lr, param.device)
+    elif not lr >= 0:
+        raise ValueError(f"lr: expected a rate of at least 0, got {lr}")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {group['betas']}")
+    for name in ("eps", "weight_decay", "growth_limit", "residual_scale"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {group[name]}")
+
+
+def check_rate_device(lr: Tensor, device: torch.device) -> None:
+    if lr.device != device:
+        raise ValueError(f"lr: expected a float, or a tensor on {device} as the parameters are; got one on {lr.device}")
