@@ -107,10 +107,3 @@ def low_rank_apply(
         )  # fmt: skip
         weight.copy_(new)
 
-
-def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, grad_scale, found_inf, **rule):
-    if _stop(found_inf):
-        return
-    for i, weight in enumerate(param):
-        gradient = grad[i] if grad_scale is None else grad[i] / grad_scale.to(grad[i].dtype)
-        torch.ops.pykern.adam_step.default(weight, gradient, exp_avg[i], exp_avg_sq[i], step[i], lr, **rule)

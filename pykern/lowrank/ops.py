@@ -44,8 +44,9 @@ adamw_step(param!, grad, exp_avg!, exp_avg_sq!, step!, lr, grad_scale, found_inf
     Plain AdamW of tensors of any shape; each one's four tensors lie alike in memory, without gaps.
 """
 
+import torch
+
 from ._stand_in import (
-    adamw_step,
     low_rank_apply,
     low_rank_limit,
     low_rank_project,
@@ -53,8 +54,23 @@ from ._stand_in import (
     low_rank_rule,
 )
 
+low_rank_adamw_step = torch.ops.pykern.low_rank_adamw_step.default
+adamw_step = torch.ops.pykern.adamw_step.default
+
+
+@torch.library.register_fake("pykern::low_rank_adamw_step")
+def _low_rank_adamw_step_fake(*_, **__) -> None:
+    return None
+
+
+@torch.library.register_fake("pykern::adamw_step")
+def _adamw_step_fake(*_, **__) -> None:
+    return None
+
+
 __all__ = [
     "adamw_step",
+    "low_rank_adamw_step",
     "low_rank_apply",
     "low_rank_limit",
     "low_rank_project",
