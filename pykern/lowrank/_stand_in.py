@@ -106,4 +106,3 @@ def low_rank_apply(
             grad_scale=_scale(grad_scale), maximize=maximize,
         )  # fmt: skip
         weight.copy_(new)
-
