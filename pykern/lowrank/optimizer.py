@@ -13,7 +13,7 @@ from .matrices import Job
 from .options import ALIASES, check_rate_device, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
 from .refresh import MOMENTS, is_due, note_refresh
-from .residuals import RESIDUALS, measured_factors
+from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
 
 ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
@@ -257,6 +257,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._refresh(job, source)
 
         projectors = [state["projector"] for state in states]
+        if self._is_fused(group):
+            self._step_fused(jobs, projectors, group, amp)
+            return
+
         low = [torch.empty(job.rank, job.length, dtype=_wide(job.param), device=job.param.device) for job in jobs]
         squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
         if residual.feedback:
@@ -307,6 +311,45 @@ class LowRankOptimizer(torch.optim.Optimizer):
             sign_scale=group["residual_scale"],
             rounding=_ROUNDING[group["rounding"]],
             **options,
+        )
+        for job in jobs:
+            job.write_back()
+
+    def _is_fused(self, group: dict) -> bool:
+        """Whether low_rank_adamw_step has all that this group asks for."""
+        return (
+            group["rule"] == "adamw"
+            and group["state_dtype"] == "float32"
+            and group["rounding"] == "nearest"
+            and group["side"] != "full"
+            and RESIDUALS[group["residual"]].fused is not None
+        )
+
+    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: "_Amp") -> None:
+        """The low-rank step in one op, for groups where _is_fused."""
+        states = [job.state for job in jobs]
+        residual = RESIDUALS[group["residual"]]
+        beta1, beta2 = group["betas"]
+        limit = limit_options(group)
+        ops.low_rank_adamw_step(
+            [job.weight for job in jobs],
+            [job.grad for job in jobs],
+            projectors,
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            [state["residual_norm"] for state in states] if residual.measured else [],
+            _rate(group["lr"], jobs[0].param.device),
+            amp.grad_scale,
+            amp.found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            corrected_eps=group["corrected_eps"],
+            weight_decay=group["weight_decay"],
+            decay_after=group["decay"] == "after",
+            residual=residual.fused,
+            orthonormal=self._orthonormal(group),
+            maximize=group["maximize"],
+            **{**limit, "removed": limit["removed"] or 0.0},
         )
         for job in jobs:
             job.write_back()
