@@ -1,5 +1,5 @@
 // The projection of gradients into their subspaces, as plain parameters: low = P^T G, and the squared norms of G's
-// columns, for a list of matrices of sixteen-bit elements. float32 and float64 are the vendor's products.
+// columns, for a list of matrices.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace pykern::lowrank {
 struct ProjectMatrix {
   const void* matrix;     // [n, length]
   const void* projector;  // [n, rank], without gaps
-  float* low;             // [rank, length], without gaps
-  float* squares;         // [length], or null
+  void* low;              // [rank, length], without gaps; float32, or float64 for float64 matrices
+  void* squares;          // [length], of low's type, or null
   float* parts;           // set by launch_project
   int64_t stride;         // of the matrix along the axis without unit stride
   int32_t n, length, rank;
@@ -36,6 +36,11 @@ struct ProjectParams {
 // are in the list. Returns the floats of the workspace.
 int64_t plan_project(ProjectParams& params);
 
+// Matrices of bf16 or f16.
 const char* launch_project(const ProjectParams& params, Stream stream);
+
+// Matrices of f32 or f64, whose `low` is P^T G already, by the vendor's products: the squares, and the gradient's scale
+// and sign.
+const char* launch_project_wide(const ProjectParams& params, Stream stream);
 
 }  // namespace pykern::lowrank
