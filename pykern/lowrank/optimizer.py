@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native
 from . import ops
+from .bases import basis_of
 from .matrices import Job
 from .options import ALIASES, check_rate_device, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
@@ -102,6 +103,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         scale: float = 1.0,
         side: str = "std",
         projector: str | ProjectorFunction | Tensor = "gram",
+        projector_format: str = "dense",
         residual: str = "none",
         residual_scale: float = 1.0,
         growth_limit: float = 1.01,
@@ -133,6 +135,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "scale": scale,
             "side": side,
             "projector": projector if isinstance(projector, str) else None,
+            "projector_format": projector_format,
             "residual": residual,
             "residual_scale": residual_scale,
             "growth_limit": growth_limit,
@@ -256,7 +259,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for job, source in zip(jobs, sources, strict=True):
             self._refresh(job, source)
 
-        projectors = [state["projector"] for state in states]
+        projectors = [basis_of(group).dense(job, job.state) for job in jobs]
         low = [torch.empty(job.rank, job.length, dtype=_wide(job.param), device=job.param.device) for job in jobs]
         squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
         if residual.feedback:
@@ -316,7 +319,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         param, group = job.param, job.group
         device, wide = param.device, _wide(param)
         job.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        job.state["projector"] = torch.zeros(job.compressed, job.rank, dtype=param.dtype, device=device)
+        job.state.update(basis_of(group).init(job))
         job.state["next_refresh"] = torch.zeros((), dtype=torch.int64)
         shape = (job.rank, job.length)
         if group["side"] == "full":
@@ -366,7 +369,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _orthonormal(self, group: dict) -> bool:
         """Whether bases of this group are known to be orthonormal."""
-        return group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+        known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+        return known and basis_of(group).exact
 
     def _refresh(self, job: Job, source: Tensor) -> None:
         """Chooses a new basis if it is time to; `source` [n, length] is what will be projected."""
@@ -374,18 +378,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         done = self._steps_done(job.param, state["step"])
         if done is None or not is_due(job, done):
             return
-        basis = self._choose_basis(job, source, done)
-        if basis is None:
+        chosen = self._choose_basis(job, source, done)
+        if chosen is None:
             return
-        first = not bool(state["projector"].any())
-        before = state["projector"].clone()
-        state["projector"].copy_(basis)
+        # Until the first choice the state has no basis, and no moments to carry over.
+        first, basis = int(state["next_refresh"]) == 0, basis_of(group)
+        before = {name: state[name].clone() for name in basis.init(job)}
+        basis.store(job, chosen)
         if group["side"] == "full":
             other = self._other_basis(job, source)
             if other is not None:
                 state["other_projector"].copy_(other)
         if not first:
-            MOMENTS[group["moments"]](job, before, state["projector"])
+            MOMENTS[group["moments"]](job, before)
         if group["moments"] == "reset" and not first:
             # The count of steps is zero again.
             state["next_refresh"].fill_(group["refresh_every"])
@@ -412,10 +417,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return done
 
     def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
-        seed = _seed(job.group["seed"], job.index) + done
         if job.group["projector"] is not None:
-            previous = job.state["projector"] if done > 0 else None
-            return PROJECTORS[job.group["projector"]].choose(Choice(source, job.rank, previous, seed))
+            chosen_before = int(job.state["next_refresh"]) > 0
+            choice = Choice(
+                source,
+                job.rank,
+                basis_of(job.group).dense(job, job.state) if chosen_before else None,
+                _seed(job.group["seed"], job.index) + done,
+                job.right,
+                job.index,
+                done // job.group["refresh_every"],
+            )
+            return PROJECTORS[job.group["projector"]].choose(choice)
         matrix = source.mT if job.right else source
         basis = self.projector if isinstance(self.projector, Tensor) else self.projector(matrix, job.rank, job.right)
         if tuple(basis.shape) != (job.compressed, job.rank):
@@ -430,8 +443,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         name = job.group["projector"]
         if name is None:
             raise ValueError('side: "full" needs a projector by name, which can choose both bases')
-        seed = _seed(job.group["seed"], job.index)
-        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed))
+        seed = _seed(job.group["seed"], ~job.index)
+        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed, not job.right))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .bases import PROJECTOR_FORMATS
 from .matrices import SIDES, matrix_shape
 from .projectors import PROJECTORS
 from .refresh import MOMENTS, REFRESHES
@@ -37,6 +38,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHOICES: dict[str, tuple] = {
     "rule": tuple(RULES),
     "side": SIDES,
+    "projector_format": PROJECTOR_FORMATS,
     "refresh": REFRESHES,
     "moments": tuple(MOMENTS),
     "residual": tuple(RESIDUALS),
