@@ -23,7 +23,7 @@ SHAPE_SCALES = {
     "spectral": lambda rows, columns: (rows / columns) ** 0.5,
     "none": lambda rows, columns: 1.0,
 }
-"""The factors by which an orthogonal direction is fitted to its weight [rows, columns]; as torch.optim.Muon names them."""
+"""Factors that fit an orthogonal direction to its weight [rows, columns]; the first two are torch.optim.Muon's."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _check_numbers(group: dict) -> None:
     if (group["projector_memory"] > 0 or group["feedback_momentum"]) and not _keeps_momentum(group):
         raise ValueError(
             'projector_memory, feedback_momentum: expected rule "adamw" or "adabelief", moments that are not 8-bit, '
-            f'and a side that is not "full"; got rule={group["rule"]!r}, state_dtype={group["state_dtype"]!r}, side={group["side"]!r}'
+            f'and a side that is not "full"; got {group["rule"]!r}, {group["state_dtype"]!r}, {group["side"]!r}'
         )
     for name in ("eps", "weight_decay", "growth_limit", "residual_scale"):
         if not group[name] >= 0:

@@ -34,7 +34,7 @@ class InnerRule(Protocol):
     def directions(
         self, low: list[Tensor], jobs: list[Job], group: dict, found_inf: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
-        """Advances the jobs' states and steps; the directions, and the factors on the learning rate, float64 [matrices]."""
+        """Advances the jobs' states; the directions, and the factors on the learning rate, float64 [matrices]."""
         ...
 
 
