@@ -16,6 +16,7 @@ from .projectors import PROJECTORS, Choice
 from .refresh import MOMENTS, is_due, note_refresh
 from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
+from .tracking import keep_lost_momentum, momentum_outside, remembered
 
 ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
 
@@ -104,14 +105,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         side: str = "std",
         projector: str | ProjectorFunction | Tensor = "gram",
         projector_format: str = "dense",
+        projector_memory: float = 0.0,
         residual: str = "none",
         residual_scale: float = 1.0,
         growth_limit: float = 1.01,
         scale_first: bool = False,
         feedback_share: float = 1.0,
+        feedback_momentum: bool = False,
         state_dtype: str = "float32",
         rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float | None = None,
+        nesterov: bool = True,
+        shape_scale: str = "original",
         eps: float | None = None,
         weight_decay: float = 0.0,
         decay: str = "before",
@@ -136,14 +142,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "side": side,
             "projector": projector if isinstance(projector, str) else None,
             "projector_format": projector_format,
+            "projector_memory": projector_memory,
             "residual": residual,
             "residual_scale": residual_scale,
             "growth_limit": growth_limit,
             "scale_first": scale_first,
             "feedback_share": feedback_share,
+            "feedback_momentum": feedback_momentum,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "betas": betas,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "shape_scale": shape_scale,
             "eps": eps,
             "weight_decay": weight_decay,
             "decay": decay,
@@ -257,7 +268,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
             sources = [self._with_feedback(job, amp) for job in jobs]
         for job, source in zip(jobs, sources, strict=True):
-            self._refresh(job, source)
+            self._refresh(job, source, amp)
 
         projectors = [basis_of(group).dense(job, job.state) for job in jobs]
         if self._is_fused(group):
@@ -271,9 +282,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         else:
             ops.low_rank_project(sources, projectors, amp.grad_scale, low, squares, **options)
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-        direction, step_factor = rule.directions(inner, states, group, amp.found_inf)
+        direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
         if group["side"] == "full":
             direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
+            # What both bases see of the gradient, for the residuals.
+            low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
 
         rate = _rate(group["lr"], jobs[0].param.device)
         grads, factors, missed, scale = [], [], [], group["scale"]
@@ -415,18 +428,24 @@ class LowRankOptimizer(torch.optim.Optimizer):
         known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
         return known and basis_of(group).exact
 
-    def _refresh(self, job: Job, source: Tensor) -> None:
+    def _refresh(self, job: Job, source: Tensor, amp: "_Amp") -> None:
         """Chooses a new basis if it is time to; `source` [n, length] is what will be projected."""
         state, group = job.state, job.group
         done = self._steps_done(job.param, state["step"])
         if done is None or not is_due(job, done):
             return
-        chosen = self._choose_basis(job, source, done)
+        if amp.found_inf is not None and bool(amp.found_inf):
+            return
+        feedback = RESIDUALS[group["residual"]].feedback
+        factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
+        chosen = self._choose_basis(job, remembered(job, source, done, factor), done)
         if chosen is None:
             return
         # Until the first choice the state has no basis, and no moments to carry over.
         first, basis = int(state["next_refresh"]) == 0, basis_of(group)
         before = {name: state[name].clone() for name in basis.init(job)}
+        tracked = feedback and group["feedback_momentum"] and not first
+        momentum = momentum_outside(job) if tracked else None
         basis.store(job, chosen)
         if group["side"] == "full":
             other = self._other_basis(job, source)
@@ -434,6 +453,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 state["other_projector"].copy_(other)
         if not first:
             MOMENTS[group["moments"]](job, before)
+        if momentum is not None:
+            keep_lost_momentum(job, momentum)
         if group["moments"] == "reset" and not first:
             # The count of steps is zero again.
             state["next_refresh"].fill_(group["refresh_every"])
@@ -529,6 +550,11 @@ class _Amp:
     @staticmethod
     def on(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> "_Amp":
         return _Amp(*(None if value is None else value.to(device) for value in (grad_scale, found_inf)))
+
+    def gradient_factor(self, maximize: bool) -> float | Tensor:
+        """What the gradient as it came is multiplied by to be descended."""
+        sign = -1.0 if maximize else 1.0
+        return sign if self.grad_scale is None else sign / self.grad_scale
 
 
 # In place of a count of steps: ask the device each time.
