@@ -193,12 +193,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor.
 
-        As everywhere in torch.optim, the options of the groups become the saved ones.
+        As everywhere in torch.optim, the options of the groups become the saved ones. A learning rate that is a tensor
+        here and there stays the same tensor.
 
         Raises:
             ValueError: the parameters have other shapes, or the state other tensors than these options ask for.
         """
         states: dict[Tensor, dict[str, Tensor]] = {}
+        rates = [group["lr"] for group in self.param_groups]
 
         def check(optimizer, given: dict) -> dict | None:
             ours = [len(group["params"]) for group in self.param_groups]
@@ -209,8 +211,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         def fill(optimizer) -> None:
             self.state.update(states)
-            for group in self.param_groups:
-                if isinstance(group["lr"], Tensor) and group["params"]:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor) and isinstance(rate, Tensor):
+                    # The same tensor, which other optimizers may share and graphs may have captured.
+                    group["lr"] = rate.copy_(group["lr"])
+                elif isinstance(group["lr"], Tensor) and group["params"]:
                     group["lr"] = group["lr"].to(group["params"][0].device)
 
         # Between the hooks of others: those before may change the state_dict, those after see the states.
@@ -264,14 +269,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
         self._step(dict(low))
 
-    def needs_gradient(self, param: Tensor) -> bool:
+    def needs_gradient(self, param: Tensor, ignore_refresh: bool = False) -> bool:
         """Whether the next step of a parameter needs its gradient itself, not only R.
 
-        True where a basis is to be chosen, where the residual is not "none", and for plain AdamW.
+        True for plain AdamW, where the residual is not "none", and, unless `ignore_refresh`, where a basis is to be
+        chosen.
         """
         job = self._job(param)
-        if job is None or not RESIDUALS[job.group["residual"]].linear or not job.state:
+        if job is None or not RESIDUALS[job.group["residual"]].linear:
             return True
+        if ignore_refresh or not job.state:
+            return not ignore_refresh
         done = self._steps_done(job)
         return done is not None and is_due(job, done)
 
