@@ -1,6 +1,6 @@
 """Low-rank optimizers: moments that live in a subspace of the gradient."""
 
-from .backward import BackwardStepper, step_in_backward
+from .backward import BackwardOptimizer, BackwardStepper, step_in_backward
 from .groups import low_rank_groups
 from .optimizer import LowRankAdamW, LowRankOptimizer
 from .presets import (
@@ -21,6 +21,7 @@ from .presets import (
 __all__ = [
     "ApolloAdamW",
     "ApolloMini",
+    "BackwardOptimizer",
     "BackwardStepper",
     "DCTAdamW",
     "FiraAdamW",
