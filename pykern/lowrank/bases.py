@@ -1,4 +1,4 @@
-"""How the basis of a subspace is kept in a parameter's state, and how a step gets it back: a format a row of a table."""
+"""How a basis is kept in a parameter's state, and how a step gets it back: each format a row of a table."""
 
 from collections.abc import Mapping
 from typing import Protocol
