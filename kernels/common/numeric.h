@@ -4,13 +4,6 @@
 
 #include <cstdint>
 
-// For small functions that kernels and host code share.
-#if defined(__CUDACC__)
-#define PYKERN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PYKERN_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-
 namespace pykern {
 
 struct bf16 {

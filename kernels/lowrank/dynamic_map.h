@@ -9,7 +9,13 @@
 // vector each; a row's last block may be shorter. It has one float32 scale, its largest magnitude.
 #pragma once
 
-#include "kernels/common/numeric.h"
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PYKERN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PYKERN_HOST_DEVICE inline __attribute__((always_inline))
+#endif
 
 namespace pykern::lowrank {
 
