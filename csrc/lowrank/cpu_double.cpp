@@ -31,16 +31,6 @@ void adam_step_double(const AdamStep& step) {
   });
 }
 
-void adam_phase_double(const PhaseStep& step) {
-  const double* low = static_cast<const double*>(step.low);
-  double* first = static_cast<double*>(step.exp_avg);
-  double* second = static_cast<double*>(step.exp_avg_sq);
-  double* direction = static_cast<double*>(step.direction);
-  for (int64_t i = 0; i < step.size; ++i) {
-    direction[i] = step.rule.step_size * advance(step.rule, step.rule.sign * low[i], first + i, second + i);
-  }
-}
-
 // Both sides at once: `line` runs over the axis that is kept (rows if right, else columns), `place`
 // along the axis that is compressed.
 bool low_rank_step_double(const LowRankStep& step) {

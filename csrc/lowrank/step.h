@@ -26,20 +26,6 @@ struct AdamStep {
   AdamRule rule;
 };
 
-// Adam in the subspace alone: the moments advance, `direction` gets N * step_size. All are without gaps.
-struct PhaseStep {
-  DataType type;  // of low and direction
-  int64_t size;
-  const void* low;
-  void* exp_avg;  // as in AdamStep; or codes of kernels/lowrank/dynamic_map.h, where exp_avg_scale is not null
-  void* exp_avg_sq;
-  void* direction;
-  int64_t rank, length;
-  float* exp_avg_scale;
-  float* exp_avg_sq_scale;
-  AdamRule rule;
-};
-
 // param and grad are [rows, columns] with unit column stride, of one type, as is the projector:
 // [columns, rank] if `right`, else [rows, rank], contiguous. The moments are [rows, rank] if
 // `right`, else [rank, columns], contiguous.
@@ -82,7 +68,6 @@ PYKERN_INLINE double limit_residual(double norm, double* stored, bool zero_norm_
 // Float64, straight from the definition: serves comparisons, not speed. False: out of memory.
 bool low_rank_step_double(const LowRankStep& step);
 void adam_step_double(const AdamStep& step);
-void adam_phase_double(const PhaseStep& step);  // not quantised
 
 }  // namespace pykern::lowrank
 
@@ -91,6 +76,5 @@ namespace pykern {
 // False: out of memory.
 PYKERN_SIMD_FUNCTION(bool, low_rank_step, (const lowrank::LowRankStep& step))
 PYKERN_SIMD_FUNCTION(void, adam_step, (const lowrank::AdamStep& step))
-PYKERN_SIMD_FUNCTION(void, adam_phase, (const lowrank::PhaseStep& step))
 
 }  // namespace pykern
