@@ -9,7 +9,7 @@ namespace pykern {
 namespace {
 
 using lowrank::AffineMatrix;
-using Tensors = std::vector<Tensor>;
+using lowrank::Tensors;
 
 AffineMatrix matrix_of(const Tensor& values, const Tensor& codes, const Tensor& scale, const Tensor& zero) {
   return {values.mutable_data_ptr(), values.size(0),         values.size(1),       values.stride(0),
@@ -21,7 +21,7 @@ bool is_set(const std::optional<Tensor>& flag) { return flag && *input<float>(*f
 void run_quantize(const Tensors& values, const Tensors& codes, const Tensors& scale, const Tensors& zero,
                   const std::optional<Tensor>& found_inf, int64_t bits) {
   const DataType type = lowrank::check_quantized(values, codes, scale, zero, bits, check_cpu);
-  lowrank::check_optional_number(found_inf, "found_inf", check_cpu);
+  lowrank::check_optional_one(found_inf, "found_inf", check_cpu);
   if (is_set(found_inf)) return;
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i].numel() == 0) continue;
@@ -32,7 +32,7 @@ void run_quantize(const Tensors& values, const Tensors& codes, const Tensors& sc
 void run_dequantize(const Tensors& codes, const Tensors& scale, const Tensors& zero, const Tensors& values,
                     const std::optional<Tensor>& grad_scale, int64_t bits, bool adds, bool maximize) {
   const DataType type = lowrank::check_quantized(values, codes, scale, zero, bits, check_cpu);
-  lowrank::check_optional_number(grad_scale, "grad_scale", check_cpu);
+  lowrank::check_optional_one(grad_scale, "grad_scale", check_cpu);
   const double factor = (maximize ? -1.0 : 1.0) / (grad_scale ? *input<float>(*grad_scale) : 1.0);
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i].numel() == 0) continue;
@@ -68,7 +68,7 @@ void run_apply(const Tensors& codes, const Tensors& scale, const Tensors& zero, 
     request.shrink = static_cast<float>(shrink);
     request.step_size = static_cast<float>(decay_after ? step_size * (1 - shrink) : step_size);
     request.seed = static_cast<uint64_t>(seeds[i]);
-    request.step = static_cast<uint64_t>(lowrank::number(step[i]));
+    request.step = static_cast<uint32_t>(*input<float>(step[i]));
     STD_TORCH_CHECK(int8_weights_step()(request), "low_rank_apply_int8: out of memory");
   }
 }

@@ -8,7 +8,7 @@
 namespace pykern {
 namespace {
 
-using Tensors = std::vector<Tensor>;
+using lowrank::Tensors;
 
 // Elements of a product, about: enough for the library to be at its best, few enough for the second-level cache.
 constexpr int64_t kBlockElements = int64_t{1} << 22;
@@ -49,8 +49,7 @@ void run_apply(const Tensors& codes, const Tensors& scale, const Tensors& zero, 
     const Tensor update = cuda::empty(scale[i], {height, columns}, ScalarType::Float);
     params.columns = columns;
     params.seed = static_cast<uint64_t>(seeds[i]);
-    params.step = cuda::input<void>(step[i]);
-    params.step_is_double = lowrank::is_double(step[i]);
+    params.step = cuda::input<float>(step[i]);
     params.step_factor = step_factors + i;
     uint8_t* const all_codes = cuda::output<uint8_t>(codes[i]);
     float* const all_scales = cuda::output<float>(scale[i]);

@@ -1,23 +1,19 @@
-// Host side of quantised matrices on CUDA: as many matrices to a launch as its parameters hold.
+// Host side of quantised matrices on CUDA.
 #include "common/cuda.h"
 #include "lowrank/quantized_arguments.h"
 
 namespace pykern {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using Launch = const char* (*)(const lowrank::AffineParams& params, Stream stream);
+using lowrank::AffineMatrix;
+using lowrank::Tensors;
 
-// Writes the values if `to_values`, else codes, scale and zero.
-void launch_all(lowrank::AffineParams params, const Tensors& values, const Tensors& codes, const Tensors& scale,
-                const Tensors& zero, bool to_values, Launch launch, Stream stream, const char* op) {
-  const auto flush = [&] {
-    if (params.count > 0) cuda::check_launch(launch(params, stream), op);
-    params.count = 0;
-  };
+// The values are written if `to_values`, else codes, scale and zero.
+std::vector<AffineMatrix> matrices_of(const Tensors& values, const Tensors& codes, const Tensors& scale,
+                                      const Tensors& zero, bool to_values) {
+  std::vector<AffineMatrix> matrices;
   for (size_t i = 0; i < values.size(); ++i) {
-    if (values[i].numel() == 0) continue;
-    lowrank::AffineMatrix& matrix = params.matrices[params.count++];
+    AffineMatrix matrix{};
     matrix.rows = values[i].size(0);
     matrix.columns = values[i].size(1);
     matrix.row_stride = values[i].stride(0);
@@ -33,37 +29,41 @@ void launch_all(lowrank::AffineParams params, const Tensors& values, const Tenso
       matrix.scale = cuda::output<float>(scale[i]);
       matrix.zero = cuda::output<float>(zero[i]);
     }
-    if (params.count == lowrank::kAffineMatrices) flush();
+    matrices.push_back(matrix);
   }
-  flush();
+  return matrices;
 }
 
 void run_quantize(const Tensors& values, const Tensors& codes, const Tensors& scale, const Tensors& zero,
                   const std::optional<Tensor>& found_inf, int64_t bits) {
   lowrank::AffineParams params{};
   params.type = lowrank::check_quantized(values, codes, scale, zero, bits, cuda::check_device);
-  lowrank::check_optional_number(found_inf, "found_inf", cuda::check_device);
+  lowrank::check_optional_one(found_inf, "found_inf", cuda::check_device);
   if (values.empty()) return;
   const cuda::DeviceGuard guard(values[0]);
   params.bits = static_cast<int>(bits);
   params.found_inf = cuda::input<float>(found_inf);
-  launch_all(params, values, codes, scale, zero, false, lowrank::launch_quantize_groups,
-             cuda::current_stream(values[0]), "quantize_groups");
+  const std::vector<AffineMatrix> matrices = matrices_of(values, codes, scale, zero, false);
+  cuda::check_launch(lowrank::launch_quantize_groups(params, matrices.data(), static_cast<int64_t>(matrices.size()),
+                                                     cuda::current_stream(values[0])),
+                     "quantize_groups");
 }
 
 void run_dequantize(const Tensors& codes, const Tensors& scale, const Tensors& zero, const Tensors& values,
                     const std::optional<Tensor>& grad_scale, int64_t bits, bool adds, bool maximize) {
   lowrank::AffineParams params{};
   params.type = lowrank::check_quantized(values, codes, scale, zero, bits, cuda::check_device);
-  lowrank::check_optional_number(grad_scale, "grad_scale", cuda::check_device);
+  lowrank::check_optional_one(grad_scale, "grad_scale", cuda::check_device);
   if (values.empty()) return;
   const cuda::DeviceGuard guard(values[0]);
   params.bits = static_cast<int>(bits);
   params.adds = adds;
   params.sign = maximize ? -1.0f : 1.0f;
   params.grad_scale = cuda::input<float>(grad_scale);
-  launch_all(params, values, codes, scale, zero, true, lowrank::launch_dequantize_groups,
-             cuda::current_stream(values[0]), "dequantize_groups");
+  const std::vector<AffineMatrix> matrices = matrices_of(values, codes, scale, zero, true);
+  cuda::check_launch(lowrank::launch_dequantize_groups(params, matrices.data(), static_cast<int64_t>(matrices.size()),
+                                                       cuda::current_stream(values[0])),
+                     "dequantize_groups");
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // The step of weights that are kept in 8 bits: tiles of a few rows by kWide columns, each dequantised, changed and
 // quantised anew while it is in cache.
-#include "common/matmul.h"
 #include "common/parallel.h"
-#include "common/scratch.h"
-#include "kernels/common/philox.h"
+#include "kernels/lowrank/int8_weights.h"
+#include "kernels/lowrank/philox.h"
 #include "lowrank/affine.h"
+#include "lowrank/blocking.h"
 #include "lowrank/quantized.h"
 
 namespace pykern::PYKERN_SIMD {
@@ -16,8 +16,6 @@ using lowrank::Int8Step;
 constexpr int64_t kTall = 48;
 constexpr int64_t kWide = 512;
 static_assert(kWide % kAffineGroup == 0 && kWide % kPanel == 0);
-
-PYKERN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Body>
 void with_type(DataType type, const void* values, const Body& body) {
@@ -40,14 +38,14 @@ void convert_left(C* target, int64_t stride, const Factor& left, int64_t first_r
   });
 }
 
-// Random numbers in [0, 1) of `count` elements from number `index` on.
-void random_numbers(float* target, uint64_t seed, uint64_t index, uint64_t step, int64_t count) {
-  const uint64_t first = index / 4;
-  const int64_t skipped = static_cast<int64_t>(index % 4), counters = (skipped + count + 3) / 4;
-  alignas(64) float numbers[kAffineGroup + 8];
-  for (int64_t i = 0; i < counters; ++i) {
-    const RandomWords random = philox(seed, first + static_cast<uint64_t>(i), step);
-    for (int word = 0; word < 4; ++word) numbers[4 * i + word] = unit_interval(random.words[word]);
+// Random numbers of `count` elements from number `index` on.
+void random_numbers(float* target, uint64_t seed, uint64_t index, uint32_t step, int64_t count) {
+  constexpr int64_t kShares = lowrank::kPhiloxShares;
+  const int64_t skipped = static_cast<int64_t>(index % kShares), draws = (skipped + count + kShares - 1) / kShares;
+  float numbers[kAffineGroup + 2 * kShares];
+  for (int64_t i = 0; i < draws; ++i) {
+    const lowrank::PhiloxBits bits = lowrank::philox(seed, index / kShares + static_cast<uint64_t>(i), step);
+    for (int share = 0; share < kShares; ++share) numbers[i * kShares + share] = lowrank::random_share(bits[share]);
   }
   std::memcpy(target, numbers + skipped, static_cast<size_t>(count) * sizeof(float));
 }
@@ -82,29 +80,29 @@ void step_group(const Int8Step& step, int64_t row, int64_t first, int64_t count,
 template <class C>
 bool step_typed(const Int8Step& step) {
   const int64_t stride = round_up(step.rank, 2), depth = round_up(step.rank, kDepth<C>);
-  const int64_t wide = smaller(kWide, round_up(step.columns, kPanel));
+  const int64_t wide = lesser_size(kWide, round_up(step.columns, kPanel));
   const int64_t thread_bytes = round_up(static_cast<int64_t>(kTall * (wide * sizeof(float) + stride * sizeof(C))), 64);
   const Scratch packed(static_cast<size_t>(packed_size<C>(step.rank, step.columns)) * sizeof(C));
   const Scratch tiles(static_cast<size_t>(thread_bytes * max_threads()));
   if (!packed.get<C>() || !tiles.get<char>()) return false;
   parallel_tasks(ceil_div(step.columns, kWide), [&](int64_t task, int) {
-    const int64_t first = task * kWide, columns = smaller(kWide, step.columns - first);
+    const int64_t first = task * kWide, columns = lesser_size(kWide, step.columns - first);
     with_type(step.right.type, step.right.values, [&](auto values) {
       pack(packed.get<C>() + first * depth, values + first * step.right.column_stride, step.rank, columns,
            step.right.row_stride, step.right.column_stride);
     });
   });
   parallel_tasks(ceil_div(step.rows, kTall), [&](int64_t task, int thread) {
-    const int64_t first_row = task * kTall, rows = smaller(kTall, step.rows - first_row);
+    const int64_t first_row = task * kTall, rows = lesser_size(kTall, step.rows - first_row);
     float* update = reinterpret_cast<float*>(tiles.get<char>() + thread * thread_bytes);
     C* left = reinterpret_cast<C*>(update + kTall * wide);
     convert_left(left, stride, step.left, first_row, rows, step.rank);
     for (int64_t first = 0; first < step.columns; first += kWide) {
-      const int64_t columns = smaller(kWide, step.columns - first);
+      const int64_t columns = lesser_size(kWide, step.columns - first);
       matmul(rows, columns, step.rank, left, stride, int64_t{1}, packed.get<C>() + first * depth, update, wide, false);
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t group = 0; group < columns; group += kAffineGroup) {
-          step_group(step, first_row + row, first + group, smaller(kAffineGroup, columns - group),
+          step_group(step, first_row + row, first + group, lesser_size(kAffineGroup, columns - group),
                      update + row * wide + group);
         }
       }

@@ -28,7 +28,8 @@ struct Int8Step {
   Factor left, right;
   bool narrow_products;  // of factors rounded to bfloat16, where the level has them
   float shrink, step_size;
-  uint64_t seed, step;
+  uint64_t seed;
+  uint32_t step;
 };
 
 }  // namespace pykern::lowrank

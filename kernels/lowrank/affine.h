@@ -7,6 +7,7 @@
 // a row begins at a byte of its own.
 #pragma once
 
+#include "kernels/common/host_device.h"
 #include "kernels/common/numeric.h"
 #include "kernels/common/stream.h"
 
@@ -26,21 +27,19 @@ struct AffineMatrix {
   float* zero;
 };
 
-// As many matrices as one launch takes: the parameters of a kernel have 4096 bytes.
-constexpr int kAffineMatrices = 32;
-
 struct AffineParams {
   DataType type;  // of the values
   int bits;       // 8 or 4
-  int count;
-  AffineMatrix matrices[kAffineMatrices];
   const float* found_inf;   // null, or not zero: nothing is quantised
   bool adds;                // values = sign * values / grad_scale + what the codes say; else what the codes say
   float sign;
   const float* grad_scale;  // null: 1
 };
 
-const char* launch_quantize_groups(const AffineParams& params, Stream stream);
-const char* launch_dequantize_groups(const AffineParams& params, Stream stream);
+// A few launches for all matrices; those without elements are left out.
+const char* launch_quantize_groups(const AffineParams& params, const AffineMatrix* matrices, int64_t count,
+                                   Stream stream);
+const char* launch_dequantize_groups(const AffineParams& params, const AffineMatrix* matrices, int64_t count,
+                                     Stream stream);
 
 }  // namespace pykern::lowrank

@@ -7,8 +7,9 @@
 #include "kernels/common/device.h"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/vector.cuh"
-#include "kernels/lowrank/adam_sm80.cuh"
 #include "kernels/lowrank/affine.h"
+#include "kernels/lowrank/compute.cuh"
+#include "kernels/lowrank/grouped.h"
 
 namespace pykern::lowrank {
 
@@ -114,24 +115,27 @@ struct GroupPlace {
   }
 };
 
+using AffineTable = GroupedTable<AffineMatrix>;
+
+// A block has the groups of kAffineWarps warps, one matrix's; the last block of a matrix has fewer.
 template <class Body>
-__device__ __forceinline__ void each_group(const AffineMatrix& matrix, const Body& body) {
-  const int64_t groups = matrix.rows * affine_groups(matrix.columns), stride = int64_t{gridDim.x} * kAffineWarps;
-  for (int64_t index = int64_t{blockIdx.x} * kAffineWarps + threadIdx.x / kWarpSize; index < groups; index += stride) {
-    body(GroupPlace(matrix, index));
-  }
+__device__ __forceinline__ void own_group(const AffineMatrix& matrix, int64_t block, const Body& body) {
+  const int64_t index = block * kAffineWarps + threadIdx.x / kWarpSize;
+  if (index < matrix.rows * affine_groups(matrix.columns)) body(GroupPlace(matrix, index));
 }
 
 // The number of columns is a multiple of a lane's values: a lane has all of them or none.
 template <class T>
-__global__ void __launch_bounds__(kAffineThreads) quantize_packs_kernel(const __grid_constant__ AffineParams params) {
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
+__global__ void __launch_bounds__(kAffineThreads)
+    quantize_packs_kernel(const __grid_constant__ AffineTable table, const __grid_constant__ AffineParams params) {
+  if (is_set(params.found_inf)) return;
   constexpr int kSize = Pack<T>::kSize;
-  const AffineMatrix& matrix = params.matrices[blockIdx.y];
+  const int found = table.find(blockIdx.x);
+  const AffineMatrix& matrix = table.matrix[found];
   const int lane = threadIdx.x % kWarpSize, bits = params.bits;
   const float largest = largest_code(bits);
   const auto place = [&](int e) { return lane * kGroupValues + e; };
-  each_group(matrix, [&](const GroupPlace& group) {
+  own_group(matrix, blockIdx.x - table.first_tile[found], [&](const GroupPlace& group) {
     const bool mine = place(0) < group.count;
     const T* source = static_cast<const T*>(matrix.values) + group.row * matrix.row_stride + group.first + place(0);
     float values[kGroupValues] = {};
@@ -159,13 +163,15 @@ __global__ void __launch_bounds__(kAffineThreads) quantize_packs_kernel(const __
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAffineThreads) dequantize_packs_kernel(const __grid_constant__ AffineParams params) {
+__global__ void __launch_bounds__(kAffineThreads)
+    dequantize_packs_kernel(const __grid_constant__ AffineTable table, const __grid_constant__ AffineParams params) {
   constexpr int kSize = Pack<T>::kSize;
-  const AffineMatrix& matrix = params.matrices[blockIdx.y];
+  const int found = table.find(blockIdx.x);
+  const AffineMatrix& matrix = table.matrix[found];
   const int lane = threadIdx.x % kWarpSize, bits = params.bits;
   const float divisor = params.grad_scale != nullptr ? *params.grad_scale : 1.0f;
   const int place = lane * kGroupValues;
-  each_group(matrix, [&](const GroupPlace& group) {
+  own_group(matrix, blockIdx.x - table.first_tile[found], [&](const GroupPlace& group) {
     if (place >= group.count) return;
     const uint8_t* row = matrix.codes + group.row * code_bytes(matrix.columns, bits);
     const GroupCodes codes = load_codes(row + code_bytes(group.first + place, bits), bits);
@@ -194,16 +200,11 @@ struct TilePlace {
   int rows, columns;
 };
 
-template <class Body>
-__device__ __forceinline__ void each_tile(const AffineMatrix& matrix, const Body& body) {
-  const int64_t groups = affine_groups(matrix.columns), row_tiles = (matrix.rows + kTileRows - 1) / kTileRows;
-  for (int64_t index = blockIdx.x; index < groups * row_tiles; index += gridDim.x) {
-    const int64_t row_tile = index / groups, group = index - row_tile * groups;
-    const int64_t rows = matrix.rows - row_tile * kTileRows, columns = matrix.columns - group * kAffineGroup;
-    body(TilePlace{row_tile * kTileRows, group, group * kAffineGroup,
-                   rows < kTileRows ? static_cast<int>(rows) : kTileRows,
-                   columns < kAffineGroup ? static_cast<int>(columns) : kAffineGroup});
-  }
+__device__ __forceinline__ TilePlace tile_of(const AffineMatrix& matrix, int64_t index) {
+  const int64_t groups = affine_groups(matrix.columns), row_tile = index / groups, group = index - row_tile * groups;
+  const int64_t rows = matrix.rows - row_tile * kTileRows, columns = matrix.columns - group * kAffineGroup;
+  return {row_tile * kTileRows, group, group * kAffineGroup, rows < kTileRows ? static_cast<int>(rows) : kTileRows,
+          columns < kAffineGroup ? static_cast<int>(columns) : kAffineGroup};
 }
 
 // Every element of the tile, neighbouring threads along the unit stride of memory.
@@ -223,81 +224,81 @@ __device__ __forceinline__ void each_element(const AffineMatrix& matrix, const T
 __device__ __forceinline__ int paired_place(int lane, int e) { return (e / 2 * kWarpSize + lane) * 2 + e % 2; }
 
 template <class T>
-__global__ void __launch_bounds__(kAffineThreads) quantize_tiles_kernel(const __grid_constant__ AffineParams params) {
+__global__ void __launch_bounds__(kAffineThreads)
+    quantize_tiles_kernel(const __grid_constant__ AffineTable table, const __grid_constant__ AffineParams params) {
   PYKERN_SHARED(AffineTile, shared);
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
-  const AffineMatrix& matrix = params.matrices[blockIdx.y];
+  if (is_set(params.found_inf)) return;
+  const int found = table.find(blockIdx.x);
+  const AffineMatrix& matrix = table.matrix[found];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, bits = params.bits;
   const float largest = largest_code(bits);
   const int64_t groups = affine_groups(matrix.columns), row_bytes = code_bytes(matrix.columns, bits);
   const auto place = [&](int e) { return paired_place(lane, e); };
-  each_tile(matrix, [&](const TilePlace& tile) {
-    each_element(matrix, tile, [&](int row, int column, int64_t offset) {
-      shared.values[row][column] = as_float(widen(static_cast<const T*>(matrix.values)[offset]));
-    });
-    __syncthreads();
-    for (int row = warp; row < tile.rows; row += kAffineWarps) {
-      float values[kGroupValues];
+  const TilePlace tile = tile_of(matrix, blockIdx.x - table.first_tile[found]);
+  each_element(matrix, tile, [&](int row, int column, int64_t offset) {
+    shared.values[row][column] = as_float(widen(static_cast<const T*>(matrix.values)[offset]));
+  });
+  __syncthreads();
+  for (int row = warp; row < tile.rows; row += kAffineWarps) {
+    float values[kGroupValues];
 #pragma unroll
-      for (int e = 0; e < kGroupValues; ++e) {
-        values[e] = place(e) < tile.columns ? shared.values[row][place(e)] : 0.0f;
-      }
-      const AffineScale scale = scale_of_group(values, tile.columns, bits, place);
-      uint8_t* codes = matrix.codes + (tile.first_row + row) * row_bytes + code_bytes(tile.first, bits);
+    for (int e = 0; e < kGroupValues; ++e) {
+      values[e] = place(e) < tile.columns ? shared.values[row][place(e)] : 0.0f;
+    }
+    const AffineScale scale = scale_of_group(values, tile.columns, bits, place);
+    uint8_t* codes = matrix.codes + (tile.first_row + row) * row_bytes + code_bytes(tile.first, bits);
 #pragma unroll
-      for (int e = 0; e < kGroupValues; e += 2) {
-        const bool second = place(e + 1) < tile.columns;
-        const uint8_t low = nearest_code(values[e], scale, largest);
-        const uint8_t high = second ? nearest_code(values[e + 1], scale, largest) : uint8_t{0};
-        if (place(e) < tile.columns) {
-          if (bits == 8) {
-            codes[place(e)] = low;
-            if (second) codes[place(e + 1)] = high;
-          } else {
-            codes[place(e) / 2] = static_cast<uint8_t>(low | high << 4);
-          }
+    for (int e = 0; e < kGroupValues; e += 2) {
+      const bool second = place(e + 1) < tile.columns;
+      const uint8_t low = nearest_code(values[e], scale, largest);
+      const uint8_t high = second ? nearest_code(values[e + 1], scale, largest) : uint8_t{0};
+      if (place(e) < tile.columns) {
+        if (bits == 8) {
+          codes[place(e)] = low;
+          if (second) codes[place(e + 1)] = high;
+        } else {
+          codes[place(e) / 2] = static_cast<uint8_t>(low | high << 4);
         }
       }
-      if (lane == 0) {
-        matrix.scale[(tile.first_row + row) * groups + tile.group] = scale.scale;
-        matrix.zero[(tile.first_row + row) * groups + tile.group] = scale.zero;
-      }
     }
-    __syncthreads();
-  });
+    if (lane == 0) {
+      matrix.scale[(tile.first_row + row) * groups + tile.group] = scale.scale;
+      matrix.zero[(tile.first_row + row) * groups + tile.group] = scale.zero;
+    }
+  }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAffineThreads) dequantize_tiles_kernel(const __grid_constant__ AffineParams params) {
+__global__ void __launch_bounds__(kAffineThreads)
+    dequantize_tiles_kernel(const __grid_constant__ AffineTable table, const __grid_constant__ AffineParams params) {
   using C = Compute<T>;
   PYKERN_SHARED(AffineTile, shared);
-  const AffineMatrix& matrix = params.matrices[blockIdx.y];
+  const int found = table.find(blockIdx.x);
+  const AffineMatrix& matrix = table.matrix[found];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, bits = params.bits;
   const C divisor = params.grad_scale != nullptr ? static_cast<C>(*params.grad_scale) : C(1);
   const C sign = static_cast<C>(params.sign);
   const int64_t groups = affine_groups(matrix.columns), row_bytes = code_bytes(matrix.columns, bits);
-  each_tile(matrix, [&](const TilePlace& tile) {
-    for (int row = warp; row < tile.rows; row += kAffineWarps) {
-      const uint8_t* codes = matrix.codes + (tile.first_row + row) * row_bytes + code_bytes(tile.first, bits);
-      const float scale = matrix.scale[(tile.first_row + row) * groups + tile.group];
-      const float zero = matrix.zero[(tile.first_row + row) * groups + tile.group];
+  const TilePlace tile = tile_of(matrix, blockIdx.x - table.first_tile[found]);
+  for (int row = warp; row < tile.rows; row += kAffineWarps) {
+    const uint8_t* codes = matrix.codes + (tile.first_row + row) * row_bytes + code_bytes(tile.first, bits);
+    const float scale = matrix.scale[(tile.first_row + row) * groups + tile.group];
+    const float zero = matrix.zero[(tile.first_row + row) * groups + tile.group];
 #pragma unroll
-      for (int e = 0; e < kGroupValues; ++e) {
-        const int column = paired_place(lane, e);
-        if (column < tile.columns) {
-          const int code = bits == 8 ? codes[column] : codes[column / 2] >> (4 * (e % 2)) & 15;
-          shared.values[row][column] = zero + scale * static_cast<float>(code);
-        }
+    for (int e = 0; e < kGroupValues; ++e) {
+      const int column = paired_place(lane, e);
+      if (column < tile.columns) {
+        const int code = bits == 8 ? codes[column] : codes[column / 2] >> (4 * (e % 2)) & 15;
+        shared.values[row][column] = zero + scale * static_cast<float>(code);
       }
     }
-    __syncthreads();
-    each_element(matrix, tile, [&](int row, int column, int64_t offset) {
-      T& target = static_cast<T*>(matrix.values)[offset];
-      C value = static_cast<C>(shared.values[row][column]);
-      if (params.adds) value += sign * static_cast<C>(widen(target)) / divisor;
-      narrow(value, target);
-    });
-    __syncthreads();
+  }
+  __syncthreads();
+  each_element(matrix, tile, [&](int row, int column, int64_t offset) {
+    T& target = static_cast<T*>(matrix.values)[offset];
+    C value = static_cast<C>(shared.values[row][column]);
+    if (params.adds) value += sign * static_cast<C>(widen(target)) / divisor;
+    narrow(value, target);
   });
 }
 

@@ -1,11 +1,13 @@
 // Weights of 8 bits: dequantise, change, quantise with stochastic rounding in one pass. A warp owns a group.
 #pragma once
 
-#include "kernels/common/philox.h"
 #include "kernels/lowrank/affine_sm80.cuh"
 #include "kernels/lowrank/int8_weights.h"
+#include "kernels/lowrank/philox.h"
 
 namespace pykern::lowrank {
+
+static_assert(kGroupValues == kPhiloxShares, "a lane draws once");
 
 struct Int8Rule {
   float shrink, step_size;
@@ -19,23 +21,23 @@ __device__ __forceinline__ Int8Rule rule_of(const Int8WeightParams& params) {
 
 // One of the two neighbours of the code before it is rounded, the nearer the likelier. Compared exactly: the sum of a
 // code and a random number would round.
-__device__ __forceinline__ uint8_t random_code(float code, uint32_t word) {
+__device__ __forceinline__ uint8_t random_code(float code, uint32_t bits) {
   const float below = floorf(code);
-  return static_cast<uint8_t>(unit_interval(word) < code - below ? below + 1 : below);
+  return static_cast<uint8_t>(random_share(bits) < code - below ? below + 1 : below);
 }
 
 template <bool kPacks>
 __global__ void __launch_bounds__(kAffineThreads) int8_weights_kernel(const __grid_constant__ Int8WeightParams params) {
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
+  if (is_set(params.found_inf)) return;
   const Int8Rule rule = rule_of(params);
-  const uint64_t step = static_cast<uint64_t>(read_number(params.step, params.step_is_double));
+  const uint32_t step = static_cast<uint32_t>(*params.step);
   const int lane = threadIdx.x % kWarpSize;
   // In packs a lane's values are neighbours; else neighbouring lanes take neighbouring values.
   const auto place = [&](int e) { return kPacks ? lane * kGroupValues + e : e * kWarpSize + lane; };
   AffineMatrix matrix{};
   matrix.rows = params.rows;
   matrix.columns = params.columns;
-  each_group(matrix, [&](const GroupPlace& group) {
+  own_group(matrix, blockIdx.x, [&](const GroupPlace& group) {
     const int64_t offset = group.row * params.columns + group.first;
     const int64_t index = params.first_row * params.columns + offset;
     const float scale = params.scale[group.group], zero = params.zero[group.group];
@@ -67,23 +69,18 @@ __global__ void __launch_bounds__(kAffineThreads) int8_weights_kernel(const __gr
     }
     const AffineScale changed = scale_of_group(values, group.count, 8, place);
     if (kPacks) {
+      const PhiloxBits bits = philox(params.seed, static_cast<uint64_t>(index + place(0)) / kPhiloxShares, step);
 #pragma unroll
-      for (int part = 0; part < kGroupValues / 4; ++part) {
-        const RandomWords random = philox(params.seed, static_cast<uint64_t>(index + place(part * 4)) / 4, step);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          codes.codes[part * 4 + e] = random_code(code_of(values[part * 4 + e], changed, 255.0f), random.words[e]);
-        }
+      for (int e = 0; e < kGroupValues; ++e) {
+        codes.codes[e] = random_code(code_of(values[e], changed, 255.0f), bits[e]);
       }
       if (place(0) < group.count) store_codes(params.codes + offset + place(0), codes, 8);
     } else {
 #pragma unroll
       for (int e = 0; e < kGroupValues; ++e) {
         const uint64_t element = static_cast<uint64_t>(index + place(e));
-        const RandomWords random = philox(params.seed, element / 4, step);
-        const uint32_t low = element % 2 ? random.words[1] : random.words[0];
-        const uint32_t high = element % 2 ? random.words[3] : random.words[2];
-        const uint8_t code = random_code(code_of(values[e], changed, 255.0f), element % 4 / 2 ? high : low);
+        const PhiloxBits bits = philox(params.seed, element / kPhiloxShares, step);
+        const uint8_t code = random_code(code_of(values[e], changed, 255.0f), bits[element % kPhiloxShares]);
         if (place(e) < group.count) params.codes[offset + place(e)] = code;
       }
     }
