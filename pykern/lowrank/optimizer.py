@@ -560,34 +560,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
                 self._counted[job.param] += 1
 
-
-        Between processes with gradients of their own, R is averaged where the step needs nothing else of them.
-        """
-        residual, processes = RESIDUALS[group["residual"]], self.process_group
-        if jobs[0].low is not None:
-            low = [job.low.contiguous() for job in jobs]
-            if processes is not None:
-                low = [matrix.clone() for matrix in low]
-                average(low, processes)
-            return low, []
-        due = [self._due(job, amp) for job in jobs]
-        if processes is not None:
-            average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
-        # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
-        sources = [self._with_feedback(job, amp) if residual.feedback else job.grad for job in jobs]
-        for job, source, now in zip(jobs, sources, due, strict=True):
-            if now:
-                self._refresh(job, source)
-        low = [torch.empty(job.rank, job.length, dtype=wide_dtype(job.param), device=job.param.device) for job in jobs]
-        squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
-        projectors = [basis_of(group).dense(job, job.state) for job in jobs]
-        scale = None if residual.feedback else amp.grad_scale
-        maximize = group["maximize"] and not residual.feedback
-        ops.low_rank_project(sources, projectors, scale, low, squares, maximize=maximize)
-        if processes is not None and residual.linear:
-            average([matrix for matrix, now in zip(low, due, strict=True) if not now], processes)
-        return low, squares
-
     def _with_feedback(self, job: Job, amp: Amp) -> Tensor:
         """The gradient plus what earlier steps missed, in the buffer of the latter."""
         error = job.state["error"]
