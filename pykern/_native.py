@@ -54,7 +54,7 @@ FAMILY_OPS = {
         "linear_chunk_logprobs",
         "linear_chunk_gradients",
     ),
-    "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
+    "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step", "sparse_rows_add", "sparse_rows_take"),
     "offload": ("offload_pack", "offload_unpack"),
 }
 """The ops that compute on tensors, on a GPU too once they have a kernel for it."""

@@ -17,6 +17,10 @@ from .presets import (
     LDAdamW,
     Trion,
 )
+from .presets import FiraAdamW, GaLoreAdamW
+from .refactorize import refactorize, reset_moments
+from .sltrain import SLTrainLinear, sltrain_linear
+from .weight_norm import NormalizedLowRankLinear
 
 __all__ = [
     "ApolloAdamW",
@@ -34,7 +38,12 @@ __all__ = [
     "LDAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
+    "NormalizedLowRankLinear",
+    "SLTrainLinear",
     "Trion",
     "low_rank_groups",
+    "refactorize",
+    "reset_moments",
+    "sltrain_linear",
     "step_in_backward",
 ]
