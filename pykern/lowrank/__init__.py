@@ -17,7 +17,6 @@ from .presets import (
     LDAdamW,
     Trion,
 )
-from .presets import FiraAdamW, GaLoreAdamW
 from .refactorize import refactorize, reset_moments
 from .sltrain import SLTrainLinear, sltrain_linear
 from .weight_norm import NormalizedLowRankLinear
