@@ -1,14 +1,14 @@
-"""Adam in the subspace alone, on float32 and on 8-bit moments, against its definition in float64."""
+"""The inner rules on float32, bfloat16 and 8-bit moments, against their definitions in float64."""
 
 import pytest
 import torch
 
 from pykern.lowrank import ops
-from pykern.reference import lowrank as reference
+from pykern.reference import lowrank as reference, lowrank_parts as parts
 from tests.support import assert_accurate, check_op, compile_whole, poison, threads
 
-RULE = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "corrected_eps": True, "maximize": False}
-NARROW = [torch.float32, torch.bfloat16, torch.float16]
+RULE = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "corrected_eps": True}
+TWO_MOMENTS = ("adamw", "adabelief")
 SIGNED, UNSIGNED = reference.dynamic_map(True), reference.dynamic_map(False)
 
 
@@ -16,10 +16,22 @@ def scales(rank, length):
     return -(-length // 256)
 
 
+def advance(low, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, step, *, found_inf=None, kind="adamw", **rule):
+    """The op on lists; returns directions and the factors on the learning rate."""
+    direction = [poison(torch.empty_like(matrix)) for matrix in low]
+    factor = poison(torch.empty(len(low), dtype=torch.float64, device=low[0].device))
+    two = kind in TWO_MOMENTS
+    ops.low_rank_rule(
+        low, exp_avg, exp_avg_sq if two else [], exp_avg_scale, exp_avg_sq_scale if two else [], step, direction,
+        factor, found_inf, rule=parts.RULES.index(kind), **{**RULE, **rule},
+    )  # fmt: skip
+    return direction, factor
+
+
 class Quantized:
     """A low-rank gradient and 8-bit moments in midcourse; the energy differs from row to row, and within a row."""
 
-    def __init__(self, rank, length, dtype=torch.float32, device="cpu", seed=0):
+    def __init__(self, rank, length, device="cpu", seed=0):
         generator = torch.Generator().manual_seed(seed)
 
         def normal():
@@ -28,7 +40,7 @@ class Quantized:
         energy = 10 ** (-3 * torch.rand(rank, 1, generator=generator)) * (0.5 * normal()).exp()
         low, first = normal() * energy, 0.3 * normal() * energy
         second = 0.5 * (normal().square() + 0.1) * energy.square()
-        self.low = low.to(dtype).to(device)
+        self.low = low.to(device)
         self.first, self.first_scale = (tensor.to(device) for tensor in reference.quantize(first, True))
         self.second, self.second_scale = (tensor.to(device) for tensor in reference.quantize(second, False))
 
@@ -41,11 +53,11 @@ class Quantized:
         return [self.first, self.second, self.first_scale, self.second_scale]
 
     def step(self, count=3.0, **rule):
-        """Steps in place and returns the direction."""
+        """Steps in place and returns the direction, times the factor on the learning rate."""
         step = torch.tensor(count, device=self.low.device)
-        direction = ops.low_rank_adam_phase(self.low, *self.state(), step, **{**RULE, **rule})
+        direction, factor = advance([self.low], *([tensor] for tensor in self.state()), [step], **rule)
         assert step.item() == count + 1
-        return direction
+        return direction[0] if factor.item() == 1 else direction[0] * factor.item()
 
 
 def assert_nearest(codes, scale, exact, signed):
@@ -62,18 +74,20 @@ def assert_nearest(codes, scale, exact, signed):
     assert (excess <= 1e-5 * torch.maximum(exact.abs(), 1e-7 * spread)).all(), excess.max()
 
 
-def hold(problem: Quantized, **rule) -> None:
+def hold(problem: Quantized, kind="adamw", **rule) -> None:
     before = problem.moments()
-    rules = {**RULE, **rule}
-    exact = reference.low_rank_adam_phase(problem.low.cpu().double(), *before, 4, **rules)
-    dtype = problem.low.dtype
-    own = reference.low_rank_adam_phase(problem.low.cpu(), *(moment.to(dtype) for moment in before), 4, **rules)
-    direction = problem.step(**rule)
-    assert direction.dtype == dtype and direction.is_contiguous()
-    # Moments of float16 underflow in PyTorch's own computation; the bound is then one of roundings alone.
-    assert_accurate(direction, exact[0], own[0] if dtype != torch.float16 else None, units=4.0)
-    assert_nearest(problem.first, problem.first_scale, exact[1], True)
-    assert_nearest(problem.second, problem.second_scale, exact[2], False)
+    rules = {**RULE, **rule, "rule": kind}
+    direction, first, second, factor = parts.rule(problem.low.cpu().double(), *before, 4, **rules)
+    own = parts.rule(problem.low.cpu(), *(moment.float() for moment in before), 4, **rules)
+    codes = problem.second.clone()
+    stepped = problem.step(kind=kind, **rule)
+    assert stepped.is_contiguous()
+    assert_accurate(stepped, direction * factor, own[0] * own[3], units=4.0)
+    assert_nearest(problem.first, problem.first_scale, first, True)
+    if second is None:
+        assert torch.equal(problem.second, codes)
+    else:
+        assert_nearest(problem.second, problem.second_scale, second, False)
 
 
 # --- the maps ---------------------------------------------------------------------------------------
