@@ -28,6 +28,13 @@ def advance(low, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, step, *, 
     return direction, factor
 
 
+def advance_one(low, first, second, first_scale, second_scale, step, **rule):
+    """`advance` of one matrix, the factor on the learning rate in the direction; scales None: not 8-bit."""
+    lists = ([] if tensor is None else [tensor] for tensor in (first, second, first_scale, second_scale))
+    direction, factor = advance([low], *lists, [step], **rule)
+    return direction[0] * factor.item()
+
+
 class Quantized:
     """A low-rank gradient and 8-bit moments in midcourse; the energy differs from row to row, and within a row."""
 
@@ -55,9 +62,9 @@ class Quantized:
     def step(self, count=3.0, **rule):
         """Steps in place and returns the direction, times the factor on the learning rate."""
         step = torch.tensor(count, device=self.low.device)
-        direction, factor = advance([self.low], *([tensor] for tensor in self.state()), [step], **rule)
+        direction = advance_one(self.low, *self.state(), step, **rule)
         assert step.item() == count + 1
-        return direction[0] if factor.item() == 1 else direction[0] * factor.item()
+        return direction
 
 
 def assert_nearest(codes, scale, exact, signed):
@@ -108,13 +115,11 @@ def test_every_code_decodes_to_its_value(device):
     ones = torch.ones(1, 1, device=device)
     state = [codes.clone(), torch.full_like(codes, 255), ones.clone(), ones.clone()]
     rule = {**RULE, "beta1": 0.5, "beta2": 0.5, "eps": 0.0, "corrected_eps": False}
-    direction = ops.low_rank_adam_phase(
-        torch.zeros(1, 256, device=device), *state, torch.full((), 1e4, device=device), **rule
-    )
+    direction = advance_one(torch.zeros(1, 256, device=device), *state, torch.full((), 1e4, device=device), **rule)
     torch.testing.assert_close(direction[0].cpu(), SIGNED * 0.5**0.5, rtol=1e-6, atol=0)
     assert torch.equal(state[0], codes) and state[2].item() == 0.5
     state = [torch.full_like(codes, 255), codes.clone(), ones.clone(), ones.clone()]
-    direction = ops.low_rank_adam_phase(
+    direction = advance_one(
         torch.zeros(1, 256, device=device), *state, torch.full((), 1e4, device=device), **{**rule, "eps": 1.0}
     )
     torch.testing.assert_close(direction[0].cpu(), 0.5 / ((UNSIGNED * 0.5).sqrt() + 1), rtol=1e-6, atol=0)
@@ -128,7 +133,7 @@ def test_values_around_every_midpoint_take_the_nearest_code(device):
     low = torch.stack([torch.cat([side, torch.ones(1)]).float() for side in (below, above)]).to(device)
     state = [torch.zeros(2, 256, dtype=torch.uint8, device=device) for _ in range(2)]
     state += [torch.zeros(2, 1, device=device) for _ in range(2)]
-    ops.low_rank_adam_phase(low, *state, torch.zeros((), device=device), **{**RULE, "beta1": 0.0})
+    advance_one(low, *state, torch.zeros((), device=device), beta1=0.0)
     assert torch.equal(state[0][0, :255].cpu(), torch.arange(255, dtype=torch.uint8))
     assert torch.equal(state[0][1, :255].cpu(), torch.arange(1, 256, dtype=torch.uint8))
 
@@ -151,19 +156,20 @@ def test_reference_round_trip():
 @pytest.mark.parametrize(
     "shape", [(1, 1), (3, 7), (2, 8), (4, 255), (4, 256), (3, 257), (2, 264), (5, 1000), (7, 1024), (70, 300)], ids=str
 )
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_8bit_matches_the_definition(device, dtype, shape):
-    hold(Quantized(*shape, dtype, device))
+@pytest.mark.parametrize("kind", parts.RULES)
+def test_8bit_matches_the_definition(device, shape, kind):
+    hold(Quantized(*shape, device), kind)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_8bit_on_every_instruction_set(cpu_level, dtype):
-    hold(Quantized(9, 600, dtype))
+@pytest.mark.parametrize("kind", parts.RULES)
+def test_8bit_on_every_instruction_set(cpu_level, kind):
+    hold(Quantized(9, 600), kind)
 
 
-@pytest.mark.parametrize("rule", [{"corrected_eps": False}, {"maximize": True}, {"beta1": 0.0, "eps": 1.0}], ids=str)
-def test_8bit_every_rule(device, rule):
-    hold(Quantized(3, 520, device=device), **rule)
+@pytest.mark.parametrize("rule", [{"corrected_eps": False}, {"beta1": 0.0, "eps": 1.0}, {"eps": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", TWO_MOMENTS)
+def test_8bit_every_constant(device, kind, rule):
+    hold(Quantized(3, 520, device), kind, **rule)
 
 
 def test_8bit_from_a_fresh_state_of_zeros(device):
@@ -172,7 +178,7 @@ def test_8bit_from_a_fresh_state_of_zeros(device):
         tensor.zero_()
     direction = problem.step(0.0)
     zeros = torch.zeros(3, 300, dtype=torch.float64)
-    exact = reference.low_rank_adam_phase(problem.low.cpu().double(), zeros, zeros, 1, **RULE)
+    exact = parts.rule(problem.low.cpu().double(), zeros, zeros, 1, rule="adamw", **RULE)
     assert_accurate(direction, exact[0], units=4.0)
     assert_nearest(problem.first, problem.first_scale, exact[1], True)
 
@@ -206,9 +212,8 @@ def test_8bit_non_finite_values_reach_their_block_and_no_other(device, bad):
         assert torch.equal(ours.cpu()[~block], theirs.cpu()[~block])
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_8bit_repeats_bit_for_bit(device, dtype):
-    problems = [Quantized(20, 1000, dtype, device) for _ in range(2)]
+def test_8bit_repeats_bit_for_bit(device):
+    problems = [Quantized(20, 1000, device) for _ in range(2)]
     directions = [problem.step() for problem in problems]
     assert torch.equal(*directions)
     for a, b in zip(problems[0].state(), problems[1].state(), strict=True):
@@ -228,9 +233,9 @@ def test_8bit_bit_equal_for_any_number_of_threads():
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_8bit_any_alignment(device, offset):
     """Codes and gradient in the middle of other memory, which stays as it is."""
-    problem, expected = (Quantized(3, 512, torch.bfloat16, device) for _ in range(2))
+    problem, expected = (Quantized(3, 512, device) for _ in range(2))
     size = problem.low.numel()
-    low = poison(torch.empty(size + 32, dtype=torch.bfloat16, device=device))
+    low = poison(torch.empty(size + 32, device=device))
     codes = [torch.full((size + 32,), 77, dtype=torch.uint8, device=device) for _ in range(2)]
     low[offset : offset + size] = problem.low.flatten()
     for whole, part in zip(codes, (problem.first, problem.second), strict=True):
@@ -254,30 +259,96 @@ def test_8bit_training_follows_float32():
         state = [torch.zeros(4, 512, dtype=dtype), torch.zeros(4, 512, dtype=dtype)]
         state += [torch.zeros(4, 2), torch.zeros(4, 2)] if quantized else [None, None]
         for _ in range(200):
-            weights -= 0.05 * ops.low_rank_adam_phase(weights - target, *state, step, **RULE)
+            weights -= 0.05 * advance_one(weights - target, *state, step)
         ends.append((weights - target).square().mean().item())
     assert ends[0] < 0.01 and ends[1] < 0.01
 
 
-# --- float32 and float64 ----------------------------------------------------------------------------
+# --- float32, float64 and bfloat16 ------------------------------------------------------------------
+
+SHAPES = [(1, 1), (3, 5), (40, 70), (9, 2000)]
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (40, 70), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [*NARROW, torch.float64], ids=str)
-@pytest.mark.parametrize("rule", [{}, {"corrected_eps": False, "maximize": True}], ids=["corrected", "folded"])
-def test_matches_the_definition(device, dtype, shape, rule):
-    moments = torch.float64 if dtype == torch.float64 else torch.float32
-    low, first = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype).to(moments)
-    second = torch.rand(shape).add(0.5).to(dtype).to(moments)
-    rules = {**RULE, **rule}
-    exact = reference.low_rank_adam_phase(low.double(), first.double(), second.double(), 4, **rules)
-    own = reference.low_rank_adam_phase(low, first.to(dtype), second.to(dtype), 4, **rules)
-    low, first, second, step = (tensor.to(device) for tensor in (low, first, second, torch.tensor(3.0)))
-    direction = ops.low_rank_adam_phase(low, first, second, None, None, step, **rules)
-    assert step.item() == 4 and direction.dtype == dtype
-    assert_accurate(direction, exact[0], own[0], units=2.0)
-    assert_accurate(first, exact[1], own[1].to(moments), units=4.0)
-    assert_accurate(second, exact[2], own[2].to(moments), units=4.0)
+class Floats:
+    """Lists of low-rank gradients, float moments in midcourse, and counts that differ from matrix to matrix."""
+
+    def __init__(self, stored, low=torch.float32, device="cpu", shapes=SHAPES):
+        self.low = [torch.randn(shape).to(low).to(device) for shape in shapes]
+        self.first = [torch.randn(shape).to(stored).to(device) for shape in shapes]
+        self.second = [torch.rand(shape).add(0.5).to(stored).to(device) for shape in shapes]
+        self.step = [torch.tensor(3.0 + i, device=device) for i in range(len(shapes))]
+
+    def advance(self, **rule):
+        return advance(self.low, self.first, self.second, [], [], self.step, **rule)
+
+
+@pytest.mark.parametrize("kind", parts.RULES)
+@pytest.mark.parametrize(
+    "low, stored", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+)
+@pytest.mark.parametrize("corrected", [True, False], ids=["corrected", "folded"])
+def test_matches_the_definition(device, kind, low, stored, corrected):
+    problem = Floats(stored, low, device)
+    before = [[tensor.cpu().clone() for tensor in tensors] for tensors in (problem.low, problem.first, problem.second)]
+    rules = {**RULE, "corrected_eps": corrected}
+    direction, factor = problem.advance(kind=kind, **rules)
+    for i, tensors in enumerate(zip(*before, strict=True)):
+        exact, own = (
+            parts.rule(*(tensor.to(dtype) for tensor in tensors), 4 + i, rule=kind, **rules)
+            for dtype in (torch.float64, low)
+        )
+        assert problem.step[i].item() == 4 + i
+        assert factor[i].item() == pytest.approx(exact[3], rel=1e-12)
+        assert_accurate(direction[i], exact[0], own[0], units=2.0)
+        assert_accurate(problem.first[i], exact[1], own[1], units=4.0)
+        if exact[2] is None:
+            assert torch.equal(problem.second[i].cpu(), before[2][i])
+        else:
+            assert_accurate(problem.second[i], exact[2], own[2], units=4.0)
+
+
+@pytest.mark.parametrize("kind", parts.RULES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_on_every_instruction_set(cpu_level, kind, stored):
+    problem = Floats(stored)
+    before = [[tensor.double() for tensor in tensors] for tensors in (problem.low, problem.first, problem.second)]
+    direction, _ = problem.advance(kind=kind)
+    for i, tensors in enumerate(zip(*before, strict=True)):
+        exact = parts.rule(*tensors, 4 + i, rule=kind, **RULE)
+        assert_accurate(direction[i], exact[0], units=8.0)
+        assert_accurate(problem.first[i], exact[1], units=4.0)
+
+
+def test_sign_of_nothing_is_zero_and_of_nan_nan(device):
+    low, moment = torch.tensor([[0.0, -0.0, float("nan"), 2.0, -3.0]], device=device), torch.zeros(1, 5, device=device)
+    direction = advance_one(low, moment, None, None, None, torch.zeros((), device=device), kind="lion")
+    torch.testing.assert_close(direction.cpu(), torch.tensor([[0.0, 0.0, float("nan"), 1.0, -1.0]]), equal_nan=True)
+
+
+def test_bfloat16_second_moments_do_not_decay(device):
+    """The hazard that the option's description names: 0.999 v rounds back to v."""
+    first, second = (torch.ones(1, 64, device=device, dtype=torch.bfloat16) for _ in range(2))
+    low, step = torch.zeros(1, 64, device=device), torch.zeros((), device=device)
+    for _ in range(20):
+        advance_one(low, first, second, None, None, step, beta2=0.999)
+    assert (second == 1).all() and (first < 0.2).all()
+
+
+@pytest.mark.parametrize("kind", parts.RULES)
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["float", "8bit"])
+def test_found_inf_changes_nothing(device, kind, eight_bit):
+    problem = Quantized(3, 300, device)
+    state = problem.state() if eight_bit else [*Floats(torch.float32, device=device, shapes=[(3, 300)]).first] * 2
+    if not eight_bit:
+        state = [state[0], state[1].clone(), None, None]
+    before = [None if tensor is None else tensor.clone() for tensor in state]
+    problem.low.fill_(float("inf"))
+    step = torch.tensor(3.0, device=device)
+    direction = advance_one(problem.low, *state, step, kind=kind, found_inf=torch.ones((), device=device))
+    assert step.item() == 3 and not direction.any()
+    assert all(a is None or torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    moved = advance_one(problem.low, *state, step, kind=kind, found_inf=torch.zeros((), device=device))
+    assert step.item() == 4 and moved.any()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
@@ -288,8 +359,14 @@ def test_empty(device, shape, quantized):
     count = scales(*shape)
     state += [torch.empty(shape[0], count, device=device) if quantized else None for _ in range(2)]
     step = torch.zeros((), device=device)
-    assert ops.low_rank_adam_phase(torch.empty(shape, device=device), *state, step, **RULE).shape == shape
+    assert advance_one(torch.empty(shape, device=device), *state, step).shape == shape
     assert step.item() == 1
+
+
+def test_empty_lists(device):
+    ops.low_rank_rule(
+        [], [], [], [], [], [], [], torch.empty(0, dtype=torch.float64, device=device), None, rule=0, **RULE
+    )
 
 
 # --- the op -----------------------------------------------------------------------------------------
@@ -297,19 +374,21 @@ def test_empty(device, shape, quantized):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "8bit"])
 def test_opcheck(device, quantized):
-    problem = Quantized(3, 40, device=device)
-    state = problem.state()
+    problem = Quantized(3, 40, device)
+    lists = [[tensor] for tensor in problem.state()]
     if not quantized:
-        state = [torch.zeros(3, 40, device=device), torch.zeros(3, 40, device=device), None, None]
-    check_op(ops.low_rank_adam_phase, (problem.low, *state, torch.zeros((), device=device)), RULE)
+        lists = [[torch.zeros(3, 40, device=device)], [torch.zeros(3, 40, device=device)], [], []]
+    step, factor = torch.zeros((), device=device), torch.empty(1, dtype=torch.float64, device=device)
+    direction = [torch.empty(3, 40, device=device)]
+    check_op(ops.low_rank_rule, ([problem.low], *lists, [step], direction, factor, None), {"rule": 0, **RULE})
 
 
 def test_compiles_whole(device):
-    problem, expected = (Quantized(3, 300, device=device) for _ in range(2))
+    problem, expected = (Quantized(3, 300, device) for _ in range(2))
     step = torch.tensor(3.0, device=device)
 
     def phase(*tensors):
-        return ops.low_rank_adam_phase(*tensors, **RULE) * 1
+        return advance([tensors[0]], *([tensor] for tensor in tensors[1:]))[0][0] * 1
 
     direction = compile_whole(phase)(problem.low, *problem.state(), step)
     assert torch.equal(direction, expected.step())
@@ -319,21 +398,36 @@ def test_compiles_whole(device):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({0: torch.zeros(3, 300, dtype=torch.float64)}, "low: expected float32, bfloat16 or float16 with 8-bit"),
-        ({0: torch.zeros(300)}, "low: expected 2 dimensions"),
-        ({1: torch.zeros(3, 300)}, "exp_avg: unexpected dtype"),
-        ({2: torch.zeros(3, 299, dtype=torch.uint8)}, "exp_avg_sq: expected size 300"),
-        ({3: torch.zeros(3, 1)}, "exp_avg_scale: expected size 2 in dimension 1"),
-        ({4: torch.zeros(3, 2, dtype=torch.float64)}, "exp_avg_sq_scale: unexpected dtype"),
-        ({4: None}, "exp_avg_sq_scale: expected scales of both moments"),
-        ({3: None, 4: None}, "exp_avg: unexpected dtype"),
-        ({5: torch.zeros(3)}, "step: expected one element"),
+        ({0: torch.zeros(3, 300, dtype=torch.float64)}, r"low\[0\]: expected float32 with 8-bit moments"),
+        ({0: torch.zeros(3, 300, dtype=torch.bfloat16)}, r"low\[0\]: expected float32 or float64"),
+        ({0: torch.zeros(300)}, r"low\[0\]: expected 2 dimensions"),
+        ({0: torch.zeros(300, 3).T}, r"low\[0\]: expected a contiguous tensor"),
+        ({1: torch.zeros(3, 300)}, r"exp_avg\[0\]: unexpected dtype"),
+        ({2: torch.zeros(3, 299, dtype=torch.uint8)}, r"exp_avg_sq\[0\]: expected size 300"),
+        ({3: torch.zeros(3, 1)}, r"exp_avg_scale\[0\]: expected size 2 in dimension 1"),
+        ({4: torch.zeros(3, 2, dtype=torch.float64)}, r"exp_avg_sq_scale\[0\]: unexpected dtype"),
+        ({4: None}, "exp_avg_sq_scale: expected 1 tensors, got 0"),
+        ({3: None, 4: None}, r"exp_avg\[0\]: unexpected dtype"),
+        ({2: None}, "exp_avg_sq: expected 1 tensors, got 0"),
+        ({5: torch.zeros(3)}, r"step\[0\]: expected one element, got 3"),
+        ({5: torch.zeros((), dtype=torch.float64)}, r"step\[0\]: unexpected dtype"),
+        ({6: torch.zeros(3, 299)}, r"direction\[0\]: expected size 300"),
+        ({7: torch.zeros(2, dtype=torch.float64)}, "step_factor: expected size 1 in dimension 0, got 2"),
+        ({7: torch.zeros(1)}, "step_factor: unexpected dtype"),
+        ({8: torch.zeros(2)}, "found_inf: expected one element, got 2"),
+        ({"rule": 4}, "rule: expected 0"),
+        ({"rule": 2}, "exp_avg_sq: expected 0 tensors, got 1"),
     ],
 )
 def test_refusals(device, changes, message):
-    problem = Quantized(3, 300, device=device)
-    arguments = [problem.low, *problem.state(), torch.zeros((), device=device)]
+    problem = Quantized(3, 300, device)
+    given = [problem.low, *problem.state(), torch.zeros(()), torch.empty(3, 300), torch.empty(1, dtype=torch.float64)]
+    given, rule = [tensor.to(device) for tensor in given] + [torch.zeros((), device=device)], 0
     for index, value in changes.items():
-        arguments[index] = None if value is None else value.to(device)
+        if index == "rule":
+            rule = value
+        else:
+            given[index] = None if value is None else value.to(device)
+    lists = [[] if tensor is None else [tensor] for tensor in given[:7]]
     with pytest.raises(RuntimeError, match=message):
-        ops.low_rank_adam_phase(*arguments, **RULE)
+        ops.low_rank_rule(*lists, given[7], given[8], rule=rule, **RULE)
