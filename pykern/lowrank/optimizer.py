@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .. import _native
 from . import ops
+from .bases import basis_of
 from .matrices import Job
 from .options import ALIASES, check_rate_device, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
 from .refresh import MOMENTS, is_due, note_refresh
-from .residuals import RESIDUALS, measured_factors
+from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
+from .tracking import keep_lost_momentum, momentum_outside, remembered
 
 ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
 
@@ -102,14 +104,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
         scale: float = 1.0,
         side: str = "std",
         projector: str | ProjectorFunction | Tensor = "gram",
+        projector_format: str = "dense",
+        projector_memory: float = 0.0,
         residual: str = "none",
         residual_scale: float = 1.0,
         growth_limit: float = 1.01,
         scale_first: bool = False,
         feedback_share: float = 1.0,
+        feedback_momentum: bool = False,
         state_dtype: str = "float32",
         rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float | None = None,
+        nesterov: bool = True,
+        shape_scale: str = "original",
         eps: float | None = None,
         weight_decay: float = 0.0,
         decay: str = "before",
@@ -133,14 +141,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "scale": scale,
             "side": side,
             "projector": projector if isinstance(projector, str) else None,
+            "projector_format": projector_format,
+            "projector_memory": projector_memory,
             "residual": residual,
             "residual_scale": residual_scale,
             "growth_limit": growth_limit,
             "scale_first": scale_first,
             "feedback_share": feedback_share,
+            "feedback_momentum": feedback_momentum,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "betas": betas,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "shape_scale": shape_scale,
             "eps": eps,
             "weight_decay": weight_decay,
             "decay": decay,
@@ -254,9 +268,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
             # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
             sources = [self._with_feedback(job, amp) for job in jobs]
         for job, source in zip(jobs, sources, strict=True):
-            self._refresh(job, source)
+            self._refresh(job, source, amp)
 
-        projectors = [state["projector"] for state in states]
+        projectors = [basis_of(group).dense(job, job.state) for job in jobs]
+        if self._is_fused(group):
+            self._step_fused(jobs, projectors, group, amp)
+            return
+
         low = [torch.empty(job.rank, job.length, dtype=_wide(job.param), device=job.param.device) for job in jobs]
         squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
         if residual.feedback:
@@ -264,9 +282,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         else:
             ops.low_rank_project(sources, projectors, amp.grad_scale, low, squares, **options)
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-        direction, step_factor = rule.directions(inner, states, group, amp.found_inf)
+        direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
         if group["side"] == "full":
             direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
+            # What both bases see of the gradient, for the residuals.
+            low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
 
         rate = _rate(group["lr"], jobs[0].param.device)
         grads, factors, missed, scale = [], [], [], group["scale"]
@@ -311,12 +331,51 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for job in jobs:
             job.write_back()
 
+    def _is_fused(self, group: dict) -> bool:
+        """Whether low_rank_adamw_step has all that this group asks for."""
+        return (
+            group["rule"] == "adamw"
+            and group["state_dtype"] == "float32"
+            and group["rounding"] == "nearest"
+            and group["side"] != "full"
+            and RESIDUALS[group["residual"]].fused is not None
+        )
+
+    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: "_Amp") -> None:
+        """The low-rank step in one op, for groups where _is_fused."""
+        states = [job.state for job in jobs]
+        residual = RESIDUALS[group["residual"]]
+        beta1, beta2 = group["betas"]
+        limit = limit_options(group)
+        ops.low_rank_adamw_step(
+            [job.weight for job in jobs],
+            [job.grad for job in jobs],
+            projectors,
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            [state["residual_norm"] for state in states] if residual.measured else [],
+            _rate(group["lr"], jobs[0].param.device),
+            amp.grad_scale,
+            amp.found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            corrected_eps=group["corrected_eps"],
+            weight_decay=group["weight_decay"],
+            decay_after=group["decay"] == "after",
+            residual=residual.fused,
+            orthonormal=self._orthonormal(group),
+            maximize=group["maximize"],
+            **{**limit, "removed": limit["removed"] or 0.0},
+        )
+        for job in jobs:
+            job.write_back()
+
     def _init(self, job: Job) -> None:
         """The state of a parameter before its first step: tensors only."""
         param, group = job.param, job.group
         device, wide = param.device, _wide(param)
         job.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        job.state["projector"] = torch.zeros(job.compressed, job.rank, dtype=param.dtype, device=device)
+        job.state.update(basis_of(group).init(job))
         job.state["next_refresh"] = torch.zeros((), dtype=torch.int64)
         shape = (job.rank, job.length)
         if group["side"] == "full":
@@ -366,26 +425,36 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _orthonormal(self, group: dict) -> bool:
         """Whether bases of this group are known to be orthonormal."""
-        return group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+        known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+        return known and basis_of(group).exact
 
-    def _refresh(self, job: Job, source: Tensor) -> None:
+    def _refresh(self, job: Job, source: Tensor, amp: "_Amp") -> None:
         """Chooses a new basis if it is time to; `source` [n, length] is what will be projected."""
         state, group = job.state, job.group
         done = self._steps_done(job.param, state["step"])
         if done is None or not is_due(job, done):
             return
-        basis = self._choose_basis(job, source, done)
-        if basis is None:
+        if amp.found_inf is not None and bool(amp.found_inf):
             return
-        first = not bool(state["projector"].any())
-        before = state["projector"].clone()
-        state["projector"].copy_(basis)
+        feedback = RESIDUALS[group["residual"]].feedback
+        factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
+        chosen = self._choose_basis(job, remembered(job, source, done, factor), done)
+        if chosen is None:
+            return
+        # Until the first choice the state has no basis, and no moments to carry over.
+        first, basis = int(state["next_refresh"]) == 0, basis_of(group)
+        before = {name: state[name].clone() for name in basis.init(job)}
+        tracked = feedback and group["feedback_momentum"] and not first
+        momentum = momentum_outside(job) if tracked else None
+        basis.store(job, chosen)
         if group["side"] == "full":
             other = self._other_basis(job, source)
             if other is not None:
                 state["other_projector"].copy_(other)
         if not first:
-            MOMENTS[group["moments"]](job, before, state["projector"])
+            MOMENTS[group["moments"]](job, before)
+        if momentum is not None:
+            keep_lost_momentum(job, momentum)
         if group["moments"] == "reset" and not first:
             # The count of steps is zero again.
             state["next_refresh"].fill_(group["refresh_every"])
@@ -412,10 +481,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return done
 
     def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
-        seed = _seed(job.group["seed"], job.index) + done
         if job.group["projector"] is not None:
-            previous = job.state["projector"] if done > 0 else None
-            return PROJECTORS[job.group["projector"]].choose(Choice(source, job.rank, previous, seed))
+            chosen_before = int(job.state["next_refresh"]) > 0
+            choice = Choice(
+                source,
+                job.rank,
+                basis_of(job.group).dense(job, job.state) if chosen_before else None,
+                _seed(job.group["seed"], job.index) + done,
+                job.right,
+                job.index,
+                done // job.group["refresh_every"],
+            )
+            return PROJECTORS[job.group["projector"]].choose(choice)
         matrix = source.mT if job.right else source
         basis = self.projector if isinstance(self.projector, Tensor) else self.projector(matrix, job.rank, job.right)
         if tuple(basis.shape) != (job.compressed, job.rank):
@@ -430,8 +507,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         name = job.group["projector"]
         if name is None:
             raise ValueError('side: "full" needs a projector by name, which can choose both bases')
-        seed = _seed(job.group["seed"], job.index)
-        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed))
+        seed = _seed(job.group["seed"], ~job.index)
+        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed, not job.right))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor."""
@@ -473,6 +550,11 @@ class _Amp:
     @staticmethod
     def on(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> "_Amp":
         return _Amp(*(None if value is None else value.to(device) for value in (grad_scale, found_inf)))
+
+    def gradient_factor(self, maximize: bool) -> float | Tensor:
+        """What the gradient as it came is multiplied by to be descended."""
+        sign = -1.0 if maximize else 1.0
+        return sign if self.grad_scale is None else sign / self.grad_scale
 
 
 # In place of a count of steps: ask the device each time.
