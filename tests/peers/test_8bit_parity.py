@@ -46,14 +46,17 @@ def test_five_steps_of_the_packages_optimizer():
     theirs = torch.nn.Parameter(start.clone())
     optimizer = AdamW8bit([theirs], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     ours, step = start.clone(), torch.zeros(())
+    direction, factor = torch.empty(1, 8192), torch.empty(1, dtype=torch.float64)
     state = [torch.zeros(1, 8192, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(1, 32) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         gradient = torch.randn(1, 8192, generator=generator)
         theirs.grad = gradient.clone()
         optimizer.step()
-        rule = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "corrected_eps": True, "maximize": False}
-        ours -= 0.01 * ops.low_rank_adam_phase(gradient, *state, step, **rule)
+        rule = {"rule": 0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "corrected_eps": True}
+        lists = ([tensor] for tensor in (gradient, *state, step, direction))
+        ops.low_rank_rule(*lists, factor, None, **rule)
+        ours -= 0.01 * direction
     difference = (ours - theirs.detach()).norm() / (theirs.detach() - start).norm()
     assert difference < 5e-3
     peers = optimizer.state[theirs]
