@@ -67,26 +67,47 @@ class LowRankOptimizer(torch.optim.Optimizer):
             packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
         lr: a float, or a 0-dim float32 or float64 tensor on the device of the parameters.
         rank: columns of P; None for plain AdamW.
+        rule: the inner rule, what makes N of R (the formulas are those of reference.lowrank_parts.rule and of
+            lowrank.matrix_rules): "adamw"; "adabelief"; "lion"; "momentum" (N = m = momentum m + R); "adafactor"
+            (row and column means for second moments); "newton_schulz" (the momentum with its singular values brought
+            to one, as Muon has it).
         refresh_every: steps between two choices of P.
         scale: GaLore's alpha, on the low-rank part of the update.
         side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns.
         projector: "gram" (eigenvectors of the gradient's Gram matrix), or a function (grad, rank, right) -> P
             ([columns, rank] if right, else [rows, rank]), or P itself. Belongs to the whole optimizer and is
             not part of its state_dict.
-        residual: "none" or "fira".
+        projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
+            projector_memory) * G (LDAdam's rho).
+        residual: what becomes of the gradient outside the subspace: "none"; "fira"; "apollo_channel" and
+            "apollo_tensor" (D is G itself, its channels or the whole times |N| / |R| and the root of `scale`, limited
+            like Fira's S); "sign" and "sgd" (D gets residual_scale times sign(G - up(R)), or G - up(R), as FRUGAL has
+            it); "error_feedback" (G - feedback_share * up(R) is kept in a buffer and added to the next gradient).
+        residual_scale: of "sign" and "sgd".
+        growth_limit: how much the norm of S may grow in a step, for "fira" and APOLLO; 0 for no limit.
+        scale_first: APOLLO's root of `scale` comes before the limit, not after it.
+        feedback_share: what "error_feedback" forgets of the part that was used. 1 - mu makes the buffer a momentum,
+            of which Trion uses what the subspace sees.
+        feedback_momentum: "error_feedback" also keeps beta1 / (1 - beta1) times what up(m) loses at a refresh (LDAdam).
+        betas: of "adamw", "adabelief", "lion" and plain AdamW.
+        momentum: of "momentum" (0.9 by default), "newton_schulz" (0.95) and "adafactor" (0: no average).
+        nesterov: "newton_schulz" looks one step of momentum ahead.
+        shape_scale: the factor on a "newton_schulz" direction: "original", sqrt(max(1, rows / columns));
+            "match_rms_adamw", 0.2 sqrt(max(rows, columns)); "spectral", sqrt(rows / columns); "none".
         eps: 1e-8 by default, 1e-6 with `parity`, as in the packages.
         decay: "before" or "after": whether weight decay precedes the update.
-        parity: "galore_torch" or "fira" reproduces these packages: W is decayed after the update; eps is added to
-            sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 - beta1^t);
-            Fira subtracts scale * up(R) in the residual. The packages keep moments in the weight's dtype; here
-            they are float32.
+        parity: "galore_torch", "fira" or "apollo_torch" reproduces these packages: W is decayed after the update; eps
+            is added to sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 -
+            beta1^t); Fira subtracts scale * up(R) in the residual, and a norm of zero limits the next. The packages
+            keep moments in the weight's dtype; here they are float32.
         maximize: ascend.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
-    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira; negative until known). It
+    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
+    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
 
-    GaLore: arXiv 2403.03507. Fira: arXiv 2410.01623.
+    The published optimizers are rows of lowrank.presets.PRESETS, each with a class that names its paper.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
