@@ -3,15 +3,38 @@
 from .backward import BackwardOptimizer, BackwardStepper, step_in_backward
 from .groups import low_rank_groups
 from .optimizer import LowRankAdamW, LowRankOptimizer
-from .presets import FiraAdamW, GaLoreAdamW
+from .presets import (
+    ApolloAdamW,
+    ApolloMini,
+    DCTAdamW,
+    FiraAdamW,
+    Flora,
+    Frugal,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GrassAdamW,
+    LDAdamW,
+    Trion,
+)
 
 __all__ = [
+    "ApolloAdamW",
+    "ApolloMini",
     "BackwardOptimizer",
     "BackwardStepper",
+    "DCTAdamW",
     "FiraAdamW",
+    "Flora",
+    "Frugal",
+    "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GrassAdamW",
+    "LDAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
+    "Trion",
     "low_rank_groups",
     "step_in_backward",
 ]

@@ -18,6 +18,7 @@ from .refresh import MOMENTS, is_due, note_refresh
 from .residuals import RESIDUALS, measured_factors
 from .rules import RULES
 from .state import fitted_states, make_state, plain_state, seed_of, wide_dtype
+from .tracking import keep_lost_momentum, momentum_outside, remembered
 
 ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
 
@@ -109,14 +110,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         side: str = "std",
         projector: str | ProjectorFunction | Tensor = "gram",
         projector_format: str = "dense",
+        projector_memory: float = 0.0,
         residual: str = "none",
         residual_scale: float = 1.0,
         growth_limit: float = 1.01,
         scale_first: bool = False,
         feedback_share: float = 1.0,
+        feedback_momentum: bool = False,
         state_dtype: str = "float32",
         rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float | None = None,
+        nesterov: bool = True,
+        shape_scale: str = "original",
         eps: float | None = None,
         weight_decay: float = 0.0,
         decay: str = "before",
@@ -143,14 +149,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "side": side,
             "projector": projector if isinstance(projector, str) else None,
             "projector_format": projector_format,
+            "projector_memory": projector_memory,
             "residual": residual,
             "residual_scale": residual_scale,
             "growth_limit": growth_limit,
             "scale_first": scale_first,
             "feedback_share": feedback_share,
+            "feedback_momentum": feedback_momentum,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "betas": betas,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "shape_scale": shape_scale,
             "eps": eps,
             "weight_decay": weight_decay,
             "decay": decay,
@@ -304,7 +315,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if refresh and self._due(job, Amp()):
                 if self.process_group is not None:
                     average([job.grad], self.process_group)
-                self._refresh(job, job.grad)
+                self._refresh(job, job.grad, Amp())
             low = [torch.empty(job.rank, job.length, dtype=wide_dtype(param), device=param.device)]
             basis = [basis_of(job.group).dense(job, job.state)]
             ops.low_rank_project([job.grad], basis, None, low, [], maximize=job.group["maximize"])
@@ -400,9 +411,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         low, squares = self._projected(jobs, group, amp)
         projectors = [basis_of(group).dense(job, job.state) for job in jobs]
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-        direction, step_factor = rule.directions(inner, states, group, amp.found_inf)
+        direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
         if group["side"] == "full":
             direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
+            # What both bases see of the gradient, for the residuals.
+            low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
 
         rate = rate_on(group["lr"], jobs[0].param.device)
         grads, factors, missed, scale = [], [], [], group["scale"]
@@ -471,7 +484,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         sources = [self._with_feedback(job, amp) if residual.feedback else job.grad for job in jobs]
         for job, source, now in zip(jobs, sources, due, strict=True):
             if now:
-                self._refresh(job, source)
+                self._refresh(job, source, amp)
         low = [torch.empty(job.rank, job.length, dtype=wide_dtype(job.param), device=job.param.device) for job in jobs]
         squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
         projectors = [basis_of(group).dense(job, job.state) for job in jobs]
@@ -532,16 +545,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counted.pop(job.param, None)
         return is_due(job, self._steps_done(job)) and not bool(amp.found_inf)
 
-    def _refresh(self, job: Job, source: Tensor) -> None:
+    def _refresh(self, job: Job, source: Tensor, amp: Amp) -> None:
         """Chooses a new basis; `source` [n, length] is what will be projected."""
         state, group = job.state, job.group
         done = self._steps_done(job)
-        chosen = self._choose_basis(job, source, done)
+        feedback = RESIDUALS[group["residual"]].feedback
+        factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
+        chosen = self._choose_basis(job, remembered(job, source, done, factor), done)
         if chosen is None:
             return
         # Until the first choice the state has no basis, and no moments to carry over.
         first, basis = int(state["next_refresh"]) == 0, basis_of(group)
         before = {name: state[name].clone() for name in basis.init(job)}
+        tracked = feedback and group["feedback_momentum"] and not first
+        momentum = momentum_outside(job) if tracked else None
         basis.store(job, chosen)
         if group["side"] == "full":
             other = self._other_basis(job, source)
@@ -549,6 +566,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 state["other_projector"].copy_(other)
         if not first:
             MOMENTS[group["moments"]](job, before)
+        if momentum is not None:
+            keep_lost_momentum(job, momentum)
         if group["moments"] == "reset" and not first:
             # The count of steps is zero again.
             state["next_refresh"].fill_(group["refresh_every"])
