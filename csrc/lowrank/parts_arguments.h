@@ -7,15 +7,12 @@
 #include <vector>
 
 #include "kernels/lowrank/dynamic_map.h"
+#include "kernels/lowrank/parts_kinds.h"
 #include "lowrank/arguments.h"
 
 namespace pykern::lowrank {
 
 using Tensors = std::vector<Tensor>;
-
-enum class InnerRule : int { adamw, adabelief, lion, momentum };
-enum class Rounding : int { nearest, stochastic, kahan };
-enum class MomentStorage : int { wide, bfloat16, eight_bit };  // wide: of low's dtype
 
 inline std::string element_name(const char* list, size_t index) {
   return std::string(list) + "[" + std::to_string(index) + "]";
