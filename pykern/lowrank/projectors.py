@@ -16,12 +16,18 @@ class Choice:
         rank: vectors wanted, at most min(n, length).
         previous: the basis in use [n, rank], or None at first.
         seed: of this parameter and this refresh, for projectors that draw.
+        right: `matrix` is the transposed gradient.
+        index: the parameter's place among all of the optimizer, from 0.
+        refreshes: choices before this one.
     """
 
     matrix: Tensor
     rank: int
-    previous: Tensor | None
-    seed: int
+    previous: Tensor | None = None
+    seed: int = 0
+    right: bool = False
+    index: int = 0
+    refreshes: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,13 @@ class Projector:
     """One way to choose a basis: a function of a Choice, and what is known of its results.
 
     `choose` gives P [n, rank], float32 (float64 for a float64 gradient), or None where the gradient names no
-    subspace; then the basis in use is kept and the next step asks again.
+    subspace; then the basis in use is kept and the next step asks again. Where P is made of whole rows of a fixed
+    matrix it gives what the format `basis` of lowrank.bases keeps of them.
     """
 
     choose: Callable[[Choice], Tensor | None]
     orthonormal: bool = True
+    basis: str | None = None
 
 
 def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:

@@ -1,6 +1,6 @@
 """When a subspace is chosen anew, and what becomes of the moments then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -24,16 +24,17 @@ def note_refresh(job: Job, done: int, parameters: int) -> None:
     job.state["next_refresh"].fill_(((done - phase) // gap + 1) * gap + phase)
 
 
-def _keep(job: Job, before: Tensor, after: Tensor) -> None:
+def _keep(job: Job, before: Mapping[str, Tensor]) -> None:
     """The moments stay as they are, now read in the new basis."""
 
 
-def _reset(job: Job, before: Tensor, after: Tensor) -> None:
+def _reset(job: Job, before: Mapping[str, Tensor]) -> None:
     """The moments and the count of steps start anew."""
     for name, value in job.state.items():
         if name.startswith("exp_avg") or name == "step":
             value.zero_()
 
 
-MOMENTS: dict[str, Callable[[Job, Tensor, Tensor], None]] = {"keep": _keep, "reset": _reset}
-"""What becomes of a parameter's moments at a refresh: a function of (job, P before, P after), P [n, rank]."""
+MOMENTS: dict[str, Callable[[Job, Mapping[str, Tensor]], None]] = {"keep": _keep, "reset": _reset}
+"""What becomes of a parameter's moments at a refresh: a function of the job, whose state has the new basis already,
+and of the old basis as its format (lowrank.bases) keeps it."""
