@@ -191,8 +191,8 @@ class Frugal(PresetOptimizer):
 
     W = W - lr * (P N + residual_scale sign(G - P P^T G)); a refresh resets the moments and the count of steps. Begins
     with AdamW inside, weight decay 0.01 and a refresh every 200 steps. `rule` may be "lion" or "momentum", `residual`
-    "sgd" or "none", `projector` "random_orthonormal" or any other; the paper takes rank a quarter of the dimension.
-    Takes LowRankOptimizer's other keywords.
+    "sgd" or "none", `projector` "random_orthonormal", "coordinates" or any other; the paper takes rank a quarter of
+    the dimension. Takes LowRankOptimizer's other keywords.
     """
 
 
