@@ -5,14 +5,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def _low_rank_norms(weight: Tensor, squares: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The norms of the rows of weight + up @ down [out, in] from its parts; `squares` are those of weight's rows.
+def _low_rank_norms(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The norms of the rows of weight + up @ down [out, in] from its parts, in float32 or better.
 
     |w_i + u_i A|^2 = |w_i|^2 + 2 u_i (A w_i) + u_i (A A^T) u_i: nothing of the weight's size is made.
     """
-    cross = weight @ down.mT
-    gram = down @ down.mT
-    return (squares + (up * (2 * cross + up @ gram)).sum(dim=1)).clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    cross = (weight @ down.mT).to(wide)
+    up, down = up.to(wide), down.to(wide)
+    return (squares + (up * (2 * cross + up @ (down @ down.mT))).sum(dim=1)).clamp_min(torch.finfo(wide).tiny).sqrt()
 
 
 class NormalizedLowRankLinear(nn.Module):
@@ -49,14 +51,13 @@ class NormalizedLowRankLinear(nn.Module):
         weight = weight.detach()
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        squares = weight.to(wide).square().sum(dim=1 if norm == "output" else 0)
-        self.register_buffer("squares", squares, persistent=False)
         options = {"device": weight.device, "dtype": weight.dtype}
         self.up = nn.Parameter(torch.zeros(self.out_features, rank, **options))
         self.down = nn.Parameter(torch.empty(rank, self.in_features, **options))
         nn.init.kaiming_uniform_(self.down, a=5**0.5)
-        self.magnitude = nn.Parameter(squares.sqrt().to(weight.dtype))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(weight, dim=1 if norm == "output" else 0, dtype=wide)
+        self.magnitude = nn.Parameter(norms.to(weight.dtype))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @staticmethod
@@ -66,11 +67,11 @@ class NormalizedLowRankLinear(nn.Module):
 
     def _factors(self) -> Tensor:
         """magnitude / norm, one per row or column of W, in float32 or better."""
-        wide = self.squares.dtype
-        weight, up, down = self.weight.to(wide), self.up.to(wide), self.down.to(wide)
+        weight, up, down = self.weight, self.up, self.down
         if self.norm == "input":
             weight, up, down = weight.mT, down.mT, up.mT
-        return self.magnitude.to(wide) / _low_rank_norms(weight, self.squares, up, down)
+        norms = _low_rank_norms(weight, up, down)
+        return self.magnitude.to(norms.dtype) / norms
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

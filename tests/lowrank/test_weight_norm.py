@@ -20,7 +20,7 @@ def layer_of(rows, columns, rank, norm, dtype=torch.float32, bias=True):
 
 @pytest.mark.parametrize("norm", ["output", "input"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("rows, columns, rank", [(12, 30, 3), (30, 12, 5), (1, 4, 1)])
+@pytest.mark.parametrize("rows, columns, rank", [(12, 30, 3), (30, 12, 5), (3, 4, 1)])
 def test_values_and_gradients_are_those_of_the_whole_weight(rows, columns, rank, norm, dtype):
     layer = layer_of(rows, columns, rank, norm, dtype)
     x, weights = torch.randn(7, columns).to(dtype), torch.randn(7, rows).to(dtype)
@@ -52,7 +52,7 @@ def test_a_fresh_layer_is_the_one_it_was_made_from(norm):
 
 
 def test_state_dict_restores_the_norms():
-    layer, other = layer_of(6, 9, 2, "output"), layer_of(6, 9, 2, "output")
+    layer, other = (layer_of(6, 9, 2, "output") for _ in range(2))
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 9)
     torch.testing.assert_close(other(x), layer(x))
@@ -81,8 +81,9 @@ def test_refactorize_keeps_the_product_and_balances(dtype):
     assert pykern.refactorize(model) == 2
     for layer, product in zip(model, before, strict=True):
         error = (layer.up.double() @ layer.down.double() - product).norm() / product.norm()
-        assert error < 4 * torch.finfo(dtype).eps ** 1.0 * 8
-        left, right = (layer.up.mT @ layer.up).double(), (layer.down @ layer.down.mT).double()
+        assert error < 32 * torch.finfo(dtype).eps
+        up, down = layer.up.detach().double(), layer.down.detach().double()
+        left, right = up.mT @ up, down @ down.mT
         torch.testing.assert_close(left, right, rtol=0.1, atol=0.05 * float(left.diagonal().max()))
 
 
