@@ -26,7 +26,8 @@ struct ColumnTiles {
 
   const ProjectPart& part;
   const int64_t n = part.matrix.n, length = part.matrix.length, rank = part.rank, stride = part.matrix.stride;
-  const int64_t slices = ceil_div(n, kSliceDepth), width = tile_of_columns(length), tiles = ceil_div(length, width);
+  const int64_t slices = n > 0 ? ceil_div(n, kSliceDepth) : 1;
+  const int64_t width = tile_of_columns(length), tiles = ceil_div(length, width);
   const float factor = static_cast<float>(part.factor);
 
   // Slices of P^T [rank, kSliceDepth], zero behind the last place.
@@ -72,14 +73,25 @@ struct ColumnTiles {
     }
   }
 
+  // Four sums at a time, a slice after the other: a sum of short sums rounds less than one long sum.
   void add_squares(const T* from, int64_t depth, int64_t columns, float* squares, bool accumulate) const {
     for (int64_t column = 0; column < columns; column += kLanes) {
-      vfloat sum = accumulate ? load(squares + column) : zero();
-      for (int64_t row = 0; row < depth; ++row) {
-        const vfloat value = detail::load_up_to(from + row * stride + column, columns - column);
-        sum += value * value;
+      const int64_t count = columns - column;
+      vfloat sums[4] = {};
+      int64_t row = 0;
+      for (; row + 4 <= depth; row += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const vfloat value = detail::load_up_to(from + (row + i) * stride + column, count);
+          sums[i] += value * value;
+        }
       }
-      store(squares + column, sum);
+      for (; row < depth; ++row) {
+        const vfloat value = detail::load_up_to(from + row * stride + column, count);
+        sums[0] += value * value;
+      }
+      const vfloat sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      store(squares + column, accumulate ? load(squares + column) + sum : sum);
     }
   }
 };
@@ -93,7 +105,8 @@ struct LineTiles {
   const ProjectPart& part;
   const int64_t n = part.matrix.n, length = part.matrix.length, rank = part.rank, stride = part.matrix.stride;
   const int64_t padded = round_up(rank, kPanel);
-  const int64_t slices = ceil_div(n, kSliceDepth), height = tile_of_lines(length), tiles = ceil_div(length, height);
+  const int64_t slices = n > 0 ? ceil_div(n, kSliceDepth) : 1;
+  const int64_t height = tile_of_lines(length), tiles = ceil_div(length, height);
   const float factor = static_cast<float>(part.factor);
 
   // Slices of P packed [kSliceDepth, rank].

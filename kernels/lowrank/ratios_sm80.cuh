@@ -22,6 +22,11 @@ constexpr int kSumThreads = 128;
 
 using RatioTable = GroupedTable<RatioMatrix>;
 
+// The share of a column's square below which a difference of squares is rounding: it counts as nothing, lest the
+// limiter hold later residuals to it.
+__device__ __forceinline__ double rounding_share(double) { return 1e-14; }
+__device__ __forceinline__ double rounding_share(float) { return 1e-5; }
+
 // A thread's columns in its strip.
 template <class C>
 struct Strip {
@@ -126,10 +131,11 @@ __global__ void __launch_bounds__(kRatioThreads)
     }
     if (!kGram) gram_square = low_square;
     const double phi = params.per_tensor ? 1.0 : sqrt(direction_square) / (sqrt(low_square) + kNormEpsilon);
-    double rest = static_cast<double>(static_cast<const C*>(matrix.squares)[column]);
+    const double square = static_cast<double>(static_cast<const C*>(matrix.squares)[column]);
+    double rest = square;
     if (params.removes) {
       rest += params.removed * (params.removed * gram_square - 2 * low_square);
-      if (rest < 0) rest = 0;
+      if (rest < rounding_share(C{}) * square) rest = 0;
     }
     residual_square = phi * phi * rest;
     static_cast<C*>(matrix.ratios)[column] = static_cast<C>(phi);

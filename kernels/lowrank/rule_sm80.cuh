@@ -27,7 +27,7 @@ __device__ __forceinline__ C advance(const RuleFactors<C>& rule, C gradient, C& 
   if (kRule == InnerRule::lion) {
     const C mixed = rule.beta1 * first + rule.rest1 * gradient;
     first = rule.beta2 * first + rule.rest2 * gradient;
-    return static_cast<C>(mixed > 0) - static_cast<C>(mixed < 0);
+    return mixed > 0 ? C(1) : mixed < 0 ? C(-1) : mixed;  // NaN stays
   }
   if (kRule == InnerRule::momentum) {
     first = rule.beta1 * first + gradient;
@@ -81,6 +81,7 @@ struct RuleUnit {
   __device__ __forceinline__ void scalars(int64_t index, int64_t end) const {
     M* firsts = static_cast<M*>(matrix.exp_avg);
     M* seconds = static_cast<M*>(matrix.exp_avg_sq);
+#pragma unroll 1
     for (; index < end; ++index) {
       C m = widen(firsts[index]), v = has_second(kRule) ? widen(seconds[index]) : C(0);
       const C value = advance<kRule>(factors, static_cast<const C*>(matrix.low)[index], m, v);

@@ -20,6 +20,11 @@ class Amp:
             *(None if one is None else one.to(device, torch.float32) for one in (self.grad_scale, self.found_inf))
         )
 
+    def gradient_factor(self, maximize: bool) -> float | Tensor:
+        """What the gradient as it came is multiplied by to be descended."""
+        sign = -1.0 if maximize else 1.0
+        return sign if self.grad_scale is None else sign / self.grad_scale
+
     def shared_by(self, group: "distributed.ProcessGroup") -> "Amp":
         """All processes skip the step if one of them is to."""
         if self.grad_scale is not None:

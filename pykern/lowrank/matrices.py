@@ -93,6 +93,16 @@ class Job:
         return replace(self, param=weight, state={}, weight=weight, grad=None, low=None, shards=None)
 
     @property
+    def rows(self) -> int:
+        """Rows of the weight as a matrix, over all shards."""
+        return matrix_shape(self.param.shape)[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight as a matrix, over all shards."""
+        return matrix_shape(self.param.shape)[1]
+
+    @property
     def compressed(self) -> int:
         """n, the size of the compressed axis."""
         return self.weight.shape[0]
@@ -105,8 +115,7 @@ class Job:
     @property
     def whole_length(self) -> int:
         """The size of the other axis over all shards."""
-        rows, columns = matrix_shape(self.param.shape)
-        return rows if self.right else columns
+        return self.rows if self.right else self.columns
 
     def write_back(self) -> None:
         """Copies the weight to the parameter if it was no view of it."""

@@ -46,35 +46,23 @@ adamw_step(param!, grad, exp_avg!, exp_avg_sq!, step!, lr, grad_scale, found_inf
 
 import torch
 
-__all__ = [
-    "adamw_step",
-    "low_rank_apply",
-    "low_rank_limit",
-    "low_rank_project",
-    "low_rank_ratios",
-    "low_rank_rule",
-]
+from .. import _native  # noqa: F401 (loads the library that defines the ops)
 
+low_rank_adamw_step = torch.ops.pykern.low_rank_adamw_step.default
 low_rank_project = torch.ops.pykern.low_rank_project.default
 low_rank_rule = torch.ops.pykern.low_rank_rule.default
 low_rank_ratios = torch.ops.pykern.low_rank_ratios.default
 low_rank_limit = torch.ops.pykern.low_rank_limit.default
 low_rank_apply = torch.ops.pykern.low_rank_apply.default
+adamw_step = torch.ops.pykern.adamw_step.default
 
 
+@torch.library.register_fake("pykern::low_rank_adamw_step")
 @torch.library.register_fake("pykern::low_rank_project")
 @torch.library.register_fake("pykern::low_rank_rule")
 @torch.library.register_fake("pykern::low_rank_ratios")
 @torch.library.register_fake("pykern::low_rank_limit")
 @torch.library.register_fake("pykern::low_rank_apply")
+@torch.library.register_fake("pykern::adamw_step")
 def _fake_in_place(*arguments, **keywords):
     """These ops change their arguments and return nothing."""
-
-
-def adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, grad_scale, found_inf, **rule):
-    """The op's meaning by the op for one tensor."""
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    for i, weight in enumerate(param):
-        gradient = grad[i] if grad_scale is None else grad[i] / grad_scale.to(grad[i].dtype)
-        torch.ops.pykern.adam_step.default(weight, gradient, exp_avg[i], exp_avg_sq[i], step[i], lr, **rule)

@@ -15,9 +15,10 @@ from .matrices import Job
 from .options import ALIASES, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
 from .refresh import MOMENTS, is_due, note_refresh
-from .residuals import RESIDUALS, measured_factors
+from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
 from .state import fitted_states, make_state, plain_state, seed_of, wide_dtype
+from .tracking import keep_lost_momentum, momentum_outside, remembered
 
 ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
 
@@ -66,26 +67,47 @@ class LowRankOptimizer(torch.optim.Optimizer):
             packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
         lr: a float, or a 0-dim float32 or float64 tensor on the device of the parameters.
         rank: columns of P; None for plain AdamW.
+        rule: the inner rule, what makes N of R (the formulas are those of reference.lowrank_parts.rule and of
+            lowrank.matrix_rules): "adamw"; "adabelief"; "lion"; "momentum" (N = m = momentum m + R); "adafactor"
+            (row and column means for second moments); "newton_schulz" (the momentum with its singular values brought
+            to one, as Muon has it).
         refresh_every: steps between two choices of P.
         scale: GaLore's alpha, on the low-rank part of the update.
         side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns.
         projector: "gram" (eigenvectors of the gradient's Gram matrix), or a function (grad, rank, right) -> P
             ([columns, rank] if right, else [rows, rank]), or P itself. Belongs to the whole optimizer and is
             not part of its state_dict.
-        residual: "none" or "fira".
+        projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
+            projector_memory) * G (LDAdam's rho).
+        residual: what becomes of the gradient outside the subspace: "none"; "fira"; "apollo_channel" and
+            "apollo_tensor" (D is G itself, its channels or the whole times |N| / |R| and the root of `scale`, limited
+            like Fira's S); "sign" and "sgd" (D gets residual_scale times sign(G - up(R)), or G - up(R), as FRUGAL has
+            it); "error_feedback" (G - feedback_share * up(R) is kept in a buffer and added to the next gradient).
+        residual_scale: of "sign" and "sgd".
+        growth_limit: how much the norm of S may grow in a step, for "fira" and APOLLO; 0 for no limit.
+        scale_first: APOLLO's root of `scale` comes before the limit, not after it.
+        feedback_share: what "error_feedback" forgets of the part that was used. 1 - mu makes the buffer a momentum,
+            of which Trion uses what the subspace sees.
+        feedback_momentum: "error_feedback" also keeps beta1 / (1 - beta1) times what up(m) loses at a refresh (LDAdam).
+        betas: of "adamw", "adabelief", "lion" and plain AdamW.
+        momentum: of "momentum" (0.9 by default), "newton_schulz" (0.95) and "adafactor" (0: no average).
+        nesterov: "newton_schulz" looks one step of momentum ahead.
+        shape_scale: the factor on a "newton_schulz" direction: "original", sqrt(max(1, rows / columns));
+            "match_rms_adamw", 0.2 sqrt(max(rows, columns)); "spectral", sqrt(rows / columns); "none".
         eps: 1e-8 by default, 1e-6 with `parity`, as in the packages.
         decay: "before" or "after": whether weight decay precedes the update.
-        parity: "galore_torch" or "fira" reproduces these packages: W is decayed after the update; eps is added to
-            sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 - beta1^t);
-            Fira subtracts scale * up(R) in the residual. The packages keep moments in the weight's dtype; here
-            they are float32.
+        parity: "galore_torch", "fira" or "apollo_torch" reproduces these packages: W is decayed after the update; eps
+            is added to sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 -
+            beta1^t); Fira subtracts scale * up(R) in the residual, and a norm of zero limits the next. The packages
+            keep moments in the weight's dtype; here they are float32.
         maximize: ascend.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
-    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira; negative until known). It
+    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
+    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
 
-    GaLore: arXiv 2403.03507. Fira: arXiv 2410.01623.
+    The published optimizers are rows of lowrank.presets.PRESETS, each with a class that names its paper.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
@@ -109,14 +131,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         side: str = "std",
         projector: str | ProjectorFunction | Tensor = "gram",
         projector_format: str = "dense",
+        projector_memory: float = 0.0,
         residual: str = "none",
         residual_scale: float = 1.0,
         growth_limit: float = 1.01,
         scale_first: bool = False,
         feedback_share: float = 1.0,
+        feedback_momentum: bool = False,
         state_dtype: str = "float32",
         rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float | None = None,
+        nesterov: bool = True,
+        shape_scale: str = "original",
         eps: float | None = None,
         weight_decay: float = 0.0,
         decay: str = "before",
@@ -143,14 +170,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "side": side,
             "projector": projector if isinstance(projector, str) else None,
             "projector_format": projector_format,
+            "projector_memory": projector_memory,
             "residual": residual,
             "residual_scale": residual_scale,
             "growth_limit": growth_limit,
             "scale_first": scale_first,
             "feedback_share": feedback_share,
+            "feedback_momentum": feedback_momentum,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "betas": betas,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "shape_scale": shape_scale,
             "eps": eps,
             "weight_decay": weight_decay,
             "decay": decay,
@@ -193,12 +225,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor.
 
-        As everywhere in torch.optim, the options of the groups become the saved ones.
+        As everywhere in torch.optim, the options of the groups become the saved ones. A learning rate that is a tensor
+        here and there stays the same tensor.
 
         Raises:
             ValueError: the parameters have other shapes, or the state other tensors than these options ask for.
         """
         states: dict[Tensor, dict[str, Tensor]] = {}
+        rates = [group["lr"] for group in self.param_groups]
 
         def check(optimizer, given: dict) -> dict | None:
             ours = [len(group["params"]) for group in self.param_groups]
@@ -209,8 +243,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         def fill(optimizer) -> None:
             self.state.update(states)
-            for group in self.param_groups:
-                if isinstance(group["lr"], Tensor) and group["params"]:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor) and isinstance(rate, Tensor):
+                    # The same tensor, which other optimizers may share and graphs may have captured.
+                    group["lr"] = rate.copy_(group["lr"])
+                elif isinstance(group["lr"], Tensor) and group["params"]:
                     group["lr"] = group["lr"].to(group["params"][0].device)
 
         # Between the hooks of others: those before may change the state_dict, those after see the states.
@@ -264,14 +301,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
         self._step(dict(low))
 
-    def needs_gradient(self, param: Tensor) -> bool:
+    def needs_gradient(self, param: Tensor, ignore_refresh: bool = False) -> bool:
         """Whether the next step of a parameter needs its gradient itself, not only R.
 
-        True where a basis is to be chosen, where the residual is not "none", and for plain AdamW.
+        True for plain AdamW, where the residual is not "none", and, unless `ignore_refresh`, where a basis is to be
+        chosen.
         """
         job = self._job(param)
-        if job is None or not RESIDUALS[job.group["residual"]].linear or not job.state:
+        if job is None or not RESIDUALS[job.group["residual"]].linear:
             return True
+        if ignore_refresh or not job.state:
+            return not ignore_refresh
         done = self._steps_done(job)
         return done is not None and is_due(job, done)
 
@@ -296,7 +336,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if refresh and self._due(job, Amp()):
                 if self.process_group is not None:
                     average([job.grad], self.process_group)
-                self._refresh(job, job.grad)
+                self._refresh(job, job.grad, Amp())
             low = [torch.empty(job.rank, job.length, dtype=wide_dtype(param), device=param.device)]
             basis = [basis_of(job.group).dense(job, job.state)]
             ops.low_rank_project([job.grad], basis, None, low, [], maximize=job.group["maximize"])
@@ -389,12 +429,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 make_state(job, self.state[job.param])
         states = [job.state for job in jobs]
         options = {"maximize": group["maximize"]}
-        low, squares = self._projected(jobs, group, amp)
+        sources, due = self._sources(jobs, group, amp)
         projectors = [basis_of(group).dense(job, job.state) for job in jobs]
+        if self._is_fused(jobs[0], group):
+            self._step_fused(jobs, projectors, group, amp)
+            return
+        low, squares = self._projected(jobs, sources, projectors, due, group, amp)
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-        direction, step_factor = rule.directions(inner, states, group, amp.found_inf)
+        direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
         if group["side"] == "full":
             direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
+            # What both bases see of the gradient, for the residuals.
+            low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
 
         rate = rate_on(group["lr"], jobs[0].param.device)
         grads, factors, missed, scale = [], [], [], group["scale"]
@@ -439,15 +485,79 @@ class LowRankOptimizer(torch.optim.Optimizer):
             rounding=_ROUNDING[group["rounding"]],
             **options,
         )
-        for job in jobs:
-            job.write_back()
-            if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
-                self._counted[job.param] += 1
+        self._finish(jobs)
 
-    def _projected(self, jobs: list[Job], group: dict, amp: Amp) -> tuple[list[Tensor], list[Tensor]]:
-        """R of every job, after the bases that are due were chosen, and the columns' squares if these are needed.
+    def _is_fused(self, job: Job, group: dict) -> bool:
+        """Whether low_rank_adamw_step has all that the batch of this job asks for."""
+        return (
+            group["rule"] == "adamw"
+            and group["state_dtype"] == "float32"
+            and group["rounding"] == "nearest"
+            and group["side"] != "full"
+            and RESIDUALS[group["residual"]].fused is not None
+            and job.low is None
+            and job.shards is None
+            and self.process_group is None
+        )
 
-        Between processes with gradients of their own, R is averaged where the step needs nothing else of them.
+    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: Amp) -> None:
+        """The low-rank step in one op, for groups where _is_fused."""
+        states = [job.state for job in jobs]
+        residual = RESIDUALS[group["residual"]]
+        beta1, beta2 = group["betas"]
+        limit = limit_options(group)
+        ops.low_rank_adamw_step(
+            [job.weight for job in jobs],
+            [job.grad for job in jobs],
+            projectors,
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            [state["residual_norm"] for state in states] if residual.measured else [],
+            rate_on(group["lr"], jobs[0].param.device),
+            amp.grad_scale,
+            amp.found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            corrected_eps=group["corrected_eps"],
+            weight_decay=group["weight_decay"],
+            decay_after=group["decay"] == "after",
+            residual=residual.fused,
+            orthonormal=self._orthonormal(group),
+            maximize=group["maximize"],
+            **{**limit, "removed": limit["removed"] or 0.0},
+        )
+        self._finish(jobs)
+
+    def _sources(self, jobs: list[Job], group: dict, amp: Amp) -> tuple[list[Tensor], list[bool]]:
+        """What every job projects, and whether its basis was due; the bases that were are chosen.
+
+        Between processes with gradients of their own, those are averaged that the step needs themselves.
+        """
+        residual, processes = RESIDUALS[group["residual"]], self.process_group
+        if jobs[0].low is not None:
+            return [], [False] * len(jobs)
+        due = [self._due(job, amp) for job in jobs]
+        if processes is not None:
+            average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
+        # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
+        sources = [self._with_feedback(job, amp) if residual.feedback else job.grad for job in jobs]
+        for job, source, now in zip(jobs, sources, due, strict=True):
+            if now:
+                self._refresh(job, source, amp)
+        return sources, due
+
+    def _projected(
+        self,
+        jobs: list[Job],
+        sources: list[Tensor],
+        projectors: list[Tensor],
+        due: list[bool],
+        group: dict,
+        amp: Amp,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """R of every job, and the columns' squares if these are needed.
+
+        Between processes with gradients of their own, R is averaged where the gradient was not.
         """
         residual, processes = RESIDUALS[group["residual"]], self.process_group
         if jobs[0].low is not None:
@@ -456,23 +566,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 low = [matrix.clone() for matrix in low]
                 average(low, processes)
             return low, []
-        due = [self._due(job, amp) for job in jobs]
-        if processes is not None:
-            average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
-        # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
-        sources = [self._with_feedback(job, amp) if residual.feedback else job.grad for job in jobs]
-        for job, source, now in zip(jobs, sources, due, strict=True):
-            if now:
-                self._refresh(job, source)
         low = [torch.empty(job.rank, job.length, dtype=wide_dtype(job.param), device=job.param.device) for job in jobs]
         squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
-        projectors = [basis_of(group).dense(job, job.state) for job in jobs]
         scale = None if residual.feedback else amp.grad_scale
         maximize = group["maximize"] and not residual.feedback
         ops.low_rank_project(sources, projectors, scale, low, squares, maximize=maximize)
         if processes is not None and residual.linear:
             average([matrix for matrix, now in zip(low, due, strict=True) if not now], processes)
         return low, squares
+
+    def _finish(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.write_back()
+            if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
+                self._counted[job.param] += 1
 
     def _with_feedback(self, job: Job, amp: Amp) -> Tensor:
         """The gradient plus what earlier steps missed, in the buffer of the latter."""
@@ -524,16 +631,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._counted.pop(job.param, None)
         return is_due(job, self._steps_done(job)) and not bool(amp.found_inf)
 
-    def _refresh(self, job: Job, source: Tensor) -> None:
+    def _refresh(self, job: Job, source: Tensor, amp: Amp) -> None:
         """Chooses a new basis; `source` [n, length] is what will be projected."""
         state, group = job.state, job.group
         done = self._steps_done(job)
-        chosen = self._choose_basis(job, source, done)
+        feedback = RESIDUALS[group["residual"]].feedback
+        factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
+        chosen = self._choose_basis(job, remembered(job, source, done, factor), done)
         if chosen is None:
             return
         # Until the first choice the state has no basis, and no moments to carry over.
         first, basis = int(state["next_refresh"]) == 0, basis_of(group)
         before = {name: state[name].clone() for name in basis.init(job)}
+        tracked = feedback and group["feedback_momentum"] and not first
+        momentum = momentum_outside(job) if tracked else None
         basis.store(job, chosen)
         if group["side"] == "full":
             other = self._other_basis(job, source)
@@ -541,6 +652,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 state["other_projector"].copy_(other)
         if not first:
             MOMENTS[group["moments"]](job, before)
+        if momentum is not None:
+            keep_lost_momentum(job, momentum)
         if group["moments"] == "reset" and not first:
             # The count of steps is zero again.
             state["next_refresh"].fill_(group["refresh_every"])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .bases import PROJECTOR_FORMATS
+from .matrix_rules import SHAPE_SCALES
 from .matrices import SIDES, matrix_shape
 from .projectors import PROJECTORS
 from .refresh import MOMENTS, REFRESHES
@@ -43,6 +44,7 @@ CHOICES: dict[str, tuple] = {
     "moments": tuple(MOMENTS),
     "residual": tuple(RESIDUALS),
     "state_dtype": STATE_DTYPES,
+    "shape_scale": tuple(SHAPE_SCALES),
     "rounding": ROUNDINGS,
     "decay": ("before", "after"),
 }
@@ -66,6 +68,19 @@ def complete_group(group: dict) -> None:
     for name, choices in CHOICES.items():
         if group[name] not in choices:
             raise ValueError(f"{name}: expected one of {choices}, got {group[name]!r}")
+    rule = RULES[group["rule"]]
+    if group["state_dtype"] not in rule.state_dtypes:
+        raise ValueError(
+            f"state_dtype: expected one of {rule.state_dtypes} with rule={group['rule']!r}, "
+            f"got {group['state_dtype']!r}"
+        )
+    if group["side"] == "full" and RESIDUALS[group["residual"]].measured:
+        raise ValueError(
+            f'side: "full" has no channels to scale, so not with residual={group["residual"]!r}; expected one of '
+            f"{tuple(side for side in SIDES if side != 'full')}"
+        )
+    if group["momentum"] is None:
+        group["momentum"] = rule.default_momentum
     if group["projector"] is not None and group["projector"] not in PROJECTORS:
         raise ValueError(
             f"projector: expected one of {tuple(PROJECTORS)}, or for the whole optimizer a function or a tensor; "
@@ -100,9 +115,25 @@ def _check_numbers(group: dict) -> None:
         raise ValueError(f"lr: expected a rate of at least 0, got {lr}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {group['betas']}")
+    if group["momentum"] is not None and not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum: expected None or a number in [0, 1), got {group['momentum']}")
+    for name in ("projector_memory", "feedback_share"):
+        if not 0 <= group[name] <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {group[name]}")
+    if (group["projector_memory"] > 0 or group["feedback_momentum"]) and not _keeps_momentum(group):
+        raise ValueError(
+            'projector_memory, feedback_momentum: expected rule "adamw" or "adabelief", moments that are not 8-bit, '
+            f'and a side that is not "full"; got {group["rule"]!r}, {group["state_dtype"]!r}, {group["side"]!r}'
+        )
     for name in ("eps", "weight_decay", "growth_limit", "residual_scale"):
         if not group[name] >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {group[name]}")
+
+
+def _keeps_momentum(group: dict) -> bool:
+    """Whether the state has an average of the gradient that can be projected up as it is."""
+    averages = group["rule"] in ("adamw", "adabelief")
+    return averages and group["state_dtype"] != "8bit" and group["side"] != "full"
 
 
 def check_rate_device(lr: Tensor, device: torch.device) -> None:
