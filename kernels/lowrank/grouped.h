@@ -5,9 +5,7 @@
 // in the launch, and a block finds its matrix by halving the list.
 #pragma once
 
-#include <cstdint>
-
-#include "kernels/common/host_device.h"
+#include "kernels/common/device.h"
 
 namespace pykern::lowrank {
 
@@ -40,7 +38,7 @@ struct GroupedTable {
   }
 
   // The matrix that a tile belongs to; a matrix without tiles has none.
-  PYKERN_HOST_DEVICE int find(uint32_t tile) const {
+  __host__ __device__ __forceinline__ int find(uint32_t tile) const {
     int low = 0, high = count;
     while (high - low > 1) {
       const int middle = (low + high) / 2;

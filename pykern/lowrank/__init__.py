@@ -1,6 +1,6 @@
 """Low-rank optimizers: moments that live in a subspace of the gradient."""
 
-from .backward import BackwardStepper, step_in_backward
+from .backward import BackwardOptimizer, BackwardStepper, step_in_backward
 from .groups import low_rank_groups
 from .optimizer import LowRankAdamW, LowRankOptimizer
 from .presets import (
@@ -17,10 +17,14 @@ from .presets import (
     LDAdamW,
     Trion,
 )
+from .refactorize import refactorize, reset_moments
+from .sltrain import SLTrainLinear, sltrain_linear
+from .weight_norm import NormalizedLowRankLinear
 
 __all__ = [
     "ApolloAdamW",
     "ApolloMini",
+    "BackwardOptimizer",
     "BackwardStepper",
     "DCTAdamW",
     "FiraAdamW",
@@ -33,7 +37,12 @@ __all__ = [
     "LDAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
+    "NormalizedLowRankLinear",
+    "SLTrainLinear",
     "Trion",
     "low_rank_groups",
+    "refactorize",
+    "reset_moments",
+    "sltrain_linear",
     "step_in_backward",
 ]
