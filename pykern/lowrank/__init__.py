@@ -2,6 +2,7 @@
 
 from .backward import BackwardOptimizer, BackwardStepper, step_in_backward
 from .groups import low_rank_groups
+from .int8_linear import Int8Linear, int8_linears
 from .optimizer import LowRankAdamW, LowRankOptimizer
 from .presets import (
     ApolloAdamW,
@@ -34,12 +35,14 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GrassAdamW",
+    "Int8Linear",
     "LDAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
     "NormalizedLowRankLinear",
     "SLTrainLinear",
     "Trion",
+    "int8_linears",
     "low_rank_groups",
     "refactorize",
     "reset_moments",
