@@ -286,7 +286,7 @@ template <class T, bool along_length>
 __global__ void __launch_bounds__(kApplyThreads, 2) apply_kernel(const __grid_constant__ ApplyCall call) {
   PYKERN_DYNAMIC_SHARED(memory);
   PYKERN_SHARED(ApplyShared, shared);
-  if (call.rule.found_inf && *call.rule.found_inf != 0) return;
+  if (is_set(call.rule.found_inf)) return;
   const int index = call.table.find(blockIdx.x);
   const ApplyMatrix& m = call.table.matrix[index];
   // Neighbouring blocks share the larger of both operands, the floats of the direction.
