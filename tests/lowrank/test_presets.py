@@ -169,7 +169,8 @@ def test_least_squares(name):
     inputs = torch.randn(64, 16, generator=generator)
     targets = inputs @ torch.randn(16, 24, generator=generator)
     param = torch.nn.Parameter(torch.zeros(24, 16))
-    lr = {"Flora": 0.5, "ApolloMini": 0.003}.get(name, 0.03)
+    scale = PRESETS[name].defaults.get("scale", 1.0)
+    lr = 0.5 if name == "Flora" else 0.03 / scale**0.5 if name.startswith("Apollo") else 0.03 / scale
     every = {} if PRESETS[name].defaults.get("refresh_every") == 1 else {"refresh_every": 10}
     rank = {} if "rank" in PRESETS[name].defaults else {"rank": 8}
     optimizer = getattr(pykern, name)([param], lr, weight_decay=0.0, **rank, **every)
