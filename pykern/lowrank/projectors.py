@@ -19,6 +19,8 @@ class Choice:
         right: `matrix` is the transposed gradient.
         index: the parameter's place among all of the optimizer, from 0.
         refreshes: choices before this one.
+        reduce: adds up a tensor in place over the processes that share the columns of the gradient, where `matrix` has
+            this process's only; None where it has all.
     """
 
     matrix: Tensor
@@ -28,6 +30,7 @@ class Choice:
     right: bool = False
     index: int = 0
     refreshes: int = 0
+    reduce: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Projector:
 
     `choose` gives P [n, rank], float32 (float64 for a float64 gradient), or None where the gradient names no
     subspace; then the basis in use is kept and the next step asks again. Where P is made of whole rows of a fixed
-    matrix it gives what the format `basis` of lowrank.bases keeps of them.
+    matrix it gives what the format `basis` of lowrank.bases keeps of them. `by_sums`: it can choose by sums over the
+    columns, with Choice.reduce; else it always gets all columns.
     """
 
     choose: Callable[[Choice], Tensor | None]
     orthonormal: bool = True
     basis: str | None = None
+    by_sums: bool = False
 
 
 def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:
@@ -65,20 +70,42 @@ def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:
         # The shorter axis gives the smaller eigenproblem; its vectors map to the longer one, and QR
         # makes those orthonormal even where the gradient's rank is below `rank`.
         vectors = matrix.mT @ _leading(matrix @ matrix.mT, rank)
-        return torch.linalg.qr(vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny))[0].contiguous()
+        return signed(torch.linalg.qr(vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny))[0])
     except torch.linalg.LinAlgError:
         return None
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
     vectors = torch.linalg.eigh(gram).eigenvectors
-    return vectors[:, -rank:].flip(1).contiguous()
+    return signed(vectors[:, -rank:].flip(1))
+
+
+def signed(vectors: Tensor) -> Tensor:
+    """The vectors [n, rank] with the signs that make the largest element of each positive, in memory of its own.
+
+    Solvers leave the signs open, but moments are kept over a refresh: so that they don't hang on roundings, the way a
+    sum was split over processes, or the device.
+    """
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors).contiguous()
 
 
 def _gram(choice: Choice) -> Tensor | None:
-    return gram_projector(choice.matrix.mT, choice.rank, right=True)
+    if choice.reduce is None:
+        return gram_projector(choice.matrix.mT, choice.rank, right=True)
+    matrix = choice.matrix.to(torch.promote_types(choice.matrix.dtype, torch.float32))
+    # The sum of all processes' largest elements: as good a scale as the largest, and zero or not finite with it.
+    largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
+    largest = choice.reduce(largest)
+    if not (torch.isfinite(largest) & (largest > 0)):
+        return None
+    matrix = matrix / largest
+    try:
+        return _leading(choice.reduce(matrix @ matrix.mT), choice.rank)
+    except torch.linalg.LinAlgError:
+        return None
 
 
 PROJECTORS: dict[str, Projector] = {
-    "gram": Projector(_gram),
+    "gram": Projector(_gram, by_sums=True),
 }
