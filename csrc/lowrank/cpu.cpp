@@ -2,100 +2,112 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <vector>
 
-#include "kernels/lowrank/dynamic_map.h"
-#include "lowrank/arguments.h"
 #include "lowrank/rule.h"
 #include "lowrank/step.h"
+#include "lowrank/step_arguments.h"
 
 namespace pykern {
 namespace {
 
-void run_low_rank(const Tensor& param, const Tensor& grad, const Tensor& projector, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const Tensor& step, const std::optional<Tensor>& residual_norm,
-                  const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double scale,
-                  bool right, bool decay_after, bool corrected_eps, bool scaled_residual, bool maximize) {
+using lowrank::number;
+
+double one_over(const std::optional<Tensor>& grad_scale) { return grad_scale ? 1 / number(*grad_scale) : 1.0; }
+
+bool is_skipped(const std::optional<Tensor>& found_inf) { return found_inf && number(*found_inf) != 0; }
+
+void run_low_rank(std::vector<Tensor> param, std::vector<Tensor> grad, std::vector<Tensor> projector,
+                  std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step,
+                  std::vector<Tensor> residual_norm, Tensor lr, std::optional<Tensor> grad_scale,
+                  std::optional<Tensor> found_inf, double beta1, double beta2, double eps, bool corrected_eps,
+                  double weight_decay, bool decay_after, double scale, int64_t residual, double removed, double growth,
+                  bool zero_norm_limits, double amplitude, bool amplitude_first, bool orthonormal, bool maximize) {
+  lowrank::check_low_rank_adamw(param, grad, projector, exp_avg, exp_avg_sq, step, residual_norm, lr, grad_scale,
+                                found_inf, residual, check_cpu);
+  if (param.empty() || is_skipped(found_inf)) return;
+  const double rate = number(lr), gradient_scale = one_over(grad_scale);
+  std::vector<lowrank::Matrix> matrices;
+  for (size_t i = 0; i < param.size(); ++i) {
+    lowrank::Matrix matrix{};
+    matrix.rule = lowrank::next_rule(step[i], rate, beta1, beta2, eps, weight_decay, decay_after, corrected_eps,
+                                     maximize);
+    matrix.rule.sign *= gradient_scale;
+    if (param[i].numel() == 0) continue;
+    matrix.n = param[i].size(0);
+    matrix.length = param[i].size(1);
+    matrix.rank = projector[i].size(1);
+    const lowrank::MatrixStrides weights = lowrank::matrix_strides(param[i], "param");
+    const lowrank::MatrixStrides gradients = lowrank::matrix_strides(grad[i], "grad");
+    matrix.param = param[i].mutable_data_ptr();
+    matrix.param_place = weights.row;
+    matrix.param_line = weights.column;
+    matrix.grad = grad[i].const_data_ptr();
+    matrix.grad_place = gradients.row;
+    matrix.grad_line = gradients.column;
+    matrix.projector = projector[i].const_data_ptr();
+    matrix.exp_avg = exp_avg[i].mutable_data_ptr();
+    matrix.exp_avg_sq = exp_avg_sq[i].mutable_data_ptr();
+    if (!residual_norm.empty()) matrix.residual_norm = residual_norm[i].mutable_data_ptr();
+    matrices.push_back(matrix);
+  }
   lowrank::LowRankStep request{};
-  lowrank::check_low_rank(param, grad, projector, exp_avg, exp_avg_sq, step, residual_norm, lr, right, check_cpu);
-  request.type = data_type(param, "param");
-  request.rows = param.size(0);
-  request.columns = param.size(1);
-  request.rank = projector.size(1);
-  request.right = right;
-  if (residual_norm) request.residual_norm = residual_norm->mutable_data_ptr();
-  request.rule = lowrank::next_rule(step, lowrank::number(lr), beta1, beta2, eps, weight_decay, decay_after,
-                                    corrected_eps, maximize);
-  request.param_stride = param.stride(0);
-  request.grad_stride = grad.stride(0);
-  request.param = param.mutable_data_ptr();
-  request.grad = grad.const_data_ptr();
-  request.projector = projector.const_data_ptr();
-  request.exp_avg = exp_avg.mutable_data_ptr();
-  request.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  request.type = data_type(param[0], "param");
+  request.matrices = matrices.data();
+  request.count = static_cast<int64_t>(matrices.size());
+  request.residual = static_cast<lowrank::Residual>(residual);
   request.scale = scale;
-  request.removed = scaled_residual ? scale : 1.0;
-  request.zero_norm_limits = scaled_residual;
-  if (request.rows == 0 || request.columns == 0) return;
-  const bool done =
-      request.type == DataType::f64 ? lowrank::low_rank_step_double(request) : low_rank_step()(request);
-  STD_TORCH_CHECK(done, "low_rank_adam_step: out of memory");
+  request.removed = removed;
+  request.growth = growth;
+  request.amplitude = amplitude;
+  request.amplitude_first = amplitude_first;
+  request.zero_norm_limits = zero_norm_limits;
+  request.orthonormal = orthonormal;
+  bool done = true;
+  if (request.type == DataType::f64) {
+    for (const lowrank::Matrix& matrix : matrices) done = done && lowrank::low_rank_step_double(request, matrix);
+  } else {
+    done = low_rank_step()(request);
+  }
+  STD_TORCH_CHECK(done, "low_rank_adamw_step: out of memory");
 }
 
-void run_adam(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-              const Tensor& step, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+void run_adam(std::vector<Tensor> param, std::vector<Tensor> grad, std::vector<Tensor> exp_avg,
+              std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step, Tensor lr, std::optional<Tensor> grad_scale,
+              std::optional<Tensor> found_inf, double beta1, double beta2, double eps, double weight_decay,
               bool decay_after, bool corrected_eps, bool maximize) {
+  lowrank::check_adamw(param, grad, exp_avg, exp_avg_sq, step, lr, grad_scale, found_inf, check_cpu);
+  if (param.empty() || is_skipped(found_inf)) return;
+  const double rate = number(lr), gradient_scale = one_over(grad_scale);
+  std::vector<lowrank::AdamTensor> tensors;
+  for (size_t i = 0; i < param.size(); ++i) {
+    lowrank::AdamTensor tensor{};
+    tensor.size = param[i].numel();
+    tensor.rule = lowrank::next_rule(step[i], rate, beta1, beta2, eps, weight_decay, decay_after, corrected_eps,
+                                     maximize);
+    tensor.rule.sign *= gradient_scale;
+    tensor.param = param[i].mutable_data_ptr();
+    tensor.grad = grad[i].const_data_ptr();
+    tensor.exp_avg = exp_avg[i].mutable_data_ptr();
+    tensor.exp_avg_sq = exp_avg_sq[i].mutable_data_ptr();
+    tensors.push_back(tensor);
+  }
   lowrank::AdamStep request{};
-  lowrank::check_adam(param, grad, exp_avg, exp_avg_sq, step, lr, check_cpu);
-  request.type = data_type(param, "param");
-  request.size = param.numel();
-  request.rule = lowrank::next_rule(step, lowrank::number(lr), beta1, beta2, eps, weight_decay, decay_after,
-                                    corrected_eps, maximize);
-  request.param = param.mutable_data_ptr();
-  request.grad = grad.const_data_ptr();
-  request.exp_avg = exp_avg.mutable_data_ptr();
-  request.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  request.type = data_type(param[0], "param");
+  request.tensors = tensors.data();
+  request.count = static_cast<int64_t>(tensors.size());
   if (request.type == DataType::f64) {
-    lowrank::adam_step_double(request);
+    for (const lowrank::AdamTensor& tensor : tensors) lowrank::adam_step_double(tensor);
   } else {
-    adam_step()(request);
+    STD_TORCH_CHECK(adam_step()(request), "adamw_step: out of memory");
   }
-}
-
-Tensor run_phase(const Tensor& low, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                 const std::optional<Tensor>& exp_avg_scale, const std::optional<Tensor>& exp_avg_sq_scale,
-                 const Tensor& step, double beta1, double beta2, double eps, bool corrected_eps, bool maximize) {
-  lowrank::PhaseStep request{};
-  const auto blocks = [](int64_t length) { return lowrank::quant_blocks(length); };
-  const bool quantised =
-      lowrank::check_phase(low, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, step, blocks, check_cpu);
-  const Tensor direction = torch::stable::empty_like(low);
-  request.type = data_type(low, "low");
-  request.size = low.numel();
-  request.rule = lowrank::next_rule(step, 1.0, beta1, beta2, eps, 0.0, false, corrected_eps, maximize);
-  request.low = low.const_data_ptr();
-  request.exp_avg = exp_avg.mutable_data_ptr();
-  request.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
-  request.direction = direction.mutable_data_ptr();
-  if (quantised) {
-    request.rank = low.size(0);
-    request.length = low.size(1);
-    request.exp_avg_scale = output<float>(*exp_avg_scale);
-    request.exp_avg_sq_scale = output<float>(*exp_avg_sq_scale);
-  }
-  if (request.type == DataType::f64) {
-    lowrank::adam_phase_double(request);
-  } else {
-    adam_phase()(request);
-  }
-  return direction;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pykern, CPU, m) {
-  m.impl("low_rank_adam_step", TORCH_BOX(&run_low_rank));
-  m.impl("adam_step", TORCH_BOX(&run_adam));
-  m.impl("low_rank_adam_phase", TORCH_BOX(&run_phase));
+  m.impl("low_rank_adamw_step", TORCH_BOX(&run_low_rank));
+  m.impl("adamw_step", TORCH_BOX(&run_adam));
 }
 
 }  // namespace pykern

@@ -16,97 +16,88 @@ double advance(const AdamRule& rule, double gradient, double* first, double* sec
 
 }  // namespace
 
-void adam_step_double(const AdamStep& step) {
-  double* param = static_cast<double*>(step.param);
-  const double* grad = static_cast<const double*>(step.grad);
-  double* first = static_cast<double*>(step.exp_avg);
-  double* second = static_cast<double*>(step.exp_avg_sq);
+void adam_step_double(const AdamTensor& tensor) {
+  double* param = static_cast<double*>(tensor.param);
+  const double* grad = static_cast<const double*>(tensor.grad);
+  double* first = static_cast<double*>(tensor.exp_avg);
+  double* second = static_cast<double*>(tensor.exp_avg_sq);
   constexpr int64_t kChunk = 16384;
-  parallel_tasks(ceil_div(step.size, kChunk), [&](int64_t task, int) {
-    const int64_t end = (task + 1) * kChunk < step.size ? (task + 1) * kChunk : step.size;
+  parallel_tasks(ceil_div(tensor.size, kChunk), [&](int64_t task, int) {
+    const int64_t end = (task + 1) * kChunk < tensor.size ? (task + 1) * kChunk : tensor.size;
     for (int64_t i = task * kChunk; i < end; ++i) {
-      const double direction = advance(step.rule, step.rule.sign * grad[i], first + i, second + i);
-      param[i] = step.rule.decay * param[i] - step.rule.step_size * direction;
+      const double direction = advance(tensor.rule, tensor.rule.sign * grad[i], first + i, second + i);
+      param[i] = tensor.rule.decay * param[i] - tensor.rule.step_size * direction;
     }
   });
 }
 
-void adam_phase_double(const PhaseStep& step) {
-  const double* low = static_cast<const double*>(step.low);
-  double* first = static_cast<double*>(step.exp_avg);
-  double* second = static_cast<double*>(step.exp_avg_sq);
-  double* direction = static_cast<double*>(step.direction);
-  for (int64_t i = 0; i < step.size; ++i) {
-    direction[i] = step.rule.step_size * advance(step.rule, step.rule.sign * low[i], first + i, second + i);
-  }
-}
+// A line runs over the long axis, a place over the compressed one.
+bool low_rank_step_double(const LowRankStep& step, const Matrix& matrix) {
+  const int64_t n = matrix.n, length = matrix.length, rank = matrix.rank;
+  const AdamRule& rule = matrix.rule;
+  const bool fira = step.residual == Residual::fira, scaled = step.residual != Residual::none;
+  const double* projector = static_cast<const double*>(matrix.projector);
+  double* first = static_cast<double*>(matrix.exp_avg);
+  double* second = static_cast<double*>(matrix.exp_avg_sq);
 
-// Both sides at once: `line` runs over the axis that is kept (rows if right, else columns), `place`
-// along the axis that is compressed.
-bool low_rank_step_double(const LowRankStep& step) {
-  const int64_t rank = step.rank;
-  const int64_t lines = step.right ? step.rows : step.columns, places = step.right ? step.columns : step.rows;
-  const int64_t param_line = step.right ? step.param_stride : 1, param_place = step.right ? 1 : step.param_stride;
-  const int64_t grad_line = step.right ? step.grad_stride : 1, grad_place = step.right ? 1 : step.grad_stride;
-  const int64_t state_line = step.right ? rank : 1, state_direction = step.right ? 1 : step.columns;
-  double* param = static_cast<double*>(step.param);
-  const double* grad = static_cast<const double*>(step.grad);
-  const double* projector = static_cast<const double*>(step.projector);
-  double* first = static_cast<double*>(step.exp_avg);
-  double* second = static_cast<double*>(step.exp_avg_sq);
-  double* norm = static_cast<double*>(step.residual_norm);
-
-  const Scratch low_memory(lines * rank * sizeof(double)), update_memory(lines * rank * sizeof(double));
-  const Scratch factor_memory(lines * sizeof(double)), square_memory(lines * sizeof(double));
+  const Scratch low_memory(length * rank * sizeof(double)), update_memory(length * rank * sizeof(double));
+  const Scratch ratio_memory(length * sizeof(double)), sums_memory(length * sizeof(Sums));
   double* low = low_memory.get<double>();
   double* update = update_memory.get<double>();
-  double* factor = factor_memory.get<double>();
-  double* square = square_memory.get<double>();
-  if (!low || !update || !factor || !square) return false;
+  double* ratio = ratio_memory.get<double>();
+  Sums* sums = sums_memory.get<Sums>();
+  if (!low || !update || !ratio || !sums) return false;
 
   const auto up = [&](const double* vector, int64_t place) {
     double sum = 0;
     for (int64_t k = 0; k < rank; ++k) sum += vector[k] * projector[place * rank + k];
     return sum;
   };
-  parallel_tasks(lines, [&](int64_t line, int) {
-    const double* from = grad + line * grad_line;
+  const auto gradient = [&](int64_t place, int64_t line) {
+    return rule.sign * static_cast<const double*>(matrix.grad)[place * matrix.grad_place + line * matrix.grad_line];
+  };
+  parallel_tasks(length, [&](int64_t line, int) {
     double* r = low + line * rank;
-    double* n = update + line * rank;
-    double r_square = 0, n_square = 0;
+    double* direction = update + line * rank;
+    Sums mine{};
     for (int64_t k = 0; k < rank; ++k) {
       double sum = 0;
-      for (int64_t place = 0; place < places; ++place) sum += from[place * grad_place] * projector[place * rank + k];
-      r[k] = step.rule.sign * sum;
-      const int64_t state = line * state_line + k * state_direction;
-      n[k] = advance(step.rule, r[k], first + state, second + state);
-      r_square += r[k] * r[k];
-      n_square += n[k] * n[k];
+      for (int64_t place = 0; place < n; ++place) sum += gradient(place, line) * projector[place * rank + k];
+      r[k] = sum;
+      direction[k] = advance(rule, sum, first + k * length + line, second + k * length + line);
+      mine.low += sum * sum;
+      mine.direction += direction[k] * direction[k];
     }
-    if (!norm) return;
-    factor[line] = std::sqrt(n_square) / (std::sqrt(r_square) + kNormEpsilon);
-    double sum = 0;
-    for (int64_t place = 0; place < places; ++place) {
-      const double rest = (step.rule.sign * from[place * grad_place] - step.removed * up(r, place)) * factor[line];
-      sum += rest * rest;
+    if (!scaled) return;
+    ratio[line] = step.residual == Residual::apollo_tensor
+                      ? 1.0
+                      : std::sqrt(mine.direction) / (std::sqrt(mine.low) + kNormEpsilon);
+    for (int64_t place = 0; place < n; ++place) {
+      const double rest = gradient(place, line) - (fira ? step.removed * up(r, place) : 0);
+      mine.residual += ratio[line] * rest * ratio[line] * rest;
     }
-    square[line] = sum;
+    sums[line] = mine;
   });
-  double limit = 0;
-  if (norm) {
-    double total = 0;
-    for (int64_t line = 0; line < lines; ++line) total += square[line];
-    limit = limit_residual(std::sqrt(total), norm, step.zero_norm_limits);
+  double shared = 0;
+  if (scaled) {
+    Sums total{};
+    for (int64_t line = 0; line < length; ++line) {
+      total.direction += sums[line].direction;
+      total.low += sums[line].low;
+      total.residual += sums[line].residual;
+    }
+    shared = shared_factor(step, total, static_cast<double*>(matrix.residual_norm));
   }
-  parallel_tasks(lines, [&](int64_t line, int) {
-    for (int64_t place = 0; place < places; ++place) {
-      double direction = step.scale * up(update + line * rank, place);
-      if (norm) {
-        const double gradient = step.rule.sign * grad[line * grad_line + place * grad_place];
-        direction += (gradient - step.removed * up(low + line * rank, place)) * factor[line] * limit;
+  parallel_tasks(length, [&](int64_t line, int) {
+    for (int64_t place = 0; place < n; ++place) {
+      double direction = 0;
+      if (fira || !scaled) direction = step.scale * up(update + line * rank, place);
+      if (scaled) {
+        const double rest = gradient(place, line) - (fira ? step.removed * up(low + line * rank, place) : 0);
+        direction += rest * ratio[line] * shared;
       }
-      double* weight = param + line * param_line + place * param_place;
-      *weight = step.rule.decay * *weight - step.rule.step_size * direction;
+      double& weight = static_cast<double*>(matrix.param)[place * matrix.param_place + line * matrix.param_line];
+      weight = rule.decay * weight - rule.step_size * direction;
     }
   });
   return true;

@@ -13,11 +13,11 @@ struct AdamRule {
   double beta1, beta2;
   double first, second, eps;
   double step_size, decay;
-  double sign;  // -1 to maximise
+  double sign;  // factor on the gradient: 1 / grad_scale, negative to maximise
 };
 
-struct AdamStep {
-  DataType type;
+// Plain Adam of a list of tensors.
+struct AdamTensor {
   int64_t size;
   void* param;
   const void* grad;
@@ -26,63 +26,73 @@ struct AdamStep {
   AdamRule rule;
 };
 
-// Adam in the subspace alone: the moments advance, `direction` gets N * step_size. All are without gaps.
-struct PhaseStep {
-  DataType type;  // of low and direction
-  int64_t size;
-  const void* low;
-  void* exp_avg;  // as in AdamStep; or codes of kernels/lowrank/dynamic_map.h, where exp_avg_scale is not null
+struct AdamStep {
+  DataType type;
+  const AdamTensor* tensors;
+  int64_t count;
+};
+
+enum class Residual : int { none, fira, apollo_channel, apollo_tensor };
+
+// One matrix [n, length] of a step, its compressed axis first. Of each pair of strides, along n (places) and along
+// length (lines), one is 1. The projector is [n, rank], the moments are [rank, length], contiguous.
+struct Matrix {
+  int64_t n, length, rank;
+  void* param;
+  int64_t param_place, param_line;
+  const void* grad;
+  int64_t grad_place, grad_line;
+  const void* projector;
+  void* exp_avg;  // as in AdamTensor
   void* exp_avg_sq;
-  void* direction;
-  int64_t rank, length;
-  float* exp_avg_scale;
-  float* exp_avg_sq_scale;
+  void* residual_norm;  // of the moments' type, negative until known; null: no limit
   AdamRule rule;
 };
 
-// param and grad are [rows, columns] with unit column stride, of one type, as is the projector:
-// [columns, rank] if `right`, else [rows, rank], contiguous. The moments are [rows, rank] if
-// `right`, else [rank, columns], contiguous.
 struct LowRankStep {
   DataType type;
-  int64_t rows, columns, rank;
-  bool right;
-  void* param;
-  int64_t param_stride;
-  const void* grad;
-  int64_t grad_stride;
-  const void* projector;
-  void* exp_avg;
-  void* exp_avg_sq;
-  AdamRule rule;
+  const Matrix* matrices;  // none is empty
+  int64_t count;
+  Residual residual;
   double scale;
-  // Fira's residual, where residual_norm is not null. `removed` multiplies up(R) in G - removed * up(R);
-  // residual_norm is of the moments' type and negative until the first norm is known.
-  void* residual_norm;
-  double removed;
+  double removed;  // multiplies up(R) in G - removed * up(R)
+  double growth, amplitude;
+  bool amplitude_first;
   bool zero_norm_limits;  // a stored norm of zero limits the next residual, as in the fira package
+  bool orthonormal;
 };
 
 constexpr double kNormEpsilon = 1e-8;
-constexpr double kGrowthLimit = 1.01;
 
-// The limiter: the factor on the residual of norm `norm`, and the new stored norm.
-PYKERN_INLINE double limit_residual(double norm, double* stored, bool zero_norm_limits) {
-  const double before = *stored;
-  if (zero_norm_limits ? before < 0 : before <= 0) {
-    *stored = norm;
-    return 1.0;
+// |N|^2, |R|^2 and the squared norm of the residual before any factor that its columns share.
+struct Sums {
+  double direction, low, residual;
+};
+
+// The factor that all columns of the residual share, and the new stored norm (null: no limit).
+PYKERN_INLINE double shared_factor(const LowRankStep& step, const Sums& sums, double* stored) {
+  double factor = step.amplitude_first ? step.amplitude : 1.0;
+  if (step.residual == Residual::apollo_tensor) {
+    factor *= __builtin_sqrt(sums.direction) / (__builtin_sqrt(sums.low) + kNormEpsilon);
   }
-  const double growth = norm / (before + kNormEpsilon);
-  const double limiter = (growth < kGrowthLimit ? kGrowthLimit : growth) / kGrowthLimit;
-  *stored = norm / limiter;
-  return 1.0 / limiter;
+  if (stored && step.growth > 0) {
+    const double norm = factor * __builtin_sqrt(sums.residual), before = *stored;
+    if (step.zero_norm_limits ? before < 0 : before <= 0) {
+      *stored = norm;
+    } else {
+      // Written so that a NaN stays.
+      const double growth = norm / (before + kNormEpsilon);
+      const double limiter = (growth < step.growth ? step.growth : growth) / step.growth;
+      factor /= limiter;
+      *stored = norm / limiter;
+    }
+  }
+  return step.amplitude_first ? factor : factor * step.amplitude;
 }
 
 // Float64, straight from the definition: serves comparisons, not speed. False: out of memory.
-bool low_rank_step_double(const LowRankStep& step);
-void adam_step_double(const AdamStep& step);
-void adam_phase_double(const PhaseStep& step);  // not quantised
+bool low_rank_step_double(const LowRankStep& step, const Matrix& matrix);
+void adam_step_double(const AdamTensor& tensor);
 
 }  // namespace pykern::lowrank
 
@@ -90,7 +100,6 @@ namespace pykern {
 
 // False: out of memory.
 PYKERN_SIMD_FUNCTION(bool, low_rank_step, (const lowrank::LowRankStep& step))
-PYKERN_SIMD_FUNCTION(void, adam_step, (const lowrank::AdamStep& step))
-PYKERN_SIMD_FUNCTION(void, adam_phase, (const lowrank::PhaseStep& step))
+PYKERN_SIMD_FUNCTION(bool, adam_step, (const lowrank::AdamStep& step))
 
 }  // namespace pykern

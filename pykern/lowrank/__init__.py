@@ -2,6 +2,7 @@
 
 from .backward import BackwardOptimizer, BackwardStepper, step_in_backward
 from .groups import low_rank_groups
+from .int8_linear import Int8Linear, int8_linears
 from .optimizer import LowRankAdamW, LowRankOptimizer
 from .presets import (
     ApolloAdamW,
@@ -17,6 +18,9 @@ from .presets import (
     LDAdamW,
     Trion,
 )
+from .refactorize import refactorize, reset_moments
+from .sltrain import SLTrainLinear, sltrain_linear
+from .weight_norm import NormalizedLowRankLinear
 
 __all__ = [
     "ApolloAdamW",
@@ -31,10 +35,17 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GrassAdamW",
+    "Int8Linear",
     "LDAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
+    "NormalizedLowRankLinear",
+    "SLTrainLinear",
     "Trion",
+    "int8_linears",
     "low_rank_groups",
+    "refactorize",
+    "reset_moments",
+    "sltrain_linear",
     "step_in_backward",
 ]

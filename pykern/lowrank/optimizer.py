@@ -15,7 +15,7 @@ from .matrices import Job
 from .options import ALIASES, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
 from .refresh import MOMENTS, is_due, note_refresh
-from .residuals import RESIDUALS, measured_factors
+from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
 from .state import fitted_states, make_state, plain_state, seed_of, wide_dtype
 from .tracking import keep_lost_momentum, momentum_outside, remembered
@@ -67,26 +67,47 @@ class LowRankOptimizer(torch.optim.Optimizer):
             packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
         lr: a float, or a 0-dim float32 or float64 tensor on the device of the parameters.
         rank: columns of P; None for plain AdamW.
+        rule: the inner rule, what makes N of R (the formulas are those of reference.lowrank_parts.rule and of
+            lowrank.matrix_rules): "adamw"; "adabelief"; "lion"; "momentum" (N = m = momentum m + R); "adafactor"
+            (row and column means for second moments); "newton_schulz" (the momentum with its singular values brought
+            to one, as Muon has it).
         refresh_every: steps between two choices of P.
         scale: GaLore's alpha, on the low-rank part of the update.
         side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns.
         projector: "gram" (eigenvectors of the gradient's Gram matrix), or a function (grad, rank, right) -> P
             ([columns, rank] if right, else [rows, rank]), or P itself. Belongs to the whole optimizer and is
             not part of its state_dict.
-        residual: "none" or "fira".
+        projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
+            projector_memory) * G (LDAdam's rho).
+        residual: what becomes of the gradient outside the subspace: "none"; "fira"; "apollo_channel" and
+            "apollo_tensor" (D is G itself, its channels or the whole times |N| / |R| and the root of `scale`, limited
+            like Fira's S); "sign" and "sgd" (D gets residual_scale times sign(G - up(R)), or G - up(R), as FRUGAL has
+            it); "error_feedback" (G - feedback_share * up(R) is kept in a buffer and added to the next gradient).
+        residual_scale: of "sign" and "sgd".
+        growth_limit: how much the norm of S may grow in a step, for "fira" and APOLLO; 0 for no limit.
+        scale_first: APOLLO's root of `scale` comes before the limit, not after it.
+        feedback_share: what "error_feedback" forgets of the part that was used. 1 - mu makes the buffer a momentum,
+            of which Trion uses what the subspace sees.
+        feedback_momentum: "error_feedback" also keeps beta1 / (1 - beta1) times what up(m) loses at a refresh (LDAdam).
+        betas: of "adamw", "adabelief", "lion" and plain AdamW.
+        momentum: of "momentum" (0.9 by default), "newton_schulz" (0.95) and "adafactor" (0: no average).
+        nesterov: "newton_schulz" looks one step of momentum ahead.
+        shape_scale: the factor on a "newton_schulz" direction: "original", sqrt(max(1, rows / columns));
+            "match_rms_adamw", 0.2 sqrt(max(rows, columns)); "spectral", sqrt(rows / columns); "none".
         eps: 1e-8 by default, 1e-6 with `parity`, as in the packages.
         decay: "before" or "after": whether weight decay precedes the update.
-        parity: "galore_torch" or "fira" reproduces these packages: W is decayed after the update; eps is added to
-            sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 - beta1^t);
-            Fira subtracts scale * up(R) in the residual. The packages keep moments in the weight's dtype; here
-            they are float32.
+        parity: "galore_torch", "fira" or "apollo_torch" reproduces these packages: W is decayed after the update; eps
+            is added to sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 -
+            beta1^t); Fira subtracts scale * up(R) in the residual, and a norm of zero limits the next. The packages
+            keep moments in the weight's dtype; here they are float32.
         maximize: ascend.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
-    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira; negative until known). It
+    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
+    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
 
-    GaLore: arXiv 2403.03507. Fira: arXiv 2410.01623.
+    The published optimizers are rows of lowrank.presets.PRESETS, each with a class that names its paper.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
@@ -408,8 +429,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 make_state(job, self.state[job.param])
         states = [job.state for job in jobs]
         options = {"maximize": group["maximize"]}
-        low, squares = self._projected(jobs, group, amp)
+        sources, due = self._sources(jobs, group, amp)
         projectors = [basis_of(group).dense(job, job.state) for job in jobs]
+        if self._is_fused(jobs[0], group):
+            self._step_fused(jobs, projectors, group, amp)
+            return
+        low, squares = self._projected(jobs, sources, projectors, due, group, amp)
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
         split = jobs[0].shards is not None and not rule.columnwise
         if split:
@@ -465,23 +490,57 @@ class LowRankOptimizer(torch.optim.Optimizer):
             rounding=_ROUNDING[group["rounding"]],
             **options,
         )
-        for job in jobs:
-            job.write_back()
-            if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
-                self._counted[job.param] += 1
+        self._finish(jobs)
 
-    def _projected(self, jobs: list[Job], group: dict, amp: Amp) -> tuple[list[Tensor], list[Tensor]]:
-        """R of every job, after the bases that are due were chosen, and the columns' squares if these are needed.
+    def _is_fused(self, job: Job, group: dict) -> bool:
+        """Whether low_rank_adamw_step has all that the batch of this job asks for."""
+        return (
+            group["rule"] == "adamw"
+            and group["state_dtype"] == "float32"
+            and group["rounding"] == "nearest"
+            and group["side"] != "full"
+            and RESIDUALS[group["residual"]].fused is not None
+            and job.low is None
+            and (job.shards is None or not RESIDUALS[group["residual"]].measured)
+            and self.process_group is None
+        )
 
-        Between processes with gradients of their own, R is averaged where the step needs nothing else of them.
+    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: Amp) -> None:
+        """The low-rank step in one op, for groups where _is_fused."""
+        states = [job.state for job in jobs]
+        residual = RESIDUALS[group["residual"]]
+        beta1, beta2 = group["betas"]
+        limit = limit_options(group)
+        ops.low_rank_adamw_step(
+            [job.weight for job in jobs],
+            [job.grad for job in jobs],
+            projectors,
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            [state["residual_norm"] for state in states] if residual.measured else [],
+            rate_on(group["lr"], jobs[0].param.device),
+            amp.grad_scale,
+            amp.found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            corrected_eps=group["corrected_eps"],
+            weight_decay=group["weight_decay"],
+            decay_after=group["decay"] == "after",
+            residual=residual.fused,
+            orthonormal=self._orthonormal(group),
+            maximize=group["maximize"],
+            **{**limit, "removed": limit["removed"] or 0.0},
+        )
+        self._finish(jobs)
+
+    def _sources(self, jobs: list[Job], group: dict, amp: Amp) -> tuple[list[Tensor], list[bool]]:
+        """What every job projects, and whether its basis was due; the bases that were are chosen.
+
+        Between processes with gradients of their own, those are averaged that the step needs themselves.
         """
         residual, processes = RESIDUALS[group["residual"]], self.process_group
         if jobs[0].low is not None:
-            low = [job.low.contiguous() for job in jobs]
-            if processes is not None:
-                low = [matrix.clone() for matrix in low]
-                average(low, processes)
-            return low, []
+            return [], [False] * len(jobs)
         due = [self._due(job, amp) for job in jobs]
         if processes is not None:
             average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
@@ -490,15 +549,42 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for job, source, now in zip(jobs, sources, due, strict=True):
             if now:
                 self._refresh(job, source, amp)
+        return sources, due
+
+    def _projected(
+        self,
+        jobs: list[Job],
+        sources: list[Tensor],
+        projectors: list[Tensor],
+        due: list[bool],
+        group: dict,
+        amp: Amp,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """R of every job, and the columns' squares if these are needed.
+
+        Between processes with gradients of their own, R is averaged where the gradient was not.
+        """
+        residual, processes = RESIDUALS[group["residual"]], self.process_group
+        if jobs[0].low is not None:
+            low = [job.low.contiguous() for job in jobs]
+            if processes is not None:
+                low = [matrix.clone() for matrix in low]
+                average(low, processes)
+            return low, []
         low = [torch.empty(job.rank, job.length, dtype=wide_dtype(job.param), device=job.param.device) for job in jobs]
         squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
-        projectors = [basis_of(group).dense(job, job.state) for job in jobs]
         scale = None if residual.feedback else amp.grad_scale
         maximize = group["maximize"] and not residual.feedback
         ops.low_rank_project(sources, projectors, scale, low, squares, maximize=maximize)
         if processes is not None and residual.linear:
             average([matrix for matrix, now in zip(low, due, strict=True) if not now], processes)
         return low, squares
+
+    def _finish(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.write_back()
+            if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
+                self._counted[job.param] += 1
 
     def _with_feedback(self, job: Job, amp: Amp) -> Tensor:
         """The gradient plus what earlier steps missed, in the buffer of the latter."""
