@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import dct
 from .matrices import Job
 from .projectors import PROJECTORS
 
@@ -63,7 +64,46 @@ def product_of(basis: BasisFormat, job: Job, before: Mapping[str, Tensor]) -> Te
     return basis.dense(job, job.state).mT.to(wide) @ basis.dense(job, before).to(wide)
 
 
-BASES: dict[str, BasisFormat] = {"dense": Dense()}
+class Indices:
+    """Which rows of a fixed orthonormal matrix the columns of P are; int64, -1 without a basis."""
+
+    exact = True
+
+    def init(self, job):
+        return {"projector_indices": torch.full((job.rank,), -1, dtype=torch.int64, device=job.param.device)}
+
+    def store(self, job, chosen):
+        job.state["projector_indices"].copy_(chosen)
+
+    def dense(self, job, state):
+        indices = state["projector_indices"]
+        return self.columns(indices.clamp_min(0), job).mul_(indices >= 0)
+
+    def rotation(self, job, before):
+        # Rows of an orthonormal matrix: 1 where they are the same, and exact whatever P is rounded to.
+        after, before = job.state["projector_indices"], before["projector_indices"]
+        return (after[:, None] == before).to(torch.promote_types(job.param.dtype, torch.float32))
+
+    def columns(self, indices: Tensor, job: Job) -> Tensor:
+        raise NotImplementedError
+
+
+class Cosines(Indices):
+    """Vectors of the DCT-II."""
+
+    def columns(self, indices, job):
+        return dct.vectors(indices, job.compressed, job.param.dtype)
+
+
+class Coordinates(Indices):
+    """Unit vectors: rows of the weight and the gradient themselves."""
+
+    def columns(self, indices, job):
+        unit = torch.zeros(job.compressed, indices.shape[0], dtype=job.param.dtype, device=indices.device)
+        return unit.scatter_(0, indices[None], 1.0)
+
+
+BASES: dict[str, BasisFormat] = {"dense": Dense(), "dct": Cosines(), "rows": Coordinates()}
 
 
 def basis_of(group: dict) -> BasisFormat:
