@@ -40,6 +40,7 @@ class Adafactor:
 
     default_momentum = 0.0
     state_dtypes = ("float32",)
+    columnwise = False
 
     def init(self, shape, dtype, device, group) -> dict[str, Tensor]:
         state = {
@@ -55,12 +56,13 @@ class Adafactor:
         results = []
         for matrix, job in zip(low, jobs, strict=True):
             state = job.state
-            beta2 = 1 - (state["step"] + 1).double() ** -0.8
+            beta2 = (1 - (state["step"] + 1).double() ** -0.8).to(matrix.dtype)
             squares = matrix.square() + SQUARE_FLOOR
-            rows = torch.lerp(squares.mean(dim=1), state["exp_avg_sq_row"], beta2.to(matrix.dtype))
-            columns = torch.lerp(squares.mean(dim=0), state["exp_avg_sq_col"], beta2.to(matrix.dtype))
+            rows = torch.lerp(_row_sums(squares) / matrix.shape[1], state["exp_avg_sq_row"], beta2)
+            columns = torch.lerp(squares.mean(dim=0), state["exp_avg_sq_col"], beta2)
             update = matrix * (rows / rows.mean()).rsqrt().unsqueeze(1) * columns.rsqrt()
-            update = update / (update.norm() / update.numel() ** 0.5).clamp_min(1.0)
+            mean_square = _row_sums(update.square()).sum() / update.numel()
+            update = update / mean_square.sqrt().clamp_min(1.0)
             advanced = {"step": state["step"] + 1, "exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
             if momentum > 0:
                 scaled = update * rate if isinstance(rate, float | int) else update * rate.to(update.dtype)
@@ -82,6 +84,7 @@ class NewtonSchulz:
 
     default_momentum = 0.95
     state_dtypes = ("float32",)
+    columnwise = False
 
     def init(self, shape, dtype, device, group) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros(shape, dtype=dtype, device=device)} if group["momentum"] > 0 else {}
@@ -110,13 +113,19 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     a, b, c = COEFFICIENTS
     for indices in shapes.values():
         x = torch.stack([matrices[index] for index in indices])
-        x = x / (torch.linalg.matrix_norm(x, keepdim=True) + NORM_FLOOR)
+        norm = _row_sums(x.square()).sum(dim=1).sqrt()
+        x = x / (norm + NORM_FLOOR).view(-1, 1, 1)
         for _ in range(ITERATIONS):
             gram = x @ x.mT
             x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
         for index, result in zip(indices, x, strict=True):
             results[index] = result
     return results
+
+
+def _row_sums(matrix: Tensor) -> Tensor:
+    """Sums over the last axis, in pieces too short for PyTorch to give each of its threads a part of a single row."""
+    return sum(piece.sum(dim=-1) for piece in matrix.split(8192, dim=-1))
 
 
 def _advance(state: dict, advanced: dict[str, Tensor], direction: Tensor, found_inf: Tensor | None) -> Tensor:

@@ -15,32 +15,38 @@ class Preset:
         paper: its arXiv number.
         fixed: options that make it what it is; other values are refused.
         defaults: options that it only begins with.
-        parity: the one package that it may be in parity with.
+        parity: the packages that it may be in parity with, and the options that it then begins with.
     """
 
     paper: str
     fixed: dict
     defaults: dict = field(default_factory=dict)
-    parity: str | None = None
+    parity: dict[str, dict] = field(default_factory=dict)
 
+
+APOLLO = {"apollo_torch": {"projector": "apollo_torch"}}
 
 PRESETS: dict[str, Preset] = {
-    "GaLoreAdamW": Preset("2403.03507", {"rule": "adamw", "residual": "none"}, {"scale": 0.25}, "galore_torch"),
+    "GaLoreAdamW": Preset(
+        "2403.03507", {"rule": "adamw", "residual": "none"}, {"scale": 0.25}, {"galore_torch": {"projector": "svd"}}
+    ),
     "GaLoreAdamW8bit": Preset(
         "2403.03507",
         {"rule": "adamw", "residual": "none", "state_dtype": "8bit"},
         {"scale": 0.25, "weight_decay": 0.01, "decay": "after"},
     ),
     "GaLoreAdafactor": Preset("2403.03507", {"rule": "adafactor", "residual": "none"}, {"scale": 0.25}),
-    "FiraAdamW": Preset("2410.01623", {"rule": "adamw", "residual": "fira"}, {"scale": 1.0}, "fira"),
+    "FiraAdamW": Preset(
+        "2410.01623", {"rule": "adamw", "residual": "fira"}, {"scale": 1.0}, {"fira": {"projector": "svd"}}
+    ),
     "ApolloAdamW": Preset(
-        "2412.05270", {"rule": "adamw", "residual": "apollo_channel"}, {"projector": "random"}, "apollo_torch"
+        "2412.05270", {"rule": "adamw", "residual": "apollo_channel"}, {"projector": "random"}, APOLLO
     ),
     "ApolloMini": Preset(
         "2412.05270",
         {"rule": "adamw", "residual": "apollo_tensor"},
         {"projector": "random", "rank": 1, "scale": 128.0},
-        "apollo_torch",
+        APOLLO,
     ),
     "DCTAdamW": Preset("2505.17967", {"rule": "adamw", "projector": "dct"}, {"refresh_every": 1}),
     "Trion": Preset(
@@ -68,6 +74,7 @@ PRESETS: dict[str, Preset] = {
     "GrassAdamW": Preset(
         "2406.17660", {"rule": "adamw", "projector": "rows", "moments": "reset", "residual": "none"}, {"scale": 0.25}
     ),
+    "GradNormLoRPAdamW": Preset("2412.19616", {"rule": "adamw", "side": "full", "residual": "none"}, {"scale": 0.25}),
 }
 
 
@@ -81,10 +88,12 @@ class PresetOptimizer(LowRankOptimizer):
             given = keywords.get(option, value)
             if isinstance(given, Tensor) or given != value:
                 raise ValueError(f"{option}: {name} has {value!r}, got {given!r}; use LowRankOptimizer to choose")
-        if keywords.get("parity") not in (None, preset.parity):
-            choices = "None" if preset.parity is None else f"None or {preset.parity!r}"
-            raise ValueError(f"parity: expected {choices} for {name}, got {keywords['parity']!r}")
-        super().__init__(params, lr, **{**preset.defaults, **keywords, **preset.fixed})
+        parity = keywords.get("parity")
+        if parity is not None and parity not in preset.parity:
+            choices = " or ".join(repr(choice) for choice in (None, *preset.parity))
+            raise ValueError(f"parity: expected {choices} for {name}, got {parity!r}")
+        begins = {**preset.defaults, **preset.parity.get(parity, {})}
+        super().__init__(params, lr, **{**begins, **keywords, **preset.fixed})
 
 
 class GaLoreAdamW(PresetOptimizer):
@@ -93,8 +102,8 @@ class GaLoreAdamW(PresetOptimizer):
     W = W - lr * scale * P Adam(P^T G), with the moments kept when P changes. Begins with scale 0.25 and a refresh
     every 200 steps. The paper trains with lr 0.01 and these; for fine-tuning it takes scale 2 to 4, rank 4 to 8 and
     lr 1e-5 to 3e-5. P comes of the Gram matrix: the same subspace as that of the package's singular value
-    decomposition, without its time. `parity="galore_torch"` takes the package's epsilon and order of decay.
-    Takes LowRankOptimizer's other keywords.
+    decomposition, without its time. `parity="galore_torch"` takes the package's decomposition, epsilon and
+    order of decay. Takes LowRankOptimizer's other keywords.
     """
 
 
@@ -121,8 +130,8 @@ class FiraAdamW(PresetOptimizer):
     """Fira: AdamW in the subspace, the residual scaled like it and limited (arXiv 2410.01623).
 
     W = W - lr * (scale P N + S) with N = Adam(R), R = P^T G, and S = (G - P R) |N_j| / |R_j| per channel j, whose norm
-    grows by `growth_limit` (1.01) a step at most. Begins with scale 1. `parity="fira"` takes the package's epsilon,
-    order of decay and (G - scale P R). Takes LowRankOptimizer's other keywords.
+    grows by `growth_limit` (1.01) a step at most. Begins with scale 1. `parity="fira"` takes the package's
+    decomposition, epsilon, order of decay and (G - scale P R). Takes LowRankOptimizer's other keywords.
     """
 
 
@@ -133,7 +142,7 @@ class ApolloAdamW(PresetOptimizer):
     has variance 1 / rank. The norm grows by `growth_limit` (1.01) a step at most; 0 turns that off (disable_nl), and
     `scale_first` puts the root of scale before it (scale_front). Begins with scale 1 and a refresh every 200 steps;
     the paper takes rank a quarter of the smaller dimension and lr 0.01. `parity="apollo_torch"` takes the package's
-    epsilon and order of decay. Takes LowRankOptimizer's other keywords.
+    draws (those of the CPU), epsilon and order of decay. Takes LowRankOptimizer's other keywords.
     """
 
 
@@ -183,8 +192,8 @@ class Frugal(PresetOptimizer):
 
     W = W - lr * (P N + residual_scale sign(G - P P^T G)); a refresh resets the moments and the count of steps. Begins
     with AdamW inside, weight decay 0.01 and a refresh every 200 steps. `rule` may be "lion" or "momentum", `residual`
-    "sgd" or "none", `projector` "random_orthonormal" or any other; the paper takes rank a quarter of the dimension.
-    Takes LowRankOptimizer's other keywords.
+    "sgd" or "none", `projector` "random_orthonormal", "coordinates" or any other; the paper takes rank a quarter of
+    the dimension. Takes LowRankOptimizer's other keywords.
     """
 
 
@@ -203,4 +212,13 @@ class GrassAdamW(PresetOptimizer):
 
     GaLore with P a choice of rows of the identity; a refresh resets the moments. Begins with scale 0.25 (the paper
     tunes it) and a refresh every 200 steps. Takes LowRankOptimizer's other keywords.
+    """
+
+
+class GradNormLoRPAdamW(PresetOptimizer):
+    """GradNormLoRP: AdamW in a subspace of both axes of the gradient (arXiv 2412.19616).
+
+    W = W - lr * scale * P Adam(P^T G Q) Q^T. Begins with scale 0.25 and a refresh every 200 steps. The paper steps the
+    factors of a normalized layer by it: see NormalizedLowRankLinear. The released optimizer projects one side only.
+    Takes LowRankOptimizer's other keywords.
     """

@@ -16,7 +16,8 @@ def matrix(rows, columns, dtype=torch.float32, seed=0):
 
 
 def optimizer_of(rule, param, **options):
-    return pykern.LowRankOptimizer([param], 0.05, rule=rule, rank=4, projector=torch.eye(len(param))[:, :4], **options)
+    basis = torch.eye(len(param))[:, :4]
+    return pykern.LowRankOptimizer([param], 0.05, rule=rule, rank=4, projector=basis, **options)
 
 
 def stepped(rule, gradients, **options):
@@ -141,9 +142,11 @@ def test_rate_as_a_tensor(rule):
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(64, 3000), (1, 100_000)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_repeats_bit_for_bit(rule):
-    gradients = [matrix(64, 3000, seed=seed) for seed in range(2)]
+def test_repeats_bit_for_bit(rule, shape):
+    """A single long row, too, which PyTorch's own sum splits between threads."""
+    gradients = [matrix(*shape, seed=seed) for seed in range(2)]
     results = []
     for count in (1, 1, 2, 3):
         with threads(count):

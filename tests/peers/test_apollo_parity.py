@@ -1,28 +1,12 @@
 """ApolloAdamW and ApolloMini with parity="apollo_torch" against the apollo_torch package, step by step."""
 
 import pytest
-import torch
 from apollo_torch import APOLLOAdamW as PeerApolloAdamW
 
 import pykern
-from tests.peers.steps import GAP, SHAPES, assert_same_steps, two_parameters
+from tests.peers.steps import GAP, SHAPES, assert_same_steps, gradients, two_parameters
 
 PRESETS = {"channel": pykern.ApolloAdamW, "tensor": pykern.ApolloMini}
-
-
-def peers_draws(index):
-    """The bases that the package draws for its parameter of this number: by a seed that the last one's follows."""
-    seed = index
-
-    def draw(grad, rank, right):
-        nonlocal seed
-        shape = (rank, grad.shape[1]) if right else (grad.shape[0], rank)
-        basis = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / rank**0.5
-        largest = torch.iinfo(torch.int64).max
-        seed = torch.randint(0, largest, (15,), generator=torch.Generator().manual_seed(seed))[-1].item()
-        return basis.mT if right else basis
-
-    return draw
 
 
 def run_both(shape, rank, *, drawn, scale_type, scale, scale_front, disable_nl, weight_decay=0.1, after=None):
@@ -34,8 +18,7 @@ def run_both(shape, rank, *, drawn, scale_type, scale, scale_front, disable_nl, 
     )  # fmt: skip
     optimizer = PRESETS[scale_type](
         [{"params": [ours], **group}], lr=0.01, weight_decay=weight_decay, parity="apollo_torch",
-        projector=peers_draws(1) if drawn else "svd", scale_first=scale_front,
-        growth_limit=0.0 if disable_nl else 1.01,
+        scale_first=scale_front, growth_limit=0.0 if disable_nl else 1.01, **({} if drawn else {"projector": "svd"}),
     )  # fmt: skip
     norms = []
 
@@ -60,6 +43,22 @@ def test_nine_steps_over_three_refreshes(shape, rank, drawn, scale_type, scale, 
     )
     limited = [after >= 1.009 * before for before, after in zip(norms, norms[1:])]
     assert disable_nl or any(limited), "the limiter never acted, so it was not compared"
+
+
+def test_two_parameters():
+    """Each has draws of its own."""
+    theirs, ours = two_parameters((40, 96)), two_parameters((40, 96))
+    group = {"rank": 4, "update_proj_gap": GAP, "scale": 1.0, "proj_type": "std"}
+    peer = PeerApolloAdamW([{"params": theirs, **group, "proj": "random", "scale_type": "channel"}], lr=0.01)
+    optimizer = pykern.ApolloAdamW([{"params": ours, **group}], lr=0.01, parity="apollo_torch")
+    for gradient in gradients((40, 96)):
+        for param in (*theirs, *ours):
+            param.grad = gradient.clone()
+        peer.step()
+        optimizer.step()
+        for first, second in zip(theirs, ours, strict=True):
+            assert (first - second).abs().max() <= 1e-6
+    assert (ours[0] - ours[1]).abs().max() > 1e-3
 
 
 def test_mini():

@@ -18,9 +18,7 @@ def test_nine_steps_over_three_refreshes(shape, rank, side, alpha, weight_decay)
     peer = PeerFiraAdamW(
         [{"params": [theirs], **group}], lr=0.01, weight_decay=weight_decay, no_deprecation_warning=True
     )
-    optimizer = pykern.FiraAdamW(
-        [{"params": [ours], **group}], lr=0.01, weight_decay=weight_decay, parity="fira", projector="svd"
-    )
+    optimizer = pykern.FiraAdamW([{"params": [ours], **group}], lr=0.01, weight_decay=weight_decay, parity="fira")
     norms = [0.0]
 
     def compare_norms(step):

@@ -28,7 +28,7 @@ def test_adamw(shape, rank, side, weight_decay):
     theirs, ours = two_parameters(shape)
     peer = peer_adamw(group_of(theirs, rank, side), weight_decay)
     optimizer = pykern.GaLoreAdamW(
-        group_of(ours, rank, side), lr=0.01, weight_decay=weight_decay, parity="galore_torch", projector="svd"
+        group_of(ours, rank, side), lr=0.01, weight_decay=weight_decay, parity="galore_torch"
     )
     assert_same_steps(peer, theirs, optimizer, ours)
     state, right = optimizer.state[ours], peer.state[theirs]["exp_avg"].shape[0] > rank
