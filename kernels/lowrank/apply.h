@@ -5,7 +5,6 @@
 
 #include "kernels/common/numeric.h"
 #include "kernels/common/stream.h"
-#include "kernels/lowrank/grouped.h"
 
 namespace pykern::lowrank {
 

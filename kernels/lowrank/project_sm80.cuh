@@ -2,6 +2,7 @@
 // of 256 the gradient is read once. Bound by memory up to ranks of about 128 on 8.0.
 #pragma once
 
+#include "kernels/lowrank/grouped.h"
 #include "kernels/lowrank/project.h"
 #include "kernels/lowrank/tile_sm80.cuh"
 
@@ -177,10 +178,6 @@ __device__ __forceinline__ float gradient_factor(const float* grad_scale, bool m
   const float sign = maximize ? -1.0f : 1.0f;
   return grad_scale ? sign / *grad_scale : sign;
 }
-
-struct alignas(8) FloatPair {
-  float first, second;
-};
 
 template <class T, int rank_tile, bool along_length>
 __global__ void __launch_bounds__(kProjectThreads, ProjectTiling<rank_tile>::kBlocks)

@@ -56,6 +56,10 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, const Rows<T>& so
   }
 }
 
+struct alignas(8) FloatPair {
+  float first, second;
+};
+
 // Sums of a warp over `kRowBlocks` times 16 rows and `kColumnBlocks` times 16 columns.
 template <int kRowBlocks, int kColumnBlocks>
 struct WarpSums {

@@ -2,6 +2,7 @@
 
 from .backward import BackwardOptimizer, BackwardStepper, step_in_backward
 from .groups import low_rank_groups
+from .int8_linear import Int8Linear, int8_linears
 from .optimizer import LowRankAdamW, LowRankOptimizer
 from .presets import (
     ApolloAdamW,
@@ -13,6 +14,7 @@ from .presets import (
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    GradNormLoRPAdamW,
     GrassAdamW,
     LDAdamW,
     Trion,
@@ -33,13 +35,16 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GradNormLoRPAdamW",
     "GrassAdamW",
+    "Int8Linear",
     "LDAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
     "NormalizedLowRankLinear",
     "SLTrainLinear",
     "Trion",
+    "int8_linears",
     "low_rank_groups",
     "refactorize",
     "reset_moments",

@@ -118,14 +118,19 @@ class Shards:
 
         placements = [Replicate() if placement.is_replicate() else Shard(axis) for placement in self.placements]
         shape = torch.Size([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            tensor.contiguous(), self.mesh, placements, run_check=False, shape=shape, stride=stride
-        )
+        # No copy: the state is written through the shards. Some of it lies as a transposed weight does.
+        outline = torch.empty(shape, device="meta")
+        if tensor.dim() == 2 and not tensor.is_contiguous():
+            outline = torch.empty(shape[::-1], device="meta").mT
+        return DTensor.from_local(tensor, self.mesh, placements, run_check=False, shape=shape, stride=outline.stride())
 
     def whole(self, matrix: Tensor, length: int) -> Tensor:
         """All columns of a matrix [n, length] of which this process holds its shard's."""
-        return matrix if self.axis is None else self.distribute(matrix, 1, length).full_tensor()
+        return matrix if self.axis is None else self.distribute(matrix.contiguous(), 1, length).full_tensor()
+
+    def own(self, matrix: Tensor) -> Tensor:
+        """This process's columns of a matrix [n, length] that all processes hold."""
+        return matrix.split(self.lengths(matrix.shape[1]), dim=1)[self.position].contiguous()
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:

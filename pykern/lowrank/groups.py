@@ -6,6 +6,13 @@ from collections.abc import Sequence
 import torch
 
 
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether `targets`, as low_rank_groups has it, names the module."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(target in name for target in targets)
+
+
 def low_rank_groups(
     model: torch.nn.Module, *, rank: int, targets: str | Sequence[str] = "all-linear", **options
 ) -> list[dict]:
@@ -26,17 +33,11 @@ def low_rank_groups(
     Raises:
         ValueError: nothing matches `targets`.
     """
-
-    def chosen(name: str) -> bool:
-        if isinstance(targets, str):
-            return targets == "all-linear" or re.fullmatch(targets, name) is not None
-        return any(target in name for target in targets)
-
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     low_rank = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and chosen(name) and id(module.weight) not in embeddings
+        if isinstance(module, torch.nn.Linear) and is_target(name, targets) and id(module.weight) not in embeddings
     }
     trainable = [param for param in model.parameters() if param.requires_grad]
     inside = [param for param in trainable if id(param) in low_rank]

@@ -44,7 +44,8 @@ class Job:
         index: its place among all parameters of the optimizer, from 0.
         group: of the optimizer.
         state: of the optimizer; for a DTensor this process's shards of it. Written in place once it is made.
-        rank: of the subspace, at most the smaller axis of the weight as a matrix.
+        rows, columns: of the weight as a matrix, over all shards.
+        rank: of the subspace, at most the smaller of them.
         right: whether the columns are compressed.
         weight: view [n, length] of the parameter, the compressed axis first; of a DTensor, this process's shard.
         grad: likewise of the gradient; None where R is given.
@@ -56,6 +57,8 @@ class Job:
     index: int
     group: dict
     state: dict
+    rows: int
+    columns: int
     rank: int
     right: bool
     weight: Tensor
@@ -73,7 +76,9 @@ class Job:
             right = compresses_right(rows, columns, group["side"])
         weight = _matrix(local_tensor(param.detach()), right)
         state = {name: local_tensor(value) for name, value in state.items()} if shards is not None else state
-        return Job(param, index, group, state, min(group["rank"], rows, columns), right, weight, shards=shards)
+        return Job(
+            param, index, group, state, rows, columns, min(group["rank"], rows, columns), right, weight, shards=shards
+        )
 
     def with_gradient(self) -> "Job":
         """The job with the parameter's gradient."""
@@ -91,16 +96,6 @@ class Job:
         if length is not None and length != self.length:
             weight = weight.new_empty(self.compressed, length)
         return replace(self, param=weight, state={}, weight=weight, grad=None, low=None, shards=None)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the weight as a matrix, over all shards."""
-        return matrix_shape(self.param.shape)[0]
-
-    @property
-    def columns(self) -> int:
-        """Columns of the weight as a matrix, over all shards."""
-        return matrix_shape(self.param.shape)[1]
 
     @property
     def compressed(self) -> int:

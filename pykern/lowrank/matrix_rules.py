@@ -40,6 +40,7 @@ class Adafactor:
 
     default_momentum = 0.0
     state_dtypes = ("float32",)
+    columnwise = False
 
     def init(self, shape, dtype, device, group) -> dict[str, Tensor]:
         state = {
@@ -83,6 +84,7 @@ class NewtonSchulz:
 
     default_momentum = 0.95
     state_dtypes = ("float32",)
+    columnwise = False
 
     def init(self, shape, dtype, device, group) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros(shape, dtype=dtype, device=device)} if group["momentum"] > 0 else {}

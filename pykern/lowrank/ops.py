@@ -36,9 +36,9 @@ low_rank_apply(param!, projector, direction, grad, factors, low, compensation!, 
         grad_scale, found_inf, *, scale, weight_decay, decay_after, sign_scale, rounding, maximize)
     W - lr * step_factor * (scale up(direction) + G factors + sign_scale sign(g - up(low))), decay before or after.
     projector and direction: empty for APOLLO; grad and factors, low: empty where not used. rounding: 0 nearest; 1
-    stochastic: sixteen bits of Philox4x32-10 with key seeds[i] and counter (e / 8, step) for element e in [n, length]
-    order (kernels/lowrank/philox.h), so that the bits depend on nothing else; 2 Kahan: compensation [n, length], of
-    the weight's dtype and strides, holds what rounding lost: W + compensation is what the step changes.
+    stochastic: Philox4x32-10 with key seeds[i] and counter (index of the element in [n, length] order, step), so that
+    the bits depend on nothing else; 2 Kahan: compensation [n, length], of the weight's dtype and strides, holds what
+    rounding lost and gets it back at the next step.
 adamw_step(param!, grad, exp_avg!, exp_avg_sq!, step!, lr, grad_scale, found_inf, *, beta1, beta2, eps, weight_decay,
         decay_after, corrected_eps, maximize)
     Plain AdamW of tensors of any shape; each one's four tensors lie alike in memory, without gaps.

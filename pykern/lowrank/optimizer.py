@@ -436,7 +436,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return
         low, squares = self._projected(jobs, sources, projectors, due, group, amp)
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
+        split = jobs[0].shards is not None and not rule.columnwise
+        if split:
+            inner = [job.shards.whole(matrix, job.whole_length) for job, matrix in zip(jobs, inner, strict=True)]
         direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
+        if split:
+            direction = [job.shards.own(matrix) for job, matrix in zip(jobs, direction, strict=True)]
         if group["side"] == "full":
             direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
             # What both bases see of the gradient, for the residuals.
@@ -496,7 +501,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             and group["side"] != "full"
             and RESIDUALS[group["residual"]].fused is not None
             and job.low is None
-            and job.shards is None
+            and (job.shards is None or not RESIDUALS[group["residual"]].measured)
             and self.process_group is None
         )
 
@@ -680,9 +685,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
         """What the projector gives for this parameter, the same in all processes that share it."""
-        if job.shards is not None:
-            source = job.shards.whole(source, job.whole_length)
-        if job.group["projector"] is not None:
+        name, reduce = job.group["projector"], None
+        if job.shards is not None and job.shards.axis is not None:
+            # Of a gradient that is longer along the compressed axis, all is less than its Gram matrix.
+            if name is not None and PROJECTORS[name].by_sums and job.compressed <= job.whole_length:
+                reduce = job.shards.reduce
+            else:
+                source = job.shards.whole(source, job.whole_length)
+        if name is not None:
             chosen_before = int(job.state["next_refresh"]) > 0
             choice = Choice(
                 source,
@@ -692,8 +702,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 job.right,
                 job.index,
                 done // job.group["refresh_every"],
+                reduce,
             )
-            chosen = PROJECTORS[job.group["projector"]].choose(choice)
+            chosen = PROJECTORS[name].choose(choice)
         else:
             chosen = self._given_basis(job, source.mT if job.right else source)
         shared = job.shards or self.process_group

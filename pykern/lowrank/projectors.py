@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dct
-from .subspace import Gradient, leading_eigenvectors, normal, orthonormalize
+from .subspace import Gradient, leading_eigenvectors, normal, orthonormalize, signed
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Choice:
         right: `matrix` is the transposed gradient.
         index: the parameter's place among all of the optimizer, from 0.
         refreshes: choices before this one.
-        reduce: adds up a tensor in place over the processes that share the columns of `matrix`, or None. "svd" can't
-            work with it.
+        reduce: adds up a tensor in place over the processes that share the columns of `matrix`, or None.
     """
 
     matrix: Tensor
@@ -54,12 +53,14 @@ class Projector:
         basis: where P is made of rows of a fixed matrix, the format of lowrank.bases that keeps their indices; then
             `choose` gives those, int64 [rank].
         first: the projector that takes its place in the first step if refreshes are staggered: cheaper, almost as good.
+        by_sums: it can choose by sums over columns, with Choice.reduce; else it needs all columns.
     """
 
     choose: Callable[[Choice], Tensor | None]
     orthonormal: bool = True
     basis: str | None = None
     first: str | None = None
+    by_sums: bool = True
 
 
 def _finite(choose: Callable[[Choice], Tensor | None]) -> Callable[[Choice], Tensor | None]:
@@ -86,10 +87,10 @@ def gram(choice: Choice) -> Tensor | None:
         return None
     rows, length = choice.matrix.shape
     if rows <= length or choice.reduce is not None:
-        return leading_eigenvectors(gradient.gram(), choice.rank, choice.seed)
+        return signed(leading_eigenvectors(gradient.gram(), choice.rank, choice.seed))
     matrix = Gradient(gradient.matrix.mT, gradient.factor)
     vectors = leading_eigenvectors(matrix.gram(), choice.rank, choice.seed)
-    return orthonormalize((gradient.matrix.to(vectors.dtype) * gradient.factor) @ vectors)
+    return signed(orthonormalize((gradient.matrix.to(vectors.dtype) * gradient.factor) @ vectors))
 
 
 @_finite
@@ -122,7 +123,7 @@ def randomized(choice: Choice, oversampling: int = 16, iterations: int = 2) -> T
     for _ in range(iterations):
         vectors = orthonormalize(gradient.gram_times(vectors))
     rotation = torch.linalg.eigh(gradient.low_gram(vectors)).eigenvectors
-    return vectors @ rotation[:, -choice.rank :].flip(1)
+    return signed(vectors @ rotation[:, -choice.rank :].flip(1))
 
 
 @_finite
@@ -213,7 +214,7 @@ PROJECTORS: dict[str, Projector] = {
     "gram": Projector(gram, first="randomized"),
     "power": Projector(power),
     "randomized": Projector(randomized),
-    "svd": Projector(svd, first="randomized"),
+    "svd": Projector(svd, first="randomized", by_sums=False),
     "dct": Projector(partial(dct_vectors, power=1), basis="dct"),
     "dct_l2": Projector(partial(dct_vectors, power=2), basis="dct"),
     "random": Projector(random, orthonormal=False),

@@ -22,10 +22,12 @@ class InnerRule(Protocol):
     Attributes:
         default_momentum: of a group that names none; None where the rule has `betas` instead.
         state_dtypes: those of STATE_DTYPES that it can keep its moments in.
+        columnwise: no column of R matters to another, so that a process can do with its shard's.
     """
 
     default_momentum: float | None
     state_dtypes: tuple[str, ...]
+    columnwise: bool
 
     def init(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, group: dict) -> dict[str, Tensor]:
         """The state of one parameter beside its step; `dtype` is that of the low-rank gradient."""
@@ -47,6 +49,7 @@ class Elementwise:
     default_momentum: float | None = None
 
     state_dtypes = STATE_DTYPES
+    columnwise = True
 
     def init(self, shape, dtype, device, group) -> dict[str, Tensor]:
         state = {}

@@ -40,7 +40,8 @@ def local_state(job: Job) -> dict[str, Tensor]:
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     state.update(basis_of(group).init(job))
     state["next_refresh"] = torch.zeros((), dtype=torch.int64)
-    shape = (job.rank, job.length)
+    # A rule that mixes columns sees those of all shards, and all processes keep its moments.
+    shape = (job.rank, job.length if RULES[group["rule"]].columnwise else job.whole_length)
     if group["side"] == "full":
         state["other_projector"] = torch.zeros(job.length, job.rank, dtype=wide, device=device)
         shape = (job.rank, job.rank)

@@ -34,7 +34,9 @@ class Gradient:
     @staticmethod
     def of(matrix: Tensor, reduce: Callable[[Tensor], None] | None = None) -> "Gradient | None":
         """None where the gradient is zero or not finite and so names no subspace."""
-        largest = torch.linalg.vector_norm(matrix.detach(), ord=float("inf"), dtype=_wide(matrix))
+        largest = torch.zeros((), dtype=_wide(matrix), device=matrix.device)
+        if matrix.numel():  # A process's shard may be empty.
+            largest = torch.linalg.vector_norm(matrix.detach(), ord=float("inf"), dtype=_wide(matrix))
         if reduce is not None:
             # The sum bounds the largest of all, and keeps what is not finite.
             reduce(largest)
@@ -122,6 +124,16 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     if not (gram.diagonal() - 1).abs().max() < 0.1:
         return torch.linalg.qr(vectors)[0]
     return basis.contiguous()
+
+
+def signed(vectors: Tensor) -> Tensor:
+    """The vectors [n, k] with the signs that make the largest element of each positive.
+
+    Solvers leave the signs open, but moments outlive a refresh: they are not to hang on roundings, on how sums were
+    split over processes, or on the device.
+    """
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
 
 
 def leading_eigenvectors(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
