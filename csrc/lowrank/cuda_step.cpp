@@ -67,6 +67,7 @@ void run_step(Tensors param, Tensors grad, Tensors projector, Tensors exp_avg, T
   const auto kind = static_cast<Residual>(residual);
   const bool measured = kind != Residual::none, up = kind == Residual::none || kind == Residual::fira;
   const ScalarType wide = lowrank::moment_type(data_type(param[0], "param"));
+  const auto count = static_cast<int64_t>(param.size());
 
   int64_t elements = 0;
   for (size_t i = 0; i < param.size(); ++i) {
@@ -84,7 +85,7 @@ void run_step(Tensors param, Tensors grad, Tensors projector, Tensors exp_avg, T
     ratios.push_back(workspace.line(length));
   }
 
-  const Tensor step_factor = cuda::empty(param[0], {static_cast<int64_t>(param.size())}, ScalarType::Double);
+  const Tensor step_factor = cuda::empty(param[0], {count}, ScalarType::Double);
   lowrank::ResolveParams resolve{};
   resolve.found_inf = cuda::input<float>(found_inf);
   resolve.beta1 = beta1;
@@ -103,25 +104,26 @@ void run_step(Tensors param, Tensors grad, Tensors projector, Tensors exp_avg, T
   rule.found_inf = resolve.found_inf;
   lowrank::apply_rule(rule, resolve.rules, low, exp_avg, exp_avg_sq, {}, {}, direction, stream);
 
+  // The memory of the parts lives until the last of them is launched.
+  lowrank::RatioParams measure{};
+  measure.type = rule.type;
+  measure.grad_scale = cuda::input<float>(grad_scale);
+  measure.found_inf = resolve.found_inf;
+  measure.scale = scale;
+  measure.removed = removed;
+  measure.amplitude = amplitude;
+  measure.growth = growth;
+  measure.removes = up;
+  measure.per_tensor = kind == Residual::apollo_tensor;
+  measure.amplitude_first = amplitude_first;
+  measure.zero_norm_limits = zero_norm_limits;
+  measure.maximize = maximize;
+  const Tensor sums = cuda::empty(param[0], {measured ? count : 0, 3}, ScalarType::Double);
+  const Tensors low_gram = kind == Residual::fira && !orthonormal ? grams(projector, low) : Tensors();
+  lowrank::Ratios ratios_of(measure, low, stream);
   if (measured) {
-    lowrank::RatioParams params{};
-    params.type = rule.type;
-    params.grad_scale = cuda::input<float>(grad_scale);
-    params.found_inf = resolve.found_inf;
-    params.scale = scale;
-    params.removed = removed;
-    params.amplitude = amplitude;
-    params.growth = growth;
-    params.removes = up;
-    params.per_tensor = kind == Residual::apollo_tensor;
-    params.amplitude_first = amplitude_first;
-    params.zero_norm_limits = zero_norm_limits;
-    params.maximize = maximize;
-    const Tensor sums = cuda::empty(param[0], {static_cast<int64_t>(param.size()), 3}, ScalarType::Double);
-    const Tensors low_gram = up && !orthonormal ? grams(projector, low) : Tensors();
-    lowrank::Ratios work(params, low, stream);
-    work.measure(low, direction, squares, low_gram, ratios);
-    work.limit(low, direction, ratios, sums, residual_norm);
+    ratios_of.measure(low, direction, squares, low_gram, ratios);
+    ratios_of.limit(low, direction, ratios, sums, residual_norm);
   }
 
   const Tensors none;

@@ -104,8 +104,8 @@ class UpProjection {
   __device__ __forceinline__ void load(int step, float (&values)[2][8]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = step * kApplyDepth + i * 16 + static_cast<int>(threadIdx.x) / 16;
-      const int column = first_length_ + 8 * static_cast<int>(threadIdx.x % 16);
+      const int thread = ptx::forget_origin(static_cast<int>(threadIdx.x));
+      const int row = step * kApplyDepth + i * 16 + thread / 16, column = first_length_ + thread % 16 * 8;
       const float* const from = low_ + int64_t{row} * length_ + column;
       const bool exists = row < basis_.columns;
       if (low_packs_ && exists && column + 8 <= length_) {
@@ -286,7 +286,7 @@ template <class T, bool along_length>
 __global__ void __launch_bounds__(kApplyThreads, 2) apply_kernel(const __grid_constant__ ApplyCall call) {
   PYKERN_DYNAMIC_SHARED(memory);
   PYKERN_SHARED(ApplyShared, shared);
-  if (call.rule.found_inf && *call.rule.found_inf != 0) return;
+  if (is_set(call.rule.found_inf)) return;
   const int index = call.table.find(blockIdx.x);
   const ApplyMatrix& m = call.table.matrix[index];
   // Neighbouring blocks share the larger of both operands, the floats of the direction.

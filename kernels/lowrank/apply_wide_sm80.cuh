@@ -37,7 +37,7 @@ struct ProjectedUp {
 
 template <class T, bool along_length>
 __global__ void __launch_bounds__(kApplyThreads) apply_wide_kernel(const __grid_constant__ ApplyCall call) {
-  if (call.rule.found_inf && *call.rule.found_inf != 0) return;
+  if (is_set(call.rule.found_inf)) return;
   const int index = call.table.find(blockIdx.x);
   const ApplyMatrix& m = call.table.matrix[index];
   constexpr int kSlabColumns = kSlabPacks * Pack<T>::kSize;

@@ -5,7 +5,9 @@
 // in the launch, and a block finds its matrix by halving the list.
 #pragma once
 
-#include "kernels/common/device.h"
+#include <cstdint>
+
+#include "kernels/common/host_device.h"
 
 namespace pykern::lowrank {
 
@@ -38,7 +40,7 @@ struct GroupedTable {
   }
 
   // The matrix that a tile belongs to; a matrix without tiles has none.
-  __host__ __device__ __forceinline__ int find(uint32_t tile) const {
+  PYKERN_HOST_DEVICE int find(uint32_t tile) const {
     int low = 0, high = count;
     while (high - low > 1) {
       const int middle = (low + high) / 2;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/device.h"
+#include "kernels/common/host_device.h"
 #include "kernels/common/vector.cuh"
 #include "kernels/lowrank/compute.cuh"
 #include "kernels/lowrank/grouped.h"

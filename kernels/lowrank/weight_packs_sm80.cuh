@@ -1,10 +1,9 @@
 // The change of weights, sixteen bytes at a time, from what is projected up.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/common/vector.cuh"
 #include "kernels/lowrank/apply.h"
+#include "kernels/lowrank/compute.cuh"
 #include "kernels/lowrank/grouped.h"
 #include "kernels/lowrank/philox.h"
 #include "kernels/ptx/sm80.cuh"
@@ -27,16 +26,13 @@ constexpr int kThreadPacks = kSlabRows * kSlabPacks / kApplyThreads;
 constexpr int kPacksInFlight = 2;
 
 template <class T>
-using WeightCompute = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
-
-template <class T>
 struct WeightChange {
-  using C = WeightCompute<T>;
+  using C = Compute<T>;
 
   C shrink, step_size, scale, sign_scale, to_gradient;
 
   __device__ __forceinline__ WeightChange(const ApplyRule& rule, const ApplyMatrix& m) {
-    const double lr = rule.lr_is_double ? *static_cast<const double*>(rule.lr) : *static_cast<const float*>(rule.lr);
+    const double lr = read_number(rule.lr, rule.lr_is_double);
     const double decay = lr * rule.weight_decay;
     shrink = static_cast<C>(decay);
     step_size = static_cast<C>(lr * *m.step_factor * (rule.decay_after ? 1 - decay : 1));
@@ -64,7 +60,7 @@ __device__ __forceinline__ float sign_of_code(uint32_t code) {
 template <class T, bool along_length>
 class WeightPacks {
  public:
-  using C = WeightCompute<T>;
+  using C = Compute<T>;
   static constexpr int kSize = Pack<T>::kSize;
   static constexpr bool kSixteenBits = sizeof(T) == 2;
 
@@ -203,7 +199,8 @@ class WeightPacks {
 #pragma unroll
         for (int e = 0; e < kSize; ++e) {
           const float exact = widen(loaded.weight[e]) + change[e];
-          loaded.weight[e] = round_stochastic(__float_as_uint(exact), philox(m_.seed, element, step), T{});
+          const uint32_t word = philox(m_.seed, element, step).words[0];
+          loaded.weight[e] = round_stochastic(__float_as_uint(exact), word, T{});
           element += along_length ? 1 : m_.length;
         }
       }

@@ -11,7 +11,7 @@ from .amp import Amp, without_autocast
 from .bases import basis_of
 from .checks import capturing, check_parameter, rate_on
 from .distributed import agree, average, local_gradient, local_tensor
-from .matrices import Job
+from .matrices import Job, matrix_shape
 from .options import ALIASES, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
 from .refresh import MOMENTS, is_due, note_refresh
@@ -643,29 +643,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
         done = self._steps_done(job)
         feedback = RESIDUALS[group["residual"]].feedback
         factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
-        chosen = self._choose_basis(job, remembered(job, source, done, factor), done)
-        if chosen is None:
+        chosen = self._choose_basis(job, remembered(job, source, done, factor))
+        other = self._other_basis(job, source) if group["side"] == "full" else None
+        if chosen is None or (group["side"] == "full" and other is None):
             return
         # Until the first choice the state has no basis, and no moments to carry over.
-        first, basis = int(state["next_refresh"]) == 0, basis_of(group)
-        before = {name: state[name].clone() for name in basis.init(job)}
+        first, basis = int(state["refreshes"]) == 0, basis_of(group)
+        kept = [*basis.init(job.outline()), *(["other_projector"] if group["side"] == "full" else [])]
+        before = {name: state[name].clone() for name in kept}
         tracked = feedback and group["feedback_momentum"] and not first
         momentum = momentum_outside(job) if tracked else None
         basis.store(job, chosen)
-        if group["side"] == "full":
-            other = self._other_basis(job, source)
-            if other is not None:
-                state["other_projector"].copy_(other)
+        if other is not None:
+            state["other_projector"].copy_(other)
         if not first:
             MOMENTS[group["moments"]](job, before)
         if momentum is not None:
             keep_lost_momentum(job, momentum)
         if group["moments"] == "reset" and not first:
-            # The count of steps is zero again.
-            state["next_refresh"].fill_(group["refresh_every"])
             self._counted[job.param] = 0
-            return
-        note_refresh(job, done, sum(len(other["params"]) for other in self.param_groups))
+        note_refresh(job, done, before, self._share_before(job) if group["refresh"] == "staggered" else 0.0)
+
+    def _share_before(self, job: Job) -> float:
+        """The part of all matrices, by the work that their bases are, that comes before this one."""
+        work, index = [0, 0], 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if is_low_rank(param, group):
+                    rows, columns = matrix_shape(param.shape)
+                    work[index >= job.index] += rows * columns * min(rows, columns)
+                index += 1
+        return work[0] / sum(work)
 
     def _steps_done(self, job: Job) -> int | None:
         """Steps taken before this one, counted on the host where it can; None while a graph is captured."""
@@ -684,7 +692,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return read
         return done
 
-    def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
+    def _choose_basis(self, job: Job, source: Tensor) -> Tensor | None:
         """What the projector gives for this parameter, the same in all processes that share it."""
         name, reduce = job.group["projector"], None
         if job.shards is not None and job.shards.axis is not None:
@@ -694,18 +702,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             else:
                 source = job.shards.whole(source, job.whole_length)
         if name is not None:
-            chosen_before = int(job.state["next_refresh"]) > 0
+            projector, refreshes = PROJECTORS[name], int(job.state["refreshes"])
+            if refreshes == 0 and job.group["refresh"] == "staggered" and projector.first is not None:
+                projector = PROJECTORS[projector.first]
             choice = Choice(
                 source,
                 job.rank,
-                basis_of(job.group).dense(job, job.state) if chosen_before else None,
-                seed_of(job.group["seed"], job.index) + done,
+                basis_of(job.group).dense(job, job.state) if refreshes > 0 else None,
+                seed_of(job.group["seed"], job.index) + refreshes,
                 job.right,
                 job.index,
-                done // job.group["refresh_every"],
+                refreshes,
                 reduce,
             )
-            chosen = PROJECTORS[name].choose(choice)
+            chosen = projector.choose(choice)
         else:
             chosen = self._given_basis(job, source.mT if job.right else source)
         shared = job.shards or self.process_group
@@ -731,7 +741,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if name is None:
             raise ValueError('side: "full" needs a projector by name, which can choose both bases')
         seed = seed_of(job.group["seed"], ~job.index)
-        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed, not job.right))
+        refreshes = int(job.state["refreshes"])
+        previous = job.state["other_projector"] if refreshes > 0 else None
+        return PROJECTORS[name].choose(
+            Choice(source.mT, job.rank, previous, seed + refreshes, not job.right, job.index, refreshes)
+        )
 
 
 def _laid_out(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

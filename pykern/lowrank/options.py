@@ -68,6 +68,11 @@ def complete_group(group: dict) -> None:
     for name, choices in CHOICES.items():
         if group[name] not in choices:
             raise ValueError(f"{name}: expected one of {choices}, got {group[name]!r}")
+    if group["projector"] is not None and group["projector"] not in PROJECTORS:
+        raise ValueError(
+            f"projector: expected one of {tuple(PROJECTORS)}, or for the whole optimizer a function or a tensor; "
+            f"got {group['projector']!r}"
+        )
     rule = RULES[group["rule"]]
     if group["state_dtype"] not in rule.state_dtypes:
         raise ValueError(
@@ -79,13 +84,13 @@ def complete_group(group: dict) -> None:
             f'side: "full" has no channels to scale, so not with residual={group["residual"]!r}; expected one of '
             f"{tuple(side for side in SIDES if side != 'full')}"
         )
+    if group["side"] == "full" and group["projector"] is not None and PROJECTORS[group["projector"]].basis is not None:
+        raise ValueError(
+            f'side: "full" keeps vectors, and projector={group["projector"]!r} gives indices; expected one of '
+            f"{tuple(name for name, row in PROJECTORS.items() if row.basis is None)}"
+        )
     if group["momentum"] is None:
         group["momentum"] = rule.default_momentum
-    if group["projector"] is not None and group["projector"] not in PROJECTORS:
-        raise ValueError(
-            f"projector: expected one of {tuple(PROJECTORS)}, or for the whole optimizer a function or a tensor; "
-            f"got {group['projector']!r}"
-        )
     _check_numbers(group)
     for param in group["params"]:
         if param.dtype not in FLOATS:
