@@ -259,6 +259,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     group["lr"] = rate.copy_(group["lr"])
                 elif isinstance(group["lr"], Tensor) and group["params"]:
                     group["lr"] = group["lr"].to(group["params"][0].device)
+                complete_group(group)
 
         # Between the hooks of others: those before may change the state_dict, those after see the states.
         hooks = [
