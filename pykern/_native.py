@@ -54,7 +54,20 @@ FAMILY_OPS = {
         "linear_chunk_logprobs",
         "linear_chunk_gradients",
     ),
-    "lowrank": ("low_rank_adam_step", "low_rank_adam_phase", "adam_step"),
+    "lowrank": (
+        "low_rank_adamw_step",
+        "low_rank_project",
+        "low_rank_rule",
+        "low_rank_ratios",
+        "low_rank_limit",
+        "low_rank_apply",
+        "low_rank_apply_int8",
+        "adamw_step",
+        "quantize_groups",
+        "dequantize_groups",
+        "sparse_rows_add",
+        "sparse_rows_take",
+    ),
     "offload": ("offload_pack", "offload_unpack"),
 }
 """The ops that compute on tensors, on a GPU too once they have a kernel for it."""

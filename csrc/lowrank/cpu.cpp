@@ -4,7 +4,6 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/lowrank/dynamic_map.h"
 #include "lowrank/rule.h"
 #include "lowrank/step.h"
 #include "lowrank/step_arguments.h"
@@ -104,41 +103,11 @@ void run_adam(std::vector<Tensor> param, std::vector<Tensor> grad, std::vector<T
   }
 }
 
-Tensor run_phase(const Tensor& low, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                 const std::optional<Tensor>& exp_avg_scale, const std::optional<Tensor>& exp_avg_sq_scale,
-                 const Tensor& step, double beta1, double beta2, double eps, bool corrected_eps, bool maximize) {
-  lowrank::PhaseStep request{};
-  const auto blocks = [](int64_t length) { return lowrank::quant_blocks(length); };
-  const bool quantised =
-      lowrank::check_phase(low, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, step, blocks, check_cpu);
-  const Tensor direction = torch::stable::empty_like(low);
-  request.type = data_type(low, "low");
-  request.size = low.numel();
-  request.rule = lowrank::next_rule(step, 1.0, beta1, beta2, eps, 0.0, false, corrected_eps, maximize);
-  request.low = low.const_data_ptr();
-  request.exp_avg = exp_avg.mutable_data_ptr();
-  request.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
-  request.direction = direction.mutable_data_ptr();
-  if (quantised) {
-    request.rank = low.size(0);
-    request.length = low.size(1);
-    request.exp_avg_scale = output<float>(*exp_avg_scale);
-    request.exp_avg_sq_scale = output<float>(*exp_avg_sq_scale);
-  }
-  if (request.type == DataType::f64) {
-    lowrank::adam_phase_double(request);
-  } else {
-    adam_phase()(request);
-  }
-  return direction;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pykern, CPU, m) {
   m.impl("low_rank_adamw_step", TORCH_BOX(&run_low_rank));
   m.impl("adamw_step", TORCH_BOX(&run_adam));
-  m.impl("low_rank_adam_phase", TORCH_BOX(&run_phase));
 }
 
 }  // namespace pykern

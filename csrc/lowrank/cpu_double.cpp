@@ -31,16 +31,6 @@ void adam_step_double(const AdamTensor& tensor) {
   });
 }
 
-void adam_phase_double(const PhaseStep& step) {
-  const double* low = static_cast<const double*>(step.low);
-  double* first = static_cast<double*>(step.exp_avg);
-  double* second = static_cast<double*>(step.exp_avg_sq);
-  double* direction = static_cast<double*>(step.direction);
-  for (int64_t i = 0; i < step.size; ++i) {
-    direction[i] = step.rule.step_size * advance(step.rule, step.rule.sign * low[i], first + i, second + i);
-  }
-}
-
 // A line runs over the long axis, a place over the compressed one.
 bool low_rank_step_double(const LowRankStep& step, const Matrix& matrix) {
   const int64_t n = matrix.n, length = matrix.length, rank = matrix.rank;

@@ -1,147 +1,141 @@
-// Host side of the low-rank step on CUDA: vendor products around hand-written kernels, launched one after the
-// other on the stream; the host waits for nothing.
-//
-// The direction is projected up into a matrix of the weight's size and type, the one temporary of that size;
-// with a residual it serves G's part too, which the last kernel adds as it reads G a second time.
-#include "common/cuda.h"
-#include "kernels/lowrank/residual.h"
-#include "kernels/lowrank/update.h"
-#include "lowrank/arguments.h"
+// Host side of the whole low-rank step on CUDA: the parts one after the other on the stream, a few launches for all
+// matrices; the host waits for nothing.
+#include "common/products.h"
+#include "lowrank/cuda_parts.h"
 #include "lowrank/cuda_rule.h"
+#include "lowrank/step_arguments.h"
 
 namespace pykern {
 namespace {
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+using lowrank::OptionalTensor;
+using lowrank::Tensors;
 
-Tensor product(const Tensor& left, const Tensor& right) {
-  Tensor result = torch::stable::matmul(left, right);
-  STD_TORCH_CHECK(result.scalar_type() == left.scalar_type(),
-                  "low_rank_adam_step: autocast changes the dtype of its products; take the step outside of it");
-  check_contiguous(result, "low_rank_adam_step: product");
+// One piece of memory for all that lies between the parts: an allocation for each of hundreds of matrices would take
+// the host longer than the step takes the device.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, ScalarType type, int64_t elements)
+      : type_(type), memory_(cuda::empty(like, {elements}, type)) {}
+
+  // What a tensor of these sizes takes, in elements: neighbours begin at multiples of 256 bytes.
+  static int64_t padded(int64_t elements) { return (elements + 63) / 64 * 64; }
+
+  Tensor matrix(int64_t rows, int64_t columns) { return take({rows, columns}, {columns, 1}, rows * columns); }
+  Tensor line(int64_t length) { return take({length}, {1}, length); }
+
+ private:
+  Tensor take(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides,
+              int64_t elements) {
+    char* begin = static_cast<char*>(memory_.mutable_data_ptr()) + used_ * memory_.element_size();
+    used_ += padded(elements);
+    return torch::stable::from_blob(begin, sizes, strides, memory_.device(), type_);
+  }
+
+  const ScalarType type_;
+  const Tensor memory_;
+  int64_t used_ = 0;
+};
+
+enum class Residual : int64_t { none, fira, apollo_channel, apollo_tensor };
+
+// P^T P R of each matrix, by the vendor's products.
+Tensors grams(const Tensors& projector, const Tensors& low) {
+  Tensors result;
+  result.reserve(low.size());
+  for (size_t i = 0; i < low.size(); ++i) {
+    const int64_t rank = low[i].size(0);
+    const Tensor gram = cuda::empty(low[i], {rank, rank}, low[i].scalar_type());
+    result.push_back(cuda::empty(low[i], low[i].sizes(), low[i].scalar_type()));
+    if (low[i].numel() == 0) continue;
+    cuda::multiply(cuda::transposed(projector[i]), projector[i], gram);
+    cuda::multiply(gram, low[i], result[i]);
+  }
   return result;
 }
 
-struct Step {
-  Tensor param, grad, projector, exp_avg, exp_avg_sq;
-  bool right;
-  double scale, removed;
-  bool zero_norm_limits;
-  lowrank::AdamRule* rule;
-  Stream stream;
+void run_step(Tensors param, Tensors grad, Tensors projector, Tensors exp_avg, Tensors exp_avg_sq, Tensors step,
+              Tensors residual_norm, Tensor lr, OptionalTensor grad_scale, OptionalTensor found_inf, double beta1,
+              double beta2, double eps, bool corrected_eps, double weight_decay, bool decay_after, double scale,
+              int64_t residual, double removed, double growth, bool zero_norm_limits, double amplitude,
+              bool amplitude_first, bool orthonormal, bool maximize) {
+  lowrank::check_low_rank_adamw(param, grad, projector, exp_avg, exp_avg_sq, step, residual_norm, lr, grad_scale,
+                                found_inf, residual, cuda::check_device);
+  if (param.empty()) return;
+  const cuda::DeviceGuard guard(param[0]);
+  const Stream stream = cuda::current_stream(param[0]);
+  const auto kind = static_cast<Residual>(residual);
+  const bool measured = kind != Residual::none, up = kind == Residual::none || kind == Residual::fira;
+  const ScalarType wide = lowrank::moment_type(data_type(param[0], "param"));
+  const auto count = static_cast<int64_t>(param.size());
 
-  Tensor project() const { return right ? product(grad, projector) : product(transposed(projector), grad); }
-  Tensor project_up(const Tensor& low) const {
-    return right ? product(low, transposed(projector)) : product(projector, low);
+  int64_t elements = 0;
+  for (size_t i = 0; i < param.size(); ++i) {
+    elements += 2 * Workspace::padded(projector[i].size(1) * param[i].size(1));
+    if (measured) elements += 2 * Workspace::padded(param[i].size(1));
   }
-  DataType type() const { return data_type(param, "param"); }
-  int64_t lines() const { return right ? param.size(0) : param.size(1); }
-
-  lowrank::WeightUpdateParams update_params(const Tensor& update) const {
-    lowrank::WeightUpdateParams params{};
-    params.type = type();
-    params.rows = param.size(0);
-    params.columns = param.size(1);
-    params.rule = rule;
-    params.param = cuda::output<void>(param);
-    params.param_stride = param.stride(0);
-    params.update = cuda::input<void>(update);
-    params.scale = 1.0;
-    return params;
-  }
-
-  void without_residual() const {
-    const Tensor low = project();
-    const Tensor direction = cuda::empty(low, low.sizes(), low.scalar_type());
-    lowrank::AdamParams adam{};
-    adam.type = type();
-    adam.size = low.numel();
-    adam.rule = rule;
-    adam.grad = cuda::input<void>(low);
-    adam.exp_avg = cuda::output<void>(exp_avg);
-    adam.exp_avg_sq = cuda::output<void>(exp_avg_sq);
-    adam.target = cuda::output<void>(direction);
-    cuda::check_launch(lowrank::launch_adam(adam, stream), "low_rank_adam_step");
-
-    const Tensor update = project_up(direction);
-    lowrank::WeightUpdateParams weights = update_params(update);
-    weights.scale = scale;
-    cuda::check_launch(lowrank::launch_weight_update(weights, stream), "low_rank_adam_step");
+  Workspace workspace(param[0], wide, elements);
+  Tensors low, direction, squares, ratios;
+  for (size_t i = 0; i < param.size(); ++i) {
+    const int64_t rank = projector[i].size(1), length = param[i].size(1);
+    low.push_back(workspace.matrix(rank, length));
+    direction.push_back(workspace.matrix(rank, length));
+    if (!measured) continue;
+    squares.push_back(workspace.line(length));
+    ratios.push_back(workspace.line(length));
   }
 
-  void with_residual(const Tensor& residual_norm) const {
-    const Tensor low = project();
-    const Tensor gram = product(transposed(projector), projector);
-    const Tensor low_gram = right ? product(low, gram) : product(gram, low);
-    const Tensor combined = cuda::empty(low, low.sizes(), low.scalar_type());
-    const ScalarType wide = lowrank::moment_type(type());
-    const Tensor parts = cuda::empty(low, {lowrank::square_parts(right, param.size(0)), lines()}, wide);
-    const Tensor factors = cuda::empty(low, {lines()}, wide);
-    const Tensor low_squares = cuda::empty(low, {lines()}, wide), gram_squares = cuda::empty(low, {lines()}, wide);
-    const Tensor sums = cuda::empty(low, {lowrank::line_blocks(lines())}, ScalarType::Double);
+  const Tensor step_factor = cuda::empty(param[0], {count}, ScalarType::Double);
+  lowrank::ResolveParams resolve{};
+  resolve.found_inf = cuda::input<float>(found_inf);
+  resolve.beta1 = beta1;
+  resolve.beta2 = beta2;
+  resolve.eps = eps;
+  resolve.corrected_eps = corrected_eps;
+  resolve.adaptive = true;
+  resolve.step_factor = cuda::output<double>(step_factor);
+  const Tensor rules = lowrank::resolve(resolve, step, stream);
+  lowrank::project(grad, projector, grad_scale, low, squares, maximize, stream);
 
-    lowrank::ResidualParams residual{};
-    residual.type = type();
-    residual.right = right;
-    residual.rows = param.size(0);
-    residual.columns = param.size(1);
-    residual.rank = projector.size(1);
-    residual.rule = rule;
-    residual.grad = cuda::input<void>(grad);
-    residual.grad_stride = grad.stride(0);
-    residual.low = cuda::input<void>(low);
-    residual.low_gram = cuda::input<void>(low_gram);
-    residual.exp_avg = cuda::output<void>(exp_avg);
-    residual.exp_avg_sq = cuda::output<void>(exp_avg_sq);
-    residual.combined = cuda::output<void>(combined);
-    residual.square_parts = cuda::workspace<void>(parts);
-    residual.factors = cuda::output<void>(factors);
-    residual.low_squares = cuda::workspace<void>(low_squares);
-    residual.gram_squares = cuda::workspace<void>(gram_squares);
-    residual.block_sums = cuda::workspace<double>(sums);
-    residual.residual_norm = cuda::output<void>(residual_norm);
-    residual.scale = scale;
-    residual.removed = removed;
-    residual.zero_norm_limits = zero_norm_limits;
-    cuda::check_launch(lowrank::launch_residual(residual, stream), "low_rank_adam_step");
+  lowrank::RuleParams rule{};
+  rule.type = data_type(low[0], "low");
+  rule.storage = lowrank::MomentStorage::wide;
+  rule.rule = lowrank::InnerRule::adamw;
+  rule.found_inf = resolve.found_inf;
+  lowrank::apply_rule(rule, resolve.rules, low, exp_avg, exp_avg_sq, {}, {}, direction, stream);
 
-    const Tensor update = project_up(combined);
-    lowrank::WeightUpdateParams weights = update_params(update);
-    weights.grad = residual.grad;
-    weights.grad_stride = residual.grad_stride;
-    weights.factors = residual.factors;
-    weights.factor_per_row = right;
-    cuda::check_launch(lowrank::launch_weight_update(weights, stream), "low_rank_adam_step");
+  // The memory of the parts lives until the last of them is launched.
+  lowrank::RatioParams measure{};
+  measure.type = rule.type;
+  measure.grad_scale = cuda::input<float>(grad_scale);
+  measure.found_inf = resolve.found_inf;
+  measure.scale = scale;
+  measure.removed = removed;
+  measure.amplitude = amplitude;
+  measure.growth = growth;
+  measure.removes = up;
+  measure.per_tensor = kind == Residual::apollo_tensor;
+  measure.amplitude_first = amplitude_first;
+  measure.zero_norm_limits = zero_norm_limits;
+  measure.maximize = maximize;
+  const Tensor sums = cuda::empty(param[0], {measured ? count : 0, 3}, ScalarType::Double);
+  const Tensors low_gram = kind == Residual::fira && !orthonormal ? grams(projector, low) : Tensors();
+  lowrank::Ratios ratios_of(measure, low, stream);
+  if (measured) {
+    ratios_of.measure(low, direction, squares, low_gram, ratios);
+    ratios_of.limit(low, direction, ratios, sums, residual_norm);
   }
-};
 
-void run_low_rank(const Tensor& param, const Tensor& grad, const Tensor& projector, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const Tensor& step, const std::optional<Tensor>& residual_norm,
-                  const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double scale,
-                  bool right, bool decay_after, bool corrected_eps, bool scaled_residual, bool maximize) {
-  lowrank::check_low_rank(param, grad, projector, exp_avg, exp_avg_sq, step, residual_norm, lr, right,
-                          cuda::check_device);
-  const cuda::DeviceGuard guard(param);
-  const Stream stream = cuda::current_stream(param);
-  const Tensor rule = lowrank::new_rule(param);
-  lowrank::AdamRuleParams resolve = lowrank::rule_params(rule, step, &lr, beta1, beta2, eps, weight_decay, decay_after,
-                                                         corrected_eps, maximize);
-  resolve.residual_norm = cuda::input<void>(residual_norm);
-  resolve.norm_is_double = residual_norm && lowrank::is_double(*residual_norm);
-  cuda::check_launch(lowrank::launch_adam_rule(resolve, stream), "low_rank_adam_step");
-  if (param.numel() == 0) return;
-
-  const Step work{param, grad,  projector, exp_avg, exp_avg_sq,
-                  right, scale, scaled_residual ? scale : 1.0, scaled_residual, resolve.rule, stream};
-  if (residual_norm) {
-    work.with_residual(*residual_norm);
-  } else {
-    work.without_residual();
-  }
+  const Tensors none;
+  const std::vector<int64_t> seeds(param.size(), 0);
+  lowrank::apply({param, up ? projector : none, up ? direction : none, measured ? grad : none, ratios, none, none, step,
+                  seeds, step_factor, lr, grad_scale, found_inf, measured ? 1.0 : scale, weight_decay, 0.0, decay_after,
+                  maximize, lowrank::Rounding::nearest},
+                 stream);
 }
 
 }  // namespace
 
-PYKERN_CUDA_IMPL(m) { m.impl("low_rank_adam_step", TORCH_BOX(&run_low_rank)); }
+PYKERN_CUDA_IMPL(m) { m.impl("low_rank_adamw_step", TORCH_BOX(&run_step)); }
 
 }  // namespace pykern

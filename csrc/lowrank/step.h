@@ -32,20 +32,6 @@ struct AdamStep {
   int64_t count;
 };
 
-// Adam in the subspace alone: the moments advance, `direction` gets N * step_size. All are without gaps.
-struct PhaseStep {
-  DataType type;  // of low and direction
-  int64_t size;
-  const void* low;
-  void* exp_avg;  // as in AdamTensor; or codes of kernels/lowrank/dynamic_map.h, where exp_avg_scale is not null
-  void* exp_avg_sq;
-  void* direction;
-  int64_t rank, length;
-  float* exp_avg_scale;
-  float* exp_avg_sq_scale;
-  AdamRule rule;
-};
-
 enum class Residual : int { none, fira, apollo_channel, apollo_tensor };
 
 // One matrix [n, length] of a step, its compressed axis first. Of each pair of strides, along n (places) and along
@@ -107,7 +93,6 @@ PYKERN_INLINE double shared_factor(const LowRankStep& step, const Sums& sums, do
 // Float64, straight from the definition: serves comparisons, not speed. False: out of memory.
 bool low_rank_step_double(const LowRankStep& step, const Matrix& matrix);
 void adam_step_double(const AdamTensor& tensor);
-void adam_phase_double(const PhaseStep& step);  // not quantised
 
 }  // namespace pykern::lowrank
 
@@ -116,6 +101,5 @@ namespace pykern {
 // False: out of memory.
 PYKERN_SIMD_FUNCTION(bool, low_rank_step, (const lowrank::LowRankStep& step))
 PYKERN_SIMD_FUNCTION(bool, adam_step, (const lowrank::AdamStep& step))
-PYKERN_SIMD_FUNCTION(void, adam_phase, (const lowrank::PhaseStep& step))
 
 }  // namespace pykern

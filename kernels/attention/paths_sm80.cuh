@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/attention/scores.cuh"
-#include "kernels/attention/shared_tile.cuh"
+#include "kernels/common/shared_tile.cuh"
 
 namespace pykern {
 

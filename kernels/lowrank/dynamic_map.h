@@ -11,11 +11,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define PYKERN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PYKERN_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "kernels/common/host_device.h"
 
 namespace pykern::lowrank {
 

@@ -1,9 +1,12 @@
 """How a parameter is seen as a matrix with its compressed axis first."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .distributed import Shards, local_gradient, local_tensor
+from .quantized import int8_weight
 
 SIDES = ("std", "reverse_std", "left", "right", "full")
 
@@ -40,12 +43,15 @@ class Job:
     Attributes:
         param: the parameter, of any number of axes from two on.
         index: its place among all parameters of the optimizer, from 0.
-        group, state: of the optimizer.
-        rows, columns: of the weight seen as a matrix.
+        group: of the optimizer.
+        state: of the optimizer; for a DTensor this process's shards of it. Written in place once it is made.
+        rows, columns: of the weight as a matrix, over all shards.
         rank: of the subspace, at most the smaller of them.
         right: whether the columns are compressed.
-        weight, grad: views [n, length] of the parameter and its gradient, the compressed axis first.
-        copied: the weight is a copy, to be written back.
+        weight: view [n, length] of the parameter, the compressed axis first; of a DTensor, this process's shard.
+        grad: likewise of the gradient; None where R is given.
+        low: the given R [rank, length].
+        shards: how a DTensor lies on its mesh, else None.
     """
 
     param: Tensor
@@ -56,37 +62,70 @@ class Job:
     columns: int
     rank: int
     right: bool
-    weight: Tensor = field(init=False)
-    grad: Tensor = field(init=False)
-    copied: bool = field(init=False)
+    weight: Tensor
+    grad: Tensor | None = None
+    low: Tensor | None = None
+    shards: Shards | None = None
 
     @staticmethod
     def of(param: Tensor, index: int, group: dict, state: dict) -> "Job":
+        """The job of a parameter, as yet without a gradient."""
         rows, columns = matrix_shape(param.shape)
-        right = compresses_right(rows, columns, group["side"])
-        job = Job(param, index, group, state, rows, columns, min(group["rank"], rows, columns), right)
-        weight = param.detach().reshape(rows, columns)
-        if 1 not in weight.stride():
-            weight = weight.contiguous()
-        job.copied = weight.data_ptr() != param.data_ptr()
-        grad = param.grad.to(param.dtype).reshape(rows, columns)
-        if 1 not in grad.stride():
-            grad = grad.contiguous()
-        job.weight, job.grad = compressed_first(weight, right), compressed_first(grad, right)
-        return job
+        shards = Shards.of(param)
+        right = None if shards is None else shards.right(group["side"])
+        if right is None:
+            right = compresses_right(rows, columns, group["side"])
+        weight = local_tensor(param.detach())
+        # The stand-in of an 8-bit weight has no memory to view, and must not get any.
+        weight = compressed_first(weight, right) if int8_weight(param) is not None else _matrix(weight, right)
+        state = {name: local_tensor(value) for name, value in state.items()} if shards is not None else state
+        return Job(
+            param, index, group, state, rows, columns, min(group["rank"], rows, columns), right, weight, shards=shards
+        )
+
+    def with_gradient(self) -> "Job":
+        """The job with the parameter's gradient."""
+        self.grad = _matrix(local_gradient(self.param).to(self.param.dtype), self.right)
+        return self
+
+    def with_low(self, low: Tensor) -> "Job":
+        """The job with R in place of a gradient."""
+        self.low = low.to(self.weight.device)
+        return self
+
+    def outline(self, length: int | None = None) -> "Job":
+        """This job without data, on the device "meta": for what its state looks like, also at another length."""
+        weight = torch.empty_like(self.weight, device="meta")
+        if length is not None and length != self.length:
+            weight = weight.new_empty(self.compressed, length)
+        return replace(self, param=weight, state={}, weight=weight, grad=None, low=None, shards=None)
 
     @property
     def compressed(self) -> int:
         """n, the size of the compressed axis."""
-        return self.columns if self.right else self.rows
+        return self.weight.shape[0]
 
     @property
     def length(self) -> int:
-        """The size of the other axis."""
+        """The size of the other axis; of a DTensor's shard in this process."""
+        return self.weight.shape[1]
+
+    @property
+    def whole_length(self) -> int:
+        """The size of the other axis over all shards."""
         return self.rows if self.right else self.columns
 
     def write_back(self) -> None:
         """Copies the weight to the parameter if it was no view of it."""
-        if self.copied:
+        local = local_tensor(self.param.detach())
+        if self.weight.data_ptr() != local.data_ptr():
             matrix = self.weight.mT if self.right else self.weight
-            self.param.copy_(matrix.reshape(self.param.shape))
+            local.copy_(matrix.reshape(local.shape))
+
+
+def _matrix(tensor: Tensor, right: bool) -> Tensor:
+    """A view [n, length] with unit stride along either axis; a copy where there is no such view."""
+    matrix = tensor.reshape(matrix_shape(tensor.shape))
+    if 1 not in matrix.stride():
+        matrix = matrix.contiguous()
+    return compressed_first(matrix, right)

@@ -5,7 +5,7 @@ length], as views whose unit stride is along either axis. Then P is [n, rank], R
 length], and up(X) = P X, on both sides. Lists have one entry per matrix, of any shapes but one dtype and one device,
 and an op is one call (on CUDA a few launches) for all of them; a list that is not needed is empty. Low-rank tensors
 (low, direction, ratios, squares) are float32, float64 for float64 matrices, contiguous, and made by the caller.
-`step`s are one- element float32 tensors that count up in the op which advances the moments. `lr` is one float32 or
+`step`s are one-element float32 tensors that count up in the op which advances the moments. `lr` is one float32 or
 float64 element. `grad_scale` and `found_inf` are torch.amp's: one float32 element each, or None; the gradient is
 divided by grad_scale, and where found_inf is not zero no state, count or weight changes. `maximize` turns the
 gradient's sign.
@@ -46,34 +46,23 @@ adamw_step(param!, grad, exp_avg!, exp_avg_sq!, step!, lr, grad_scale, found_inf
 
 import torch
 
-from ._stand_in import (
-    low_rank_apply,
-    low_rank_limit,
-    low_rank_project,
-    low_rank_ratios,
-    low_rank_rule,
-)
+from .. import _native  # noqa: F401 (loads the library that defines the ops)
 
 low_rank_adamw_step = torch.ops.pykern.low_rank_adamw_step.default
+low_rank_project = torch.ops.pykern.low_rank_project.default
+low_rank_rule = torch.ops.pykern.low_rank_rule.default
+low_rank_ratios = torch.ops.pykern.low_rank_ratios.default
+low_rank_limit = torch.ops.pykern.low_rank_limit.default
+low_rank_apply = torch.ops.pykern.low_rank_apply.default
 adamw_step = torch.ops.pykern.adamw_step.default
 
 
 @torch.library.register_fake("pykern::low_rank_adamw_step")
-def _low_rank_adamw_step_fake(*_, **__) -> None:
-    return None
-
-
+@torch.library.register_fake("pykern::low_rank_project")
+@torch.library.register_fake("pykern::low_rank_rule")
+@torch.library.register_fake("pykern::low_rank_ratios")
+@torch.library.register_fake("pykern::low_rank_limit")
+@torch.library.register_fake("pykern::low_rank_apply")
 @torch.library.register_fake("pykern::adamw_step")
-def _adamw_step_fake(*_, **__) -> None:
-    return None
-
-
-__all__ = [
-    "adamw_step",
-    "low_rank_adamw_step",
-    "low_rank_apply",
-    "low_rank_limit",
-    "low_rank_project",
-    "low_rank_ratios",
-    "low_rank_rule",
-]
+def _fake_in_place(*arguments, **keywords):
+    """These ops change their arguments and return nothing."""

@@ -1,22 +1,32 @@
 """Optimizers that step in a low-rank subspace of the gradient."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from .. import _native
 from . import ops
-from .matrices import Job
-from .options import ALIASES, check_rate_device, complete_group, is_low_rank
+from .amp import Amp, without_autocast
+from .bases import basis_of, dense_bases
+from .checks import capturing, check_parameter, rate_on
+from .distributed import agree, average, local_gradient, local_tensor
+from .feedback import keep_missed, with_feedback
+from .int8_linear import step_int8_weights
+from .matrices import Job, matrix_shape
+from .options import ALIASES, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
+from .quantized import int8_weight
 from .refresh import MOMENTS, is_due, note_refresh
 from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
+from .state import fitted_states, make_state, plain_state, seed_of, wide_dtype
+from .tracking import keep_lost_momentum, momentum_outside, remembered
 
 ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
+
+# In place of a count of steps: ask the device each time.
+_UNCOUNTED = -1
 
 _ROUNDING = {"nearest": 0, "stochastic": 1, "kahan": 2}
 
@@ -60,26 +70,52 @@ class LowRankOptimizer(torch.optim.Optimizer):
             packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
         lr: a float, or a 0-dim float32 or float64 tensor on the device of the parameters.
         rank: columns of P; None for plain AdamW.
+        rule: the inner rule, what makes N of R (the formulas are those of reference.lowrank_parts.rule and of
+            lowrank.matrix_rules): "adamw"; "adabelief"; "lion"; "momentum" (N = m = momentum m + R); "adafactor"
+            (row and column means for second moments); "newton_schulz" (the momentum with its singular values brought
+            to one, as Muon has it).
         refresh_every: steps between two choices of P.
         scale: GaLore's alpha, on the low-rank part of the update.
         side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns.
         projector: "gram" (eigenvectors of the gradient's Gram matrix), or a function (grad, rank, right) -> P
             ([columns, rank] if right, else [rows, rank]), or P itself. Belongs to the whole optimizer and is
             not part of its state_dict.
-        residual: "none" or "fira".
+        projector_format: "dense", P in the weight's dtype, or "int8" and "int4" (Q-GaLore): P in 8.25 or 4.25 bits an
+            element. Rounding costs P its orthonormality; what depends on that takes P^T P into account.
+        projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
+            projector_memory) * G (LDAdam's rho).
+        residual: what becomes of the gradient outside the subspace: "none"; "fira"; "apollo_channel" and
+            "apollo_tensor" (D is G itself, its channels or the whole times |N| / |R| and the root of `scale`, limited
+            like Fira's S); "sign" and "sgd" (D gets residual_scale times sign(G - up(R)), or G - up(R), as FRUGAL has
+            it); "error_feedback" (G - feedback_share * up(R) is kept in a buffer and added to the next gradient).
+        residual_scale: of "sign" and "sgd".
+        growth_limit: how much the norm of S may grow in a step, for "fira" and APOLLO; 0 for no limit.
+        scale_first: APOLLO's root of `scale` comes before the limit, not after it.
+        feedback_share: what "error_feedback" forgets of the part that was used. 1 - mu makes the buffer a momentum,
+            of which Trion uses what the subspace sees.
+        feedback_momentum: "error_feedback" also keeps beta1 / (1 - beta1) times what up(m) loses at a refresh (LDAdam).
+        feedback_dtype: of the buffer: "weight", or "8bit" and "4bit" (DCT-AdamW), 8.25 or 4.25 bits an element. With
+            these `.grad` is scratch: the gradient and what was missed before are added there, so it is another after
+            a step.
+        betas: of "adamw", "adabelief", "lion" and plain AdamW.
+        momentum: of "momentum" (0.9 by default), "newton_schulz" (0.95) and "adafactor" (0: no average).
+        nesterov: "newton_schulz" looks one step of momentum ahead.
+        shape_scale: the factor on a "newton_schulz" direction: "original", sqrt(max(1, rows / columns));
+            "match_rms_adamw", 0.2 sqrt(max(rows, columns)); "spectral", sqrt(rows / columns); "none".
         eps: 1e-8 by default, 1e-6 with `parity`, as in the packages.
         decay: "before" or "after": whether weight decay precedes the update.
-        parity: "galore_torch" or "fira" reproduces these packages: W is decayed after the update; eps is added to
-            sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 - beta1^t);
-            Fira subtracts scale * up(R) in the residual. The packages keep moments in the weight's dtype; here
-            they are float32.
+        parity: "galore_torch", "fira" or "apollo_torch" reproduces these packages: W is decayed after the update; eps
+            is added to sqrt(v), and the bias corrections are folded into the step size, lr sqrt(1 - beta2^t) / (1 -
+            beta1^t); Fira subtracts scale * up(R) in the residual, and a norm of zero limits the next. The packages
+            keep moments in the weight's dtype; here they are float32.
         maximize: ascend.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
-    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira; negative until known). It
+    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
+    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
 
-    GaLore: arXiv 2403.03507. Fira: arXiv 2410.01623.
+    The published optimizers are rows of lowrank.presets.PRESETS, each with a class that names its paper.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
@@ -102,26 +138,35 @@ class LowRankOptimizer(torch.optim.Optimizer):
         scale: float = 1.0,
         side: str = "std",
         projector: str | ProjectorFunction | Tensor = "gram",
+        projector_format: str = "dense",
+        projector_memory: float = 0.0,
         residual: str = "none",
         residual_scale: float = 1.0,
         growth_limit: float = 1.01,
         scale_first: bool = False,
         feedback_share: float = 1.0,
+        feedback_momentum: bool = False,
+        feedback_dtype: str = "weight",
         state_dtype: str = "float32",
         rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float | None = None,
+        nesterov: bool = True,
+        shape_scale: str = "original",
         eps: float | None = None,
         weight_decay: float = 0.0,
         decay: str = "before",
         parity: str | None = None,
         maximize: bool = False,
         seed: int = 0,
+        process_group: "distributed.ProcessGroup | None" = None,
     ):
         if not (isinstance(projector, Tensor) or callable(projector) or projector in PROJECTORS):
             raise ValueError(
                 f"projector: expected one of {tuple(PROJECTORS)}, a function or a tensor, got {projector!r}"
             )
         self.projector = None if isinstance(projector, str) else projector
+        self.process_group = process_group
         self._counted: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
@@ -133,14 +178,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "scale": scale,
             "side": side,
             "projector": projector if isinstance(projector, str) else None,
+            "projector_format": projector_format,
+            "projector_memory": projector_memory,
             "residual": residual,
             "residual_scale": residual_scale,
             "growth_limit": growth_limit,
             "scale_first": scale_first,
             "feedback_share": feedback_share,
+            "feedback_momentum": feedback_momentum,
+            "feedback_dtype": feedback_dtype,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "betas": betas,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "shape_scale": shape_scale,
             "eps": eps,
             "weight_decay": weight_decay,
             "decay": decay,
@@ -165,12 +217,60 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise
 
     def __getstate__(self):
-        return {**super().__getstate__(), "projector": self.projector}
+        if self.process_group is not None:
+            raise TypeError(
+                f"{type(self).__name__}: a process group can be neither copied nor pickled; save state_dict() and load "
+                "it into a new optimizer"
+            )
+        return {**super().__getstate__(), "projector": self.projector, "process_group": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         # torch.optim.Optimizer.load_state_dict comes by here too: the counts may be others now.
         self._counted = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor.
+
+        As everywhere in torch.optim, the options of the groups become the saved ones. A learning rate that is a tensor
+        here and there stays the same tensor.
+
+        Raises:
+            ValueError: the parameters have other shapes, or the state other tensors than these options ask for.
+        """
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        rates = [group["lr"] for group in self.param_groups]
+
+        def check(optimizer, given: dict) -> dict | None:
+            ours = [len(group["params"]) for group in self.param_groups]
+            if [len(group["params"]) for group in given["param_groups"]] != ours:
+                return None  # torch's own error says it.
+            states.update(fitted_states(self, given))
+            return {**given, "state": {}}
+
+        def fill(optimizer) -> None:
+            self.state.update(states)
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor) and isinstance(rate, Tensor):
+                    # The same tensor, which other optimizers may share and graphs may have captured.
+                    group["lr"] = rate.copy_(group["lr"])
+                elif isinstance(group["lr"], Tensor) and group["params"]:
+                    group["lr"] = group["lr"].to(group["params"][0].device)
+                complete_group(group)
+
+        # Between the hooks of others: those before may change the state_dict, those after see the states.
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
@@ -179,54 +279,145 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # torch.amp.GradScaler sets these before it calls.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._step({param: None for param in self._parameters() if param.grad is not None})
+        return loss
+
+    @torch.no_grad()
+    def step_projected(self, low: Mapping[Tensor, Tensor]) -> None:
+        """Steps the parameters of `low` from low-rank gradients R in place of `.grad`.
+
+        Between two refreshes R is linear in the gradient, so the R of several backward passes may be added up, or
+        averaged over processes, where their gradients would take n / rank times the memory::
+
+            if optimizer.needs_gradient(weight):  # accumulate weight.grad, then optimizer.step()
+            else: low += optimizer.project(weight)  # for each pass, then optimizer.step_projected({weight: low})
+
+        Args:
+            low: {parameter: R [rank, length]}, as `project` gives it.
+
+        Raises:
+            ValueError: a parameter of which the optimizer needs the gradient, or R of another shape.
+        """
+        for param, matrix in low.items():
+            if self.needs_gradient(param):
+                raise ValueError(
+                    f"low: expected parameters for which needs_gradient is False, but one of shape "
+                    f"{tuple(param.shape)} is to be stepped from its gradient; use step()"
+                )
+            expected = self._job(param)
+            if tuple(matrix.shape) != (expected.rank, expected.length):
+                raise ValueError(
+                    f"low: expected {(expected.rank, expected.length)} for a parameter of shape {tuple(param.shape)}, "
+                    f"got {tuple(matrix.shape)}"
+                )
+        self._step(dict(low))
+
+    def needs_gradient(self, param: Tensor, ignore_refresh: bool = False) -> bool:
+        """Whether the next step of a parameter needs its gradient itself, not only R.
+
+        True for plain AdamW, where the residual is not "none", and, unless `ignore_refresh`, where a basis is to be
+        chosen.
+        """
+        job = self._job(param)
+        if job is None or not RESIDUALS[job.group["residual"]].linear:
+            return True
+        if ignore_refresh or not job.state:
+            return not ignore_refresh
+        done = self._steps_done(job)
+        return done is not None and is_due(job, done)
+
+    @torch.no_grad()
+    def project(self, param: Tensor, refresh: bool = False) -> Tensor:
+        """R [rank, length] of a parameter's `.grad`, of the dtype of the moments; with `maximize`, of its negative.
+
+        Args:
+            param: a low-rank parameter.
+            refresh: choose the basis anew by this gradient if that is due.
+
+        Raises:
+            ValueError: a parameter without a rank, or without a gradient.
+        """
+        job = self._job(param)
+        if job is None or param.grad is None:
+            raise ValueError(f"param: expected a low-rank parameter with a gradient, got one of {tuple(param.shape)}")
+        if not job.state:
+            make_state(job, self.state[param])
+        job.with_gradient()
+        with without_autocast(param.device.type):
+            if refresh and self._due(job, Amp()):
+                if self.process_group is not None:
+                    average([job.grad], self.process_group)
+                self._refresh(job, job.grad, Amp())
+            low = [torch.empty(job.rank, job.length, dtype=wide_dtype(param), device=param.device)]
+            basis = [basis_of(job.group).dense(job, job.state)]
+            ops.low_rank_project([job.grad], basis, None, low, [], maximize=job.group["maximize"])
+        return low[0]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _job(self, param: Tensor) -> Job | None:
+        """The job of one parameter; None if it gets plain AdamW."""
         index = 0
+        for group in self.param_groups:
+            for other in group["params"]:
+                if other is param:
+                    return Job.of(param, index, group, self.state[param]) if is_low_rank(param, group) else None
+                index += 1
+        raise ValueError(f"param: expected a parameter of this optimizer, got a tensor of {tuple(param.shape)}")
+
+    def _step(self, given: dict[Tensor, Tensor | None]) -> None:
+        """Steps the parameters of `given`: from R where it is a tensor, else from their gradients."""
+        # torch.amp.GradScaler sets these before it calls.
+        amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if self.process_group is not None:
+            amp = amp.shared_by(self.process_group)
+        index = -1
         for group in self.param_groups:
             plain: dict[tuple, list[Tensor]] = {}
             low_rank: dict[tuple, list[Job]] = {}
             for param in group["params"]:
                 index += 1
-                if param.grad is None:
+                if param not in given:
                     continue
-                _check_gradient(param)
-                if param not in self.state and _capturing(param):
+                check_parameter(param)
+                if not self.state.get(param) and capturing(param):
                     raise RuntimeError(
                         f"{type(self).__name__}: take one step before capturing a graph; it makes the state"
                     )
-                place = (param.device, param.dtype)
                 if is_low_rank(param, group):
-                    job = Job.of(param, index - 1, group, self.state[param])
+                    job = Job.of(param, index, group, self.state[param])
+                    job = job.with_gradient() if given[param] is None else job.with_low(given[param])
+                    place = (param.device, param.dtype, job.shards, int8_weight(param) is not None)
                     low_rank.setdefault(place, []).append(job)
                 else:
-                    plain.setdefault(place, []).append(param)
-            for place, params in plain.items():
-                self._step_plain(params, group, _Amp.on(place[0], grad_scale, found_inf))
-            for place, jobs in low_rank.items():
-                with _without_autocast(place[0].type):
-                    self._step_low_rank(jobs, group, _Amp.on(place[0], grad_scale, found_inf))
-        return loss
+                    plain.setdefault((param.device, param.dtype), []).append(param)
+            for (device, _), params in plain.items():
+                self._step_plain(params, group, amp.on(device))
+            for (device, *_), jobs in low_rank.items():
+                with without_autocast(device.type):
+                    self._step_low_rank(jobs, group, amp.on(device))
 
-    def _step_plain(self, params: list[Tensor], group: dict, amp: "_Amp") -> None:
+    def _step_plain(self, params: list[Tensor], group: dict, amp: Amp) -> None:
         """Plain AdamW of parameters of one device and dtype."""
-        weights, grads = [], []
+        weights, grads, states = [], [], []
+        if self.process_group is not None:
+            average([param.grad for param in params], self.process_group)
         for param in params:
-            state = self.state[param]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                state["exp_avg"] = torch.zeros_like(param, dtype=_wide(param))
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=_wide(param))
+            if not self.state[param]:
+                self.state[param].update(plain_state(param))
+            state = {name: local_tensor(value) for name, value in self.state[param].items()}
             # The kernel walks through memory, so all must lie alike; the moments have the strides of a
             # gapless tensor that is laid out like the parameter.
-            weights.append(_laid_out(param.detach(), state["exp_avg"], param.dtype))
-            grads.append(_laid_out(param.grad, state["exp_avg"], param.dtype))
-        states = [self.state[param] for param in params]
+            weights.append(_laid_out(local_tensor(param.detach()), state["exp_avg"], param.dtype))
+            grads.append(_laid_out(local_gradient(param), state["exp_avg"], param.dtype))
+            states.append(state)
         beta1, beta2 = group["betas"]
         ops.adamw_step(
             weights,
             grads,
             *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-            _rate(group["lr"], params[0].device),
+            rate_on(group["lr"], params[0].device),
             amp.grad_scale,
             amp.found_inf,
             beta1=beta1,
@@ -238,45 +429,44 @@ class LowRankOptimizer(torch.optim.Optimizer):
             maximize=group["maximize"],
         )
         for param, weight in zip(params, weights, strict=True):
-            if weight.data_ptr() != param.data_ptr():
-                param.copy_(weight)
+            local = local_tensor(param.detach())
+            if weight.data_ptr() != local.data_ptr():
+                local.copy_(weight)
 
-    def _step_low_rank(self, jobs: list[Job], group: dict, amp: "_Amp") -> None:
+    def _step_low_rank(self, jobs: list[Job], group: dict, amp: Amp) -> None:
         """The low-rank step of parameters of one group, device and dtype, part by part."""
         residual, rule = RESIDUALS[group["residual"]], RULES[group["rule"]]
         for job in jobs:
             if not job.state:
-                self._init(job)
+                make_state(job, self.state[job.param])
         states = [job.state for job in jobs]
-        sources = [job.grad for job in jobs]
         options = {"maximize": group["maximize"]}
-        if residual.feedback:
-            # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
-            sources = [self._with_feedback(job, amp) for job in jobs]
-        for job, source in zip(jobs, sources, strict=True):
-            self._refresh(job, source)
-
-        projectors = [state["projector"] for state in states]
-        if self._is_fused(group):
+        sources, due = self._sources(jobs, group, amp)
+        projectors = dense_bases(jobs)
+        if self._is_fused(jobs[0], group):
             self._step_fused(jobs, projectors, group, amp)
             return
-
-        low = [torch.empty(job.rank, job.length, dtype=_wide(job.param), device=job.param.device) for job in jobs]
-        squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
-        if residual.feedback:
-            ops.low_rank_project(sources, projectors, None, low, squares, maximize=False)
-        else:
-            ops.low_rank_project(sources, projectors, amp.grad_scale, low, squares, **options)
+        low, squares = self._projected(jobs, sources, projectors, due, group, amp)
         inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-        direction, step_factor = rule.directions(inner, states, group, amp.found_inf)
+        split = jobs[0].shards is not None and not rule.columnwise
+        if split:
+            inner = [job.shards.whole(matrix, job.whole_length) for job, matrix in zip(jobs, inner, strict=True)]
+        direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
+        if split:
+            direction = [job.shards.own(matrix) for job, matrix in zip(jobs, direction, strict=True)]
         if group["side"] == "full":
             direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
+            # What both bases see of the gradient, for the residuals.
+            low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
 
-        rate = _rate(group["lr"], jobs[0].param.device)
+        rate = rate_on(group["lr"], jobs[0].param.device)
         grads, factors, missed, scale = [], [], [], group["scale"]
         if residual.measured:
             low_gram = [] if self._orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
-            factors = measured_factors(low, direction, squares, low_gram, states, group, amp.grad_scale, amp.found_inf)
+            factors = measured_factors(
+                low, direction, squares, low_gram, states, group, amp.grad_scale, amp.found_inf,
+                reduce=None if jobs[0].shards is None else jobs[0].shards.reduce,
+            )  # fmt: skip
             grads, scale = [job.grad for job in jobs], 1.0
         elif residual.constant:
             share = group["residual_scale"]
@@ -289,8 +479,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         elif residual.sign:
             grads, missed = [job.grad for job in jobs], low
         elif residual.feedback:
-            self._keep_missed(jobs, projectors, low, amp)
+            keep_missed(jobs, sources, projectors, low, amp)
 
+        seeds = [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs]
+        if int8_weight(jobs[0].param) is not None:
+            step_int8_weights(jobs, projectors, direction, seeds, step_factor, rate, amp.found_inf)
+            self._finish(jobs)
+            return
         ops.low_rank_apply(
             [job.weight for job in jobs],
             projectors if residual.up else [],
@@ -300,7 +495,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             missed,
             [state["compensation"] for state in states] if group["rounding"] == "kahan" else [],
             [state["step"] for state in states],
-            [_seed(group["seed"], job.index) for job in jobs],
+            seeds,
             step_factor,
             rate,
             amp.grad_scale,
@@ -312,20 +507,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
             rounding=_ROUNDING[group["rounding"]],
             **options,
         )
-        for job in jobs:
-            job.write_back()
+        self._finish(jobs)
 
-    def _is_fused(self, group: dict) -> bool:
-        """Whether low_rank_adamw_step has all that this group asks for."""
+    def _is_fused(self, job: Job, group: dict) -> bool:
+        """Whether low_rank_adamw_step has all that the batch of this job asks for."""
         return (
             group["rule"] == "adamw"
             and group["state_dtype"] == "float32"
             and group["rounding"] == "nearest"
             and group["side"] != "full"
             and RESIDUALS[group["residual"]].fused is not None
+            and int8_weight(job.param) is None
+            and job.low is None
+            and (job.shards is None or not RESIDUALS[group["residual"]].measured)
+            and self.process_group is None
         )
 
-    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: "_Amp") -> None:
+    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: Amp) -> None:
         """The low-rank step in one op, for groups where _is_fused."""
         states = [job.state for job in jobs]
         residual = RESIDUALS[group["residual"]]
@@ -337,7 +535,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             projectors,
             *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
             [state["residual_norm"] for state in states] if residual.measured else [],
-            _rate(group["lr"], jobs[0].param.device),
+            rate_on(group["lr"], jobs[0].param.device),
             amp.grad_scale,
             amp.found_inf,
             beta1=beta1,
@@ -351,115 +549,166 @@ class LowRankOptimizer(torch.optim.Optimizer):
             maximize=group["maximize"],
             **{**limit, "removed": limit["removed"] or 0.0},
         )
+        self._finish(jobs)
+
+    def _sources(self, jobs: list[Job], group: dict, amp: Amp) -> tuple[list[Tensor], list[bool]]:
+        """What every job projects, and whether its basis was due; the bases that were are chosen.
+
+        Between processes with gradients of their own, those are averaged that the step needs themselves.
+        """
+        residual, processes = RESIDUALS[group["residual"]], self.process_group
+        if jobs[0].low is not None:
+            return [], [False] * len(jobs)
+        due = [self._due(job, amp) for job in jobs]
+        if processes is not None:
+            average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
+        sources = with_feedback(jobs, amp) if residual.feedback else [job.grad for job in jobs]
+        for job, source, now in zip(jobs, sources, due, strict=True):
+            if now:
+                self._refresh(job, source, amp)
+        return sources, due
+
+    def _projected(
+        self,
+        jobs: list[Job],
+        sources: list[Tensor],
+        projectors: list[Tensor],
+        due: list[bool],
+        group: dict,
+        amp: Amp,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """R of every job, and the columns' squares if these are needed.
+
+        Between processes with gradients of their own, R is averaged where the gradient was not.
+        """
+        residual, processes = RESIDUALS[group["residual"]], self.process_group
+        if jobs[0].low is not None:
+            low = [job.low.contiguous() for job in jobs]
+            if processes is not None:
+                low = [matrix.clone() for matrix in low]
+                average(low, processes)
+            return low, []
+        low = [torch.empty(job.rank, job.length, dtype=wide_dtype(job.param), device=job.param.device) for job in jobs]
+        squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
+        scale = None if residual.feedback else amp.grad_scale
+        maximize = group["maximize"] and not residual.feedback
+        ops.low_rank_project(sources, projectors, scale, low, squares, maximize=maximize)
+        if processes is not None and residual.linear:
+            average([matrix for matrix, now in zip(low, due, strict=True) if not now], processes)
+        return low, squares
+
+    def _finish(self, jobs: list[Job]) -> None:
         for job in jobs:
             job.write_back()
-
-    def _init(self, job: Job) -> None:
-        """The state of a parameter before its first step: tensors only."""
-        param, group = job.param, job.group
-        device, wide = param.device, _wide(param)
-        job.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        job.state["projector"] = torch.zeros(job.compressed, job.rank, dtype=param.dtype, device=device)
-        job.state["next_refresh"] = torch.zeros((), dtype=torch.int64)
-        shape = (job.rank, job.length)
-        if group["side"] == "full":
-            job.state["other_projector"] = torch.zeros(job.length, job.rank, dtype=wide, device=device)
-            shape = (job.rank, job.rank)
-        job.state.update(RULES[group["rule"]].init(shape, wide, device, group))
-        if RESIDUALS[group["residual"]].measured:
-            job.state["residual_norm"] = torch.full((), -1.0, dtype=wide, device=device)
-        if RESIDUALS[group["residual"]].feedback:
-            job.state["error"] = torch.zeros_like(job.weight)
-        if group["rounding"] == "kahan":
-            job.state["compensation"] = torch.zeros_like(job.weight)
-
-    def _with_feedback(self, job: Job, amp: "_Amp") -> Tensor:
-        """The gradient plus what earlier steps missed, in the buffer of the latter."""
-        error = job.state["error"]
-        grad = job.grad if amp.grad_scale is None else job.grad / amp.grad_scale.to(job.grad.dtype)
-        if amp.found_inf is not None:
-            grad = torch.where(amp.found_inf != 0, 0.0, grad)
-        return error.sub_(grad) if job.group["maximize"] else error.add_(grad)
-
-    def _keep_missed(self, jobs: list[Job], projectors: list[Tensor], low: list[Tensor], amp: "_Amp") -> None:
-        """error -= share * up(R), in place, where the step is taken."""
-        group, device = jobs[0].group, jobs[0].param.device
-        one = torch.ones(len(jobs), dtype=torch.float64, device=device)
-        ops.low_rank_apply(
-            [job.state["error"] for job in jobs],
-            projectors,
-            low,
-            [],
-            [],
-            [],
-            [],
-            [job.state["step"] for job in jobs],
-            [0] * len(jobs),
-            one,
-            torch.ones((), dtype=torch.float64, device=device),
-            None,
-            amp.found_inf,
-            scale=group["feedback_share"],
-            weight_decay=0.0,
-            decay_after=False,
-            sign_scale=0.0,
-            rounding=0,
-            maximize=False,
-        )
+            if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
+                self._counted[job.param] += 1
 
     def _orthonormal(self, group: dict) -> bool:
         """Whether bases of this group are known to be orthonormal."""
-        return group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+        known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
+        return known and basis_of(group).exact
 
-    def _refresh(self, job: Job, source: Tensor) -> None:
-        """Chooses a new basis if it is time to; `source` [n, length] is what will be projected."""
-        state, group = job.state, job.group
-        done = self._steps_done(job.param, state["step"])
+    def _due(self, job: Job, amp: Amp) -> bool:
+        """Whether this step chooses the basis anew; it does not where torch.amp.GradScaler has it skipped."""
+        done = self._steps_done(job)
         if done is None or not is_due(job, done):
-            return
-        basis = self._choose_basis(job, source, done)
-        if basis is None:
-            return
-        first = not bool(state["projector"].any())
-        before = state["projector"].clone()
-        state["projector"].copy_(basis)
-        if group["side"] == "full":
-            other = self._other_basis(job, source)
-            if other is not None:
-                state["other_projector"].copy_(other)
-        if not first:
-            MOMENTS[group["moments"]](job, before, state["projector"])
-        if group["moments"] == "reset" and not first:
-            # The count of steps is zero again.
-            state["next_refresh"].fill_(group["refresh_every"])
-            if job.param in self._counted:
-                self._counted[job.param] = 1
-            return
-        note_refresh(job, done, sum(len(other["params"]) for other in self.param_groups))
+            return False
+        if amp.found_inf is None:
+            return True
+        # What was skipped before was not counted on the device. To ask it waits for it, but only here.
+        self._counted.pop(job.param, None)
+        return is_due(job, self._steps_done(job)) and not bool(amp.found_inf)
 
-    def _steps_done(self, param: Tensor, step: Tensor) -> int | None:
+    def _refresh(self, job: Job, source: Tensor, amp: Amp) -> None:
+        """Chooses a new basis; `source` [n, length] is what will be projected."""
+        state, group = job.state, job.group
+        done = self._steps_done(job)
+        feedback = RESIDUALS[group["residual"]].feedback
+        factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
+        chosen = self._choose_basis(job, remembered(job, source, done, factor))
+        other = self._other_basis(job, source) if group["side"] == "full" else None
+        if chosen is None or (group["side"] == "full" and other is None):
+            return
+        # Until the first choice the state has no basis, and no moments to carry over.
+        first, basis = int(state["refreshes"]) == 0, basis_of(group)
+        kept = [*basis.init(job.outline()), *(["other_projector"] if group["side"] == "full" else [])]
+        before = {name: state[name].clone() for name in kept}
+        tracked = feedback and group["feedback_momentum"] and not first
+        momentum = momentum_outside(job) if tracked else None
+        basis.store(job, chosen)
+        if other is not None:
+            state["other_projector"].copy_(other)
+        if not first:
+            MOMENTS[group["moments"]](job, before)
+        if momentum is not None:
+            keep_lost_momentum(job, momentum, source)
+        if group["moments"] == "reset" and not first:
+            self._counted[job.param] = 0
+        note_refresh(job, done, before, self._share_before(job) if group["refresh"] == "staggered" else 0.0)
+
+    def _share_before(self, job: Job) -> float:
+        """The part of all matrices, by the work that their bases are, that comes before this one."""
+        work, index = [0, 0], 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if is_low_rank(param, group):
+                    rows, columns = matrix_shape(param.shape)
+                    work[index >= job.index] += rows * columns * min(rows, columns)
+                index += 1
+        return work[0] / sum(work)
+
+    def _steps_done(self, job: Job) -> int | None:
         """Steps taken before this one, counted on the host where it can; None while a graph is captured."""
+        step = job.state["step"]
         if step.device.type == "cpu":
             return int(step)
-        if _capturing(param):
+        if capturing(job.param):
             # From now on replays may count steps that the host does not see.
-            self._counted[param] = _UNCOUNTED
+            self._counted[job.param] = _UNCOUNTED
             return None
-        done = self._counted.get(param)
+        done = self._counted.get(job.param)
         if done is None or done == _UNCOUNTED:
             read = int(step)
             if done is None:
-                self._counted[param] = read + 1
+                self._counted[job.param] = read
             return read
-        self._counted[param] = done + 1
         return done
 
-    def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
-        seed = _seed(job.group["seed"], job.index) + done
-        if job.group["projector"] is not None:
-            previous = job.state["projector"] if done > 0 else None
-            return PROJECTORS[job.group["projector"]].choose(Choice(source, job.rank, previous, seed))
-        matrix = source.mT if job.right else source
+    def _choose_basis(self, job: Job, source: Tensor) -> Tensor | None:
+        """What the projector gives for this parameter, the same in all processes that share it."""
+        name, reduce = job.group["projector"], None
+        if job.shards is not None and job.shards.axis is not None:
+            # Of a gradient that is longer along the compressed axis, all is less than its Gram matrix.
+            if name is not None and PROJECTORS[name].by_sums and job.compressed <= job.whole_length:
+                reduce = job.shards.reduce
+            else:
+                source = job.shards.whole(source, job.whole_length)
+        if name is not None:
+            projector, refreshes = PROJECTORS[name], int(job.state["refreshes"])
+            if refreshes == 0 and job.group["refresh"] == "staggered" and projector.first is not None:
+                projector = PROJECTORS[projector.first]
+            choice = Choice(
+                source,
+                job.rank,
+                basis_of(job.group).dense(job, job.state) if refreshes > 0 else None,
+                seed_of(job.group["seed"], job.index) + refreshes,
+                job.right,
+                job.index,
+                refreshes,
+                reduce,
+            )
+            chosen = projector.choose(choice)
+        else:
+            chosen = self._given_basis(job, source.mT if job.right else source)
+        shared = job.shards or self.process_group
+        if chosen is not None and shared is not None:
+            # Eigenvectors of equal matrices may differ between kinds of processors.
+            chosen = chosen.contiguous().clone()
+            agree(chosen, shared)
+        return chosen
+
+    def _given_basis(self, job: Job, matrix: Tensor) -> Tensor:
+        """The basis of the caller, from a tensor or a function."""
         basis = self.projector if isinstance(self.projector, Tensor) else self.projector(matrix, job.rank, job.right)
         if tuple(basis.shape) != (job.compressed, job.rank):
             raise ValueError(
@@ -473,83 +722,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         name = job.group["projector"]
         if name is None:
             raise ValueError('side: "full" needs a projector by name, which can choose both bases')
-        seed = _seed(job.group["seed"], job.index)
-        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed))
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor."""
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        current = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, current, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    device = "cpu" if key == "next_refresh" else param.device
-                    self.state[param][key] = value.detach().to(device, copy=True)
-        for group in self.param_groups:
-            if isinstance(group["lr"], Tensor) and group["params"]:
-                group["lr"] = group["lr"].to(group["params"][0].device)
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    """The dtype of moments and low-rank gradients."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+        seed = seed_of(job.group["seed"], ~job.index)
+        refreshes = int(job.state["refreshes"])
+        previous = job.state["other_projector"] if refreshes > 0 else None
+        return PROJECTORS[name].choose(
+            Choice(source.mT, job.rank, previous, seed + refreshes, not job.right, job.index, refreshes)
+        )
 
 
 def _laid_out(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.stride() == like.stride() and tensor.dtype == dtype:
         return tensor
     return torch.empty_like(like, dtype=dtype).copy_(tensor)
-
-
-def _seed(seed: int, index: int) -> int:
-    """A seed of its own for every parameter, in 63 bits."""
-    return (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) % 2**63
-
-
-class _Amp:
-    """What torch.amp.GradScaler left with the optimizer, on one device."""
-
-    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None):
-        self.grad_scale, self.found_inf = grad_scale, found_inf
-
-    @staticmethod
-    def on(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> "_Amp":
-        return _Amp(*(None if value is None else value.to(device) for value in (grad_scale, found_inf)))
-
-
-# In place of a count of steps: ask the device each time.
-_UNCOUNTED = -1
-
-
-def _capturing(param: Tensor) -> bool:
-    return param.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """The products of a step are of the weight's dtype, also where the step is taken inside an autocast block."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
-    """The learning rate as a tensor on the device, without a copy from the host: that would wait for it."""
-    if not isinstance(lr, Tensor):
-        return torch.full((), lr, dtype=torch.float64, device=device)
-    check_rate_device(lr, device)
-    return lr
-
-
-def _check_gradient(param: Tensor) -> None:
-    if param.grad.is_sparse:
-        raise RuntimeError("LowRankAdamW: sparse gradients are not supported; use torch.optim.SparseAdam for them")
-    if param.device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(
-            f"LowRankAdamW: this build of pykern has no {param.device.type} kernels for it; "
-            "keep the parameters on the CPU or a CUDA device"
-        )
-    _native.require_kernels(param, "a parameter", "low_rank_adamw_step", "adamw_step")
 
 
 class LowRankAdamW(LowRankOptimizer):

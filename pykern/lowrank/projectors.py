@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from . import dct
+from .subspace import Gradient, leading_eigenvectors, normal, orthonormalize, signed
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,24 @@ class Choice:
         rank: vectors wanted, at most min(n, length).
         previous: the basis in use [n, rank], or None at first.
         seed: of this parameter and this refresh, for projectors that draw.
+        right: `matrix` is the transposed gradient.
+        index: the parameter's place among all of the optimizer, from 0.
+        refreshes: choices before this one.
+        reduce: adds up a tensor in place over the processes that share the columns of `matrix`, or None.
     """
 
     matrix: Tensor
     rank: int
-    previous: Tensor | None
-    seed: int
+    previous: Tensor | None = None
+    seed: int = 0
+    right: bool = False
+    index: int = 0
+    refreshes: int = 0
+    reduce: Callable[[Tensor], None] | None = None
+
+    def gradient(self) -> Gradient | None:
+        """The gradient, or None where it names no subspace."""
+        return Gradient.of(self.matrix, self.reduce)
 
 
 @dataclass(frozen=True)
@@ -29,48 +45,187 @@ class Projector:
     """One way to choose a basis: a function of a Choice, and what is known of its results.
 
     `choose` gives P [n, rank], float32 (float64 for a float64 gradient), or None where the gradient names no
-    subspace; then the basis in use is kept and the next step asks again.
+    subspace; then the basis in use is kept and the next step asks again. It never raises for what is in the
+    gradient, and what it gives is finite.
+
+    Attributes:
+        orthonormal: P^T P = I.
+        basis: where P is made of rows of a fixed matrix, the format of lowrank.bases that keeps their indices; then
+            `choose` gives those, int64 [rank].
+        first: the projector that takes its place in the first step if refreshes are staggered: cheaper, almost as good.
+        by_sums: it can choose by sums over columns, with Choice.reduce; else it needs all columns.
     """
 
     choose: Callable[[Choice], Tensor | None]
     orthonormal: bool = True
+    basis: str | None = None
+    first: str | None = None
+    by_sums: bool = True
 
 
-def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:
-    """The first `rank` singular vectors of `grad` as columns, by the eigenvectors of its Gram matrix.
+def _finite(choose: Callable[[Choice], Tensor | None]) -> Callable[[Choice], Tensor | None]:
+    """Nothing where the choice fails or is not finite."""
 
-    Orthonormal whatever the gradient's rank is; leading vector first. float32 (float64 for a float64
-    gradient), in memory of its own. None, and never an error, where the gradient names no subspace: it
-    is zero or has a non-finite element, or the eigensolver does not converge.
+    def checked(choice: Choice) -> Tensor | None:
+        try:
+            basis = choose(choice)
+        except torch.linalg.LinAlgError:
+            return None
+        return basis if basis is not None and bool(torch.isfinite(basis).all()) else None
+
+    return checked
+
+
+@_finite
+def gram(choice: Choice) -> Tensor | None:
+    """The leading left singular vectors of the matrix, by its Gram matrix; largest first.
+
+    Of the shorter axis: mapped to the longer one, and made orthonormal even where the gradient's rank is below `rank`.
     """
-    matrix = grad.detach().to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    if not right:
-        matrix = matrix.mT
-    # The columns of `matrix` are compressed. Scaled to 1, the squares neither overflow nor vanish.
-    largest = torch.linalg.vector_norm(matrix, ord=float("inf"))
-    if not (torch.isfinite(largest) & (largest > 0)):
+    gradient = choice.gradient()
+    if gradient is None:
         return None
-    matrix = matrix / largest
-    try:
-        if matrix.shape[0] >= matrix.shape[1]:
-            return _leading(matrix.mT @ matrix, rank)
-        # The shorter axis gives the smaller eigenproblem; its vectors map to the longer one, and QR
-        # makes those orthonormal even where the gradient's rank is below `rank`.
-        vectors = matrix.mT @ _leading(matrix @ matrix.mT, rank)
-        return torch.linalg.qr(vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny))[0].contiguous()
-    except torch.linalg.LinAlgError:
+    rows, length = choice.matrix.shape
+    if rows <= length or choice.reduce is not None:
+        return signed(leading_eigenvectors(gradient.gram(), choice.rank, choice.seed))
+    matrix = Gradient(gradient.matrix.mT, gradient.factor)
+    vectors = leading_eigenvectors(matrix.gram(), choice.rank, choice.seed)
+    return signed(orthonormalize((gradient.matrix.to(vectors.dtype) * gradient.factor) @ vectors))
+
+
+@_finite
+def power(choice: Choice) -> Tensor | None:
+    """One block power step from the basis in use, M = G (G^T P), made orthonormal; "randomized" where there is none.
+
+    As LDAdam does at every step, arXiv 2410.16103.
+    """
+    if choice.previous is None:
+        return randomized(choice)
+    gradient = choice.gradient()
+    if gradient is None:
         return None
+    return orthonormalize(gradient.gram_times(choice.previous.to(gradient.dtype)))
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    vectors = torch.linalg.eigh(gram).eigenvectors
-    return vectors[:, -rank:].flip(1).contiguous()
+@_finite
+def randomized(choice: Choice, oversampling: int = 16, iterations: int = 2) -> Tensor | None:
+    """The range of the gradient found by normal vectors, rotated to its leading directions; largest first.
+
+    Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1: `rank` + `oversampling` vectors on the
+    compressed axis, `iterations` products with G G^T, each made orthonormal.
+    """
+    gradient = choice.gradient()
+    if gradient is None:
+        return None
+    rows, length = choice.matrix.shape
+    block = min(rows, choice.rank + oversampling)
+    vectors = normal(rows, block, choice.seed, choice.matrix)
+    for _ in range(iterations):
+        vectors = orthonormalize(gradient.gram_times(vectors))
+    rotation = torch.linalg.eigh(gradient.low_gram(vectors)).eigenvectors
+    return signed(vectors @ rotation[:, -choice.rank :].flip(1))
 
 
-def _gram(choice: Choice) -> Tensor | None:
-    return gram_projector(choice.matrix.mT, choice.rank, right=True)
+@_finite
+def svd(choice: Choice) -> Tensor | None:
+    """The singular vectors of the thin decomposition, bit for bit and sign for sign what galore_torch and fira take."""
+    if choice.gradient() is None:
+        return None
+    matrix = choice.matrix.mT if choice.right else choice.matrix
+    # The packages decompose in float32 whatever the gradient's dtype.
+    left, _, right = torch.linalg.svd(matrix.detach().float(), full_matrices=False)
+    return right[: choice.rank].mT.contiguous() if choice.right else left[:, : choice.rank].contiguous()
+
+
+def random(choice: Choice) -> Tensor:
+    """Normal numbers / sqrt(rank), not orthonormal: APOLLO, arXiv 2412.05270; Flora, arXiv 2402.03293."""
+    return normal(choice.matrix.shape[0], choice.rank, choice.seed, choice.matrix) / choice.rank**0.5
+
+
+def random_orthonormal(choice: Choice) -> Tensor:
+    """An orthonormal basis of a uniformly random subspace: FRUGAL, arXiv 2411.07837; GoLore.
+
+    Made on the CPU, so that every device has the same.
+    """
+    vectors = normal(choice.matrix.shape[0], choice.rank, choice.seed, torch.empty(0, dtype=choice.matrix.dtype))
+    return orthonormalize(vectors).to(choice.matrix.device)
+
+
+def apollo_torch(choice: Choice) -> Tensor:
+    """The draws of the apollo_torch package on the CPU.
+
+    The first seed is the place of the parameter, counted from 1; each next one is the 15th integer that the one
+    before yields. The package draws on the gradient's device, so its runs on a GPU have other numbers.
+    """
+    seed = choice.index + 1
+    for _ in range(choice.refreshes):
+        generator = torch.Generator().manual_seed(seed)
+        seed = int(torch.randint(0, torch.iinfo(torch.int64).max, (15,), generator=generator)[-1])
+    shape = (choice.rank, choice.matrix.shape[0])
+    drawn = torch.randn(shape if choice.right else shape[::-1], generator=torch.Generator().manual_seed(seed))
+    basis = drawn / choice.rank**0.5
+    return (basis.mT if choice.right else basis).to(choice.matrix.device).contiguous()
+
+
+def rows(choice: Choice) -> Tensor | None:
+    """The rows of the matrix with the largest norms, as indices int64 [rank], the largest first: Grass, 2406.17660."""
+    gradient = choice.gradient()
+    if gradient is None:
+        return None
+    return gradient.row_squares().sort(descending=True, stable=True).indices[: choice.rank]
+
+
+def rows_sampled(choice: Choice) -> Tensor | None:
+    """Rows drawn without replacement, in proportion to their norms: Grass's sampling, without its scales.
+
+    A row that is zero is only drawn where too few others are.
+    """
+    gradient = choice.gradient()
+    if gradient is None:
+        return None
+    # The largest of log(weight) plus Gumbel noise: as many draws without replacement.
+    generator = torch.Generator().manual_seed(choice.seed)
+    noise = torch.rand(choice.matrix.shape[0], generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    weights = gradient.row_squares().double().sqrt().cpu()
+    keys = weights.clamp_min(torch.finfo(torch.float64).tiny).log() - (-noise.log()).log()
+    return keys.sort(descending=True, stable=True).indices[: choice.rank].to(choice.matrix.device)
+
+
+def coordinates(choice: Choice) -> Tensor:
+    """Uniformly random rows, without replacement: FRUGAL's randperm, arXiv 2411.07837."""
+    drawn = torch.randperm(choice.matrix.shape[0], generator=torch.Generator().manual_seed(choice.seed))
+    return drawn[: choice.rank].to(choice.matrix.device)
+
+
+def dct_vectors(choice: Choice, power: int) -> Tensor | None:
+    """The vectors of the DCT-II along the compressed axis on which the gradient is largest, as indices int64 [rank].
+
+    Largest l1 or l2 norm (`power`) of the rows of C G first: DCT-AdamW, arXiv 2505.17967. Its released code has two
+    settings that select from different bases, the vectors of the DCT-II ("makhoul") and of its inverse, the DCT-III
+    ("matmul"); this is the DCT-II.
+    """
+    gradient = choice.gradient()
+    if gradient is None:
+        return None
+    return dct.scores(gradient, power).sort(descending=True, stable=True).indices[: choice.rank]
 
 
 PROJECTORS: dict[str, Projector] = {
-    "gram": Projector(_gram),
+    "gram": Projector(gram, first="randomized"),
+    "power": Projector(power),
+    "randomized": Projector(randomized),
+    "svd": Projector(svd, first="randomized", by_sums=False),
+    "dct": Projector(partial(dct_vectors, power=1), basis="dct"),
+    "dct_l2": Projector(partial(dct_vectors, power=2), basis="dct"),
+    "random": Projector(random, orthonormal=False),
+    "random_orthonormal": Projector(random_orthonormal),
+    "apollo_torch": Projector(apollo_torch, orthonormal=False),
+    "rows": Projector(rows, basis="rows"),
+    "rows_sampled": Projector(rows_sampled, basis="rows"),
+    "coordinates": Projector(coordinates, basis="rows"),
 }
+
+
+def gram_projector(grad: Tensor, rank: int, right: bool) -> Tensor | None:
+    """The first `rank` singular vectors of `grad` as columns; see `gram`."""
+    return gram(Choice(grad.mT if right else grad, rank))

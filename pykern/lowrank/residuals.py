@@ -30,6 +30,11 @@ class Residual:
     constant: bool = False
     feedback: bool = False
 
+    @property
+    def linear(self) -> bool:
+        """The step needs R of the gradient and nothing else, so that R may be summed and averaged in its place."""
+        return self.fused == 0
+
 
 RESIDUALS: dict[str, Residual] = {
     "none": Residual(fused=0),

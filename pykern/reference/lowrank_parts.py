@@ -162,3 +162,59 @@ def apply(
     if decay_after:
         return (param - lr * update) * decay
     return param * decay - lr * update
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four 32-bit words for counters of four and a key of two, all as int64.
+
+    Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+    """
+    mask = 0xFFFFFFFF
+
+    def product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+        upper, lower = (words >> 16) * factor, (words & 0xFFFF) * factor
+        lower = lower + ((upper & 0xFFFF) << 16)
+        return (upper >> 16) + (lower >> 32), lower & mask
+
+    for _ in range(10):
+        high0, low0 = product(counter[0], 0xD2511F53)
+        high1, low1 = product(counter[2], 0xCD9E8D57)
+        counter = (high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0)
+        key = ((key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask)
+    return counter
+
+
+def rounding_words(n: int, length: int, seed: int, step: int) -> Tensor:
+    """What decides how each element of a weight is rounded: the first word of the counter (index, step, 0)."""
+    index = torch.arange(n * length, dtype=torch.int64)
+    counter = (index & 0xFFFFFFFF, index >> 32, torch.full_like(index, step), torch.zeros_like(index))
+    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[0].view(n, length)
+
+
+def round_stochastic(values: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
+    """Rounds float32 `values` to bfloat16 or float16, up in magnitude with the probability of what is left over.
+
+    With u the unit in the last place at |x|, x goes up where floor(24 bits of |x| / u beyond the point) + (word >> 8)
+    reaches 2^24. Infinities and NaN stay, and so does what `dtype` represents. Float32 and float64 have nothing to
+    round.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return values.to(dtype)
+    smallest, digits = (-126, 7) if dtype == torch.bfloat16 else (-14, 10)
+    wide = values.double()
+    exponent = (torch.frexp(wide).exponent - 1).clamp_min(smallest) - digits
+    units = torch.ldexp(wide.abs(), -exponent)
+    below = units.floor()
+    up = ((units - below) * 2.0**24).floor() + (words.to(units.device) >> 8) >= 2.0**24
+    rounded = torch.copysign(torch.ldexp(below + up, exponent), wide)
+    return torch.where(wide.isfinite(), rounded, wide).to(dtype)
+
+
+def round_kahan(param: Tensor, compensation: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and its compensation after a step from `param` to `exact`.
+
+    The compensation joins the change, exact - param; what rounding loses of their sum is the new compensation.
+    """
+    change = compensation.to(exact.dtype) + (exact - param.to(exact.dtype))
+    rounded = (param.to(exact.dtype) + change).to(param.dtype)
+    return rounded, (change - (rounded.to(exact.dtype) - param.to(exact.dtype))).to(param.dtype)

@@ -15,7 +15,7 @@ _OPS = {
         "linear_token_logprobs",
         "linear_token_logprobs_backward",
     ),
-    "lowrank": ("low_rank_adam_step", "adam_step"),
+    "lowrank": ("low_rank_adamw_step", "adamw_step"),
     "offload": (),
 }
 

@@ -11,11 +11,13 @@ import torch
 LINES = Path(__file__).with_name("requirements.txt").read_text().splitlines()
 PINNED = dict(line.split("==") for line in LINES if "==" in line)
 PEERS = {
+    "apollo_torch": "apollo-torch",
     "bitsandbytes": "bitsandbytes",
     "galore_torch": "galore-torch",
     "fira": "fira",
     "liger_kernel": "liger-kernel",
     "prefix_grouper": "prefix-grouper",
+    "torchao": "torchao",
     "transformers": "transformers",
     "trl": "trl",
     "verl": "verl",

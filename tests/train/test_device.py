@@ -52,7 +52,7 @@ def test_offload_is_refused_on_a_gpu(usable_gpu):
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 @pytest.mark.parametrize(
     "family, op",
-    [("attention", "prefix_attention_backward"), ("policy", "linear_token_logprobs"), ("lowrank", "adam_step")],
+    [("attention", "prefix_attention_backward"), ("policy", "linear_token_logprobs"), ("lowrank", "adamw_step")],
 )
 def test_missing_kernel_is_refused_by_name(usable_gpu, name, family, op):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS - {op})
@@ -63,7 +63,7 @@ def test_missing_kernel_is_refused_by_name(usable_gpu, name, family, op):
 
 
 def test_unused_family_needs_no_kernel(usable_gpu):
-    usable_gpu.setattr(_native, "cuda_ops", ALL_OPS - {"low_rank_adam_step", "adam_step"})
+    usable_gpu.setattr(_native, "cuda_ops", ALL_OPS - {"low_rank_adamw_step", "adamw_step"})
     assert families(Config(optimizer="adamw", offload="none")) == ["attention", "policy"]
     assert resolve(Config(optimizer="adamw", **GPU_DEFAULTS), "auto") == "cuda"
 

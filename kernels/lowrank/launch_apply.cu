@@ -1,0 +1,61 @@
+#include "kernels/common/launch.h"
+#include "kernels/lowrank/apply_sm80.cuh"
+#include "kernels/lowrank/apply_wide_sm80.cuh"
+
+namespace pykern::lowrank {
+namespace {
+
+bool has_product(const ApplyMatrix& m, DataType type) {
+  return (type == DataType::bf16 || type == DataType::f16) && m.rank > 0 && (m.direction || m.low);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+const char* launch_wide(const ApplyCall& call, bool along_length, Stream stream) {
+  const Grid grid{dim3(call.table.tiles), dim3(kApplyThreads)};
+  return launch(along_length ? apply_wide_kernel<T, true> : apply_wide_kernel<T, false>, grid, stream, call);
+}
+
+template <class T>
+const char* launch_product(const ApplyCall& call, bool along_length, Stream stream) {
+  const Grid grid{dim3(call.table.tiles), dim3(kApplyThreads), kApplySharedBytes};
+  return launch(along_length ? apply_kernel<T, true> : apply_kernel<T, false>, grid, stream, call);
+}
+
+const char* launch_typed(const ApplyCall& call, DataType type, bool product, bool along_length, Stream stream) {
+  switch (type) {
+    case DataType::f32: return launch_wide<float>(call, along_length, stream);
+    case DataType::f64: return launch_wide<double>(call, along_length, stream);
+    case DataType::bf16:
+      return product ? launch_product<bf16>(call, along_length, stream) : launch_wide<bf16>(call, along_length, stream);
+    case DataType::f16:
+      return product ? launch_product<f16>(call, along_length, stream) : launch_wide<f16>(call, along_length, stream);
+  }
+  return "unknown data type";
+}
+
+}  // namespace
+
+const char* launch_apply(const ApplyParams& params, Stream stream) {
+  ApplyCall call{{}, params.rule};
+  const int64_t pack = params.type == DataType::f64 ? 2 : params.type == DataType::f32 ? 4 : 8;
+  for (const bool product : {true, false}) {
+    for (const bool along_length : {true, false}) {
+      const char* error = launch_grouped(
+          call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
+          [&](int64_t i) -> int64_t {
+            const ApplyMatrix& m = params.matrices[i];
+            if (m.along_length != along_length || has_product(m, params.type) != product) return 0;
+            const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
+            return product ? ceil_div(rows, kApplyTile) * ceil_div(columns, kApplyTile)
+                           : ceil_div(rows, kSlabRows) * ceil_div(columns, kSlabPacks * pack);
+          },
+          [&](const ApplyTable&) { return launch_typed(call, params.type, product, along_length, stream); });
+      if (error) return error;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace pykern::lowrank

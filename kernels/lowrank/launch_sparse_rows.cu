@@ -1,0 +1,26 @@
+#include "kernels/common/launch.h"
+#include "kernels/lowrank/sparse_rows_sm80.cuh"
+
+namespace pykern::lowrank {
+namespace {
+
+template <class T>
+const char* launch_typed(const SparseRows& params, Stream stream) {
+  const int64_t rows_per_block = kSparseThreads / kWarpSize;
+  const dim3 blocks(static_cast<unsigned>((params.rows + rows_per_block - 1) / rows_per_block));
+  return launch(sparse_rows_kernel<T>, Grid{blocks, dim3(kSparseThreads)}, stream, params);
+}
+
+}  // namespace
+
+const char* launch_sparse_rows(const SparseRows& params, Stream stream) {
+  switch (params.type) {
+    case DataType::f32: return launch_typed<float>(params, stream);
+    case DataType::f64: return launch_typed<double>(params, stream);
+    case DataType::bf16: return launch_typed<bf16>(params, stream);
+    case DataType::f16: return launch_typed<f16>(params, stream);
+  }
+  return "unknown data type";
+}
+
+}  // namespace pykern::lowrank

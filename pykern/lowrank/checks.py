@@ -1,0 +1,32 @@
+"""What a step checks of its parameters and gradients."""
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .options import check_rate_device
+
+
+def capturing(param: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the parameter's device."""
+    return param.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def rate_on(lr: float | Tensor, device: torch.device) -> Tensor:
+    """The learning rate as a tensor on the device, without a copy from the host: that would wait for it."""
+    if not isinstance(lr, Tensor):
+        return torch.full((), lr, dtype=torch.float64, device=device)
+    check_rate_device(lr, device)
+    return lr
+
+
+def check_parameter(param: Tensor) -> None:
+    """Raises where a parameter cannot be stepped at all."""
+    if param.grad is not None and param.grad.is_sparse:
+        raise RuntimeError("LowRankOptimizer: sparse gradients are not supported; use torch.optim.SparseAdam for them")
+    if param.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"LowRankOptimizer: this build of pykern has no {param.device.type} kernels for it; "
+            "keep the parameters on the CPU or a CUDA device"
+        )
+    _native.require_kernels(param, "a parameter", "low_rank_adamw_step", "adamw_step")
