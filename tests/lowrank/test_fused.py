@@ -33,7 +33,7 @@ def trained(parts: bool, monkeypatch, dtype, settings, amp=False):
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
     with monkeypatch.context() as patch:
         if parts:
-            patch.setattr(LowRankOptimizer, "_is_fused", lambda self, group: False)
+            patch.setattr(LowRankOptimizer, "_is_fused", lambda *_: False)
         for _ in range(8):
             for param in params:
                 param.grad = normal(param.shape) * (1024 if amp else 1)
