@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from .bases import PROJECTOR_FORMATS
-from .matrix_rules import SHAPE_SCALES
+from .feedback import FEEDBACK_DTYPES
 from .matrices import SIDES, matrix_shape
+from .matrix_rules import SHAPE_SCALES
 from .projectors import PROJECTORS
+from .quantized import int8_weight
 from .refresh import MOMENTS, REFRESHES
 from .residuals import RESIDUALS
 from .rules import RULES, STATE_DTYPES
@@ -43,6 +45,7 @@ CHOICES: dict[str, tuple] = {
     "refresh": REFRESHES,
     "moments": tuple(MOMENTS),
     "residual": tuple(RESIDUALS),
+    "feedback_dtype": FEEDBACK_DTYPES,
     "state_dtype": STATE_DTYPES,
     "shape_scale": tuple(SHAPE_SCALES),
     "rounding": ROUNDINGS,
@@ -95,6 +98,24 @@ def complete_group(group: dict) -> None:
     for param in group["params"]:
         if param.dtype not in FLOATS:
             raise TypeError(f"params: expected float32, float64, bfloat16 or float16, got {param.dtype}")
+        if int8_weight(param) is not None:
+            _check_int8(group)
+
+
+def _check_int8(group: dict) -> None:
+    """What a group with 8-bit weights (Int8Linear) must be."""
+    residual = RESIDUALS[group["residual"]]
+    if group["rank"] is None:
+        raise ValueError(
+            "params: expected an 8-bit weight in a group with a rank, got one in a group without; low_rank_groups "
+            "puts it there"
+        )
+    if not residual.linear and not residual.feedback:
+        raise ValueError(
+            f'residual: expected "none" or "error_feedback" with an 8-bit weight, got {group["residual"]!r}'
+        )
+    if group["rounding"] == "kahan":
+        raise ValueError('rounding: an 8-bit weight is rounded stochastically, so not with "kahan"')
 
 
 def is_low_rank(param: Tensor, group: dict) -> bool:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .bases import basis_of
 from .distributed import is_distributed, spread
+from .feedback import feedback_state
 from .matrices import Job
 from .options import complete_group, is_low_rank
 from .refresh import HOST_STATE, refresh_state
@@ -47,7 +48,7 @@ def local_state(job: Job) -> dict[str, Tensor]:
     if RESIDUALS[group["residual"]].measured:
         state["residual_norm"] = torch.full((), -1.0, dtype=wide, device=device)
     if RESIDUALS[group["residual"]].feedback:
-        state["error"] = torch.zeros_like(job.weight)
+        state.update(feedback_state(job))
     if group["rounding"] == "kahan":
         state["compensation"] = torch.zeros_like(job.weight)
     return state
