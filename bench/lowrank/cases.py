@@ -8,8 +8,8 @@ from torch import Tensor
 
 import pykern
 from bench.harness import Case
+from bench.lowrank import cases_gpu, cases_parts
 from bench.lowrank.quantized import quantized_cases
-from pykern.lowrank import ops
 from pykern.lowrank.matrices import compresses_right
 from pykern.lowrank.projectors import gram_projector
 
@@ -117,28 +117,6 @@ def make_adamw(size: int) -> dict[str, Callable]:
     }
 
 
-def make_phase(rank: int, length: int) -> dict[str, Callable]:
-    """Adam in the subspace on 8-bit moments, and on float32 ones as plain PyTorch writes it."""
-    low, step = torch.randn(rank, length).bfloat16(), torch.zeros(())
-    codes = [torch.zeros(rank, length, dtype=torch.uint8) for _ in range(2)]
-    scales = [torch.zeros(rank, -(-length // 256)) for _ in range(2)]
-    first, second = torch.zeros(rank, length), torch.zeros(rank, length)
-    rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "corrected_eps": True, "maximize": False}
-
-    def plain() -> Tensor:
-        gradient = low.float()
-        first.mul_(0.9).add_(gradient, alpha=0.1)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        return (first / second.sqrt().add_(1e-8)).bfloat16()
-
-    moments = [torch.zeros(rank, length) for _ in range(2)]
-    return {
-        "pykern (8-bit moments)": partial(ops.low_rank_adam_phase, low, *codes, *scales, step, **rule),
-        "pykern (float32 moments)": partial(ops.low_rank_adam_phase, low, *moments, None, None, step, **rule),
-        "plain PyTorch (float32 moments)": plain,
-    }
-
-
 def cases(device: str) -> list[Case]:
     large = device == "cuda"
     listed = []
@@ -169,13 +147,9 @@ def cases(device: str) -> list[Case]:
         size = millions << 20
         step = partial(make_adamw, size)
         listed.append(Case("lowrank", "adamw_step", f"{millions}M bfloat16", step, bytes=22.0 * size))
-    for rank, length in ((128, 11008), (1024, 4096), *([(1024, 65536)] if large else [])):
-        # Read the gradient, write the direction, read and write the codes and scales of both moments.
-        moved = (2 * 2 + 4 * 1 + 16 / 256) * rank * length
-        shape = f"r{rank} x {length} bfloat16"
-        listed.append(Case("lowrank", "adam_phase", shape, partial(make_phase, rank, length), bytes=moved))
     for rows, columns, rank in ((512, 1376, 128), (1024, 1024, 128)):
         listed.append(
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
         )
-    return [*listed, *quantized_cases()]
+    own = cases_gpu.cases() if large else []
+    return [*listed, *cases_parts.cases(device), *own, *quantized_cases()]
