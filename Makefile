@@ -8,7 +8,7 @@ VENV := .venv
 PEERS := .venv-peers
 PY := $(VENV)/bin/python
 TOOLS := "setuptools>=77" "wheel" "cmake>=3.25" ninja build
-TOOLS += numpy pytest pytest-benchmark hypothesis tqdm matplotlib torch-abi-audit abi3audit pybind11
+TOOLS += numpy pytest pytest-benchmark pytest-xdist hypothesis tqdm matplotlib torch-abi-audit abi3audit pybind11
 # Read the machine code of kernels. They exist for Linux alone, and the tests do without them.
 GPU_TOOLS := nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 
@@ -25,11 +25,14 @@ build: $(VENV)/.ready
 train: build
 	$(PY) -m pykern train $(ARGS)
 
-# The kernels' emulator serves the tests alone.
+# The kernels' emulator serves the tests alone. Files of tests are shared out to processes, whose threads must not spin
+# while they wait for one another.
+TEST_PROCESSES ?= 2
 test: export PYKERN_EMULATOR ?= checked;address
+test: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/.ready
 	$(BUILD)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 # The peers live in an environment of their own, which sees the packages of the first one.
 test-peers: build $(PEERS)/.ready

@@ -51,6 +51,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_sessionfinish(session, exitstatus):
     whole_suite = session.config.args == session.config.getini("testpaths") and not session.config.option.keyword
+    # A worker of pytest-xdist sees its own share alone; the process that collects the results counts.
+    if hasattr(session.config, "workerinput"):
+        return
     if exitstatus == 0 and whole_suite and not session.config.option.collectonly:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         executed = len(reporter.stats.get("passed", []))

@@ -297,6 +297,24 @@ def lowrank() -> Iterator[Case]:
             )
 
 
+def quantized() -> Iterator[Case]:
+    def train(rows: int, columns: int, options: dict, layer: bool) -> list[Tensor]:
+        module = torch.nn.Linear(columns, rows, bias=False)
+        module = pykern.Int8Linear.from_linear(module) if layer else module
+        optimizer = pykern.LowRankOptimizer([module.weight], 1e-2, rank=3, state_dtype="8bit", **options)
+        for _ in range(2):
+            module(normal(4, columns)).square().mean().backward()
+            optimizer.step()
+        return [module.dequantized() if layer else module.weight.detach()]
+
+    feedback = {"residual": "error_feedback", "feedback_dtype": "4bit"}
+    for rows, columns in ((9, 264), (70, 41), (5, 600)):
+        for options in ({"projector_format": "int4"}, feedback):
+            label = f"{rows}x{columns} {next(iter(options))}"
+            yield f"Int8Linear {label}", lambda r=rows, c=columns, o=options: train(r, c, o, True)
+            yield f"quantised {label}", lambda r=rows, c=columns, o=options: train(r, c, o, False)
+
+
 def attention() -> Iterator[Case]:
     def rows(count: int, width: int, dtype: torch.dtype) -> list[Tensor]:
         source = normal(29, width, dtype=dtype).requires_grad_()
@@ -365,6 +383,7 @@ FAMILIES = (
     logprobs,
     linear_logprobs,
     lowrank,
+    quantized,
     attention,
     prefix_attention,
     offload,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import pykern
 from bench.harness import Case
+from bench.lowrank.quantized import quantized_cases
 from pykern.lowrank import ops
 from pykern.lowrank.matrices import compresses_right
 from pykern.lowrank.projectors import gram_projector
@@ -177,4 +178,4 @@ def cases(device: str) -> list[Case]:
         listed.append(
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
         )
-    return listed
+    return [*listed, *quantized_cases()]

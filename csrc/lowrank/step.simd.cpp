@@ -28,6 +28,11 @@ using lowrank::Sums;
 constexpr int64_t kDeep = 256;    // places per slice of a projection
 constexpr int64_t kTall = 96;     // rows of a product at a time
 constexpr int64_t kWidest = 192;  // lines of a tile, at most
+#if defined(PYKERN_SIMD_IS_amx)
+constexpr int64_t kGroup = 32;  // rows of a product between two steps of a prefetch
+#else
+constexpr int64_t kGroup = 12;
+#endif
 
 // A property of the matrix alone, so that results don't depend on the threads. A tile's low-rank gradient should stay
 // in the second-level cache.
@@ -92,13 +97,17 @@ PYKERN_INLINE vfloat load_packed(const C* source, int row) {
   }
 }
 
-// `count` <= kLanes elements that lie `stride` apart.
+// As store(), by the instruction for it; it takes what is too small for a normal float32 for zero.
 template <class T>
-PYKERN_INLINE vfloat load_along(const T* source, int64_t stride, int64_t count) {
-  if (stride == 1) return detail::load_up_to(source, count);
-  T buffer[kLanes] = {};
-  for (int64_t lane = 0; lane < count; ++lane) buffer[lane] = source[lane * stride];
-  return load(buffer);
+PYKERN_INLINE void store_rounded(T* target, vfloat value) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(target, &rounded, sizeof rounded);
+    return;
+  }
+#endif
+  store(target, value);
 }
 
 template <class T>
@@ -109,6 +118,65 @@ PYKERN_INLINE void store_up_to(T* target, vfloat value, int64_t count) {
     store_partial(target, value, count);
   }
 }
+
+// One contiguous row of W: W -= step_size * (direction + gradient * factor), each term where it is given. The gradient's
+// elements lie `stride` apart; the factor is one for the row or one for each element.
+template <class T>
+void update_row(const WeightUpdate& update, T* weights, const float* direction, const T* gradient, int64_t stride,
+                vfloat factor, const float* factors, int64_t count) {
+  T gathered[kLanes] = {};
+  const auto change = [&](int64_t i, int64_t lanes) {
+    vfloat value = direction ? load(direction + i) : zero();
+    if (gradient) {
+      const T* from = gradient + i;
+      if (stride != 1) {
+        for (int64_t lane = 0; lane < lanes; ++lane) gathered[lane] = gradient[(i + lane) * stride];
+        from = gathered;
+      }
+      const vfloat slope = lanes == kLanes ? load(from) : load_partial(from, lanes);
+      value += slope * (factors ? load(factors + i) : factor);
+    }
+    return value;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store_rounded(weights + i, update.apply(load(weights + i), change(i, kLanes)));
+  }
+  if (i < count) {
+    const vfloat value = update.apply(load_partial(weights + i, count - i), change(i, count - i));
+    store_partial(weights + i, value, count - i);
+  }
+}
+
+// A matrix on its way into the second-level cache, a few cache lines at a time between products: asked for all at once
+// they would hold up the products as long as the memory takes.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  // `rows` rows of `bytes`, each `stride` bytes from the next, to be asked for in `steps` steps.
+  Prefetch(const void* base, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
+      : row_(static_cast<const char*>(base)),
+        rows_(bytes > 0 ? rows : 0),
+        stride_(stride),
+        bytes_(bytes),
+        share_(ceil_div(rows_ * ceil_div(bytes, 64), steps > 0 ? steps : 1)) {}
+
+  PYKERN_INLINE void step() {
+    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ >= bytes_) {
+        offset_ = 0;
+        row_ += stride_;
+        --rows_;
+      }
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, share_ = 0, offset_ = 0;
+};
 
 // --- what is left of a line ---------------------------------------------------------------------
 
@@ -183,19 +251,41 @@ struct MatrixStep {
     }
   }
 
+  Prefetch prefetch(const T* matrix_data, int64_t place_stride, int64_t line_stride, int64_t places, int64_t lines,
+                    int64_t steps) const {
+    constexpr int64_t size = sizeof(T);
+    if (places <= 0) return Prefetch();
+    if (line_stride == 1) return Prefetch(matrix_data, places, place_stride * size, lines * size, steps);
+    return Prefetch(matrix_data, lines, line_stride * size, places * size, steps);
+  }
+  Prefetch prefetch_gradient(int64_t place, int64_t line0, int64_t lines, int64_t steps) const {
+    const int64_t places = lesser(kDeep, n - place);
+    return prefetch(gradient(place, line0), matrix.grad_place, matrix.grad_line, places, lines, steps);
+  }
+  Prefetch prefetch_weights(int64_t place, int64_t line0, int64_t lines, int64_t steps) const {
+    const int64_t places = lesser(kTall, n - place);
+    return prefetch(weight(place, line0), matrix.param_place, matrix.param_line, places, lines, steps);
+  }
+
   // low = P^T G for the tile, and the squared norms of G's columns where they are asked for.
   void project(int64_t tile, const Workspace<T>& space, float* squares) const {
     const int64_t line0 = tile * width, lines = lines_of(tile);
+    const int64_t groups = ceil_div(rank, kGroup) * ceil_div(lines, kPanel);
     for (int64_t place = 0; place < n; place += kDeep) {
       const int64_t depth = lesser(kDeep, n - place);
       pack(space.packed, gradient(place, line0), depth, lines, matrix.grad_place, matrix.grad_line);
       if (squares) add_squares(space.packed, depth, lines, squares);
+      Prefetch next = prefetch_gradient(place + kDeep, line0, lines, groups);
       for (int64_t k = 0; k < rank; k += kTall) {
         const int64_t rows = lesser(kTall, rank - k);
         transpose_projector(space.piece, projector(place) + k, depth, rows, rank);
         for (int64_t line = 0; line < lines; line += kPanel) {
-          matmul(rows, kPanel, depth, space.piece, kDeep, int64_t{1},
-                 space.packed + line * round_up(depth, kDepth<C>), space.low + element(k, line), kPanel, place > 0);
+          for (int64_t row = 0; row < rows; row += kGroup) {
+            next.step();
+            matmul(lesser(kGroup, rows - row), kPanel, depth, space.piece + row * kDeep, kDeep, int64_t{1},
+                   space.packed + line * round_up(depth, kDepth<C>), space.low + element(k + row, line), kPanel,
+                   place > 0);
+          }
         }
       }
     }
@@ -220,22 +310,31 @@ struct MatrixStep {
     }
   }
 
-  // W -= step_size * (P X [+ G * factors]) for the tile, with X the packed `low`; without `product` only G's part.
+  // W -= step_size * (P X [+ G * factors]) for the tile, with X the packed `low`.
   void apply(int64_t tile, const Workspace<T>& space, const float* factors) const {
-    const int64_t lines = lines_of(tile);
+    constexpr int64_t kSlice = 512 / sizeof(C);  // a panel of so much of the rank stays in the first-level cache
+    const int64_t line0 = tile * width, lines = lines_of(tile);
     for (int64_t place = 0; place < n; place += kTall) {
       const int64_t places = lesser(kTall, n - place);
+      const int64_t groups = ceil_div(places, kGroup) * ceil_div(lines, kPanel) * ceil_div(rank, kSlice);
       const C* left = space.piece;
       int64_t left_stride = rank_even;
       if constexpr (std::is_same_v<T, C>) {
         if (rank == rank_even) left = projector(place);
       }
       if (left == space.piece) convert_rows(space.piece, rank_even, projector(place), rank, places, rank);
+      Prefetch weights = prefetch_weights(place, line0, lines, groups);
       for (int64_t line = 0; line < lines; line += kPanel) {
         const C* panel = reinterpret_cast<const C*>(space.low + line * rank_even);
-        matmul(places, kPanel, rank, left, left_stride, int64_t{1}, panel, space.wide + line, width, false);
+        for (int64_t k = 0; k < rank; k += kSlice) {
+          for (int64_t row = 0; row < places; row += kGroup) {
+            weights.step();
+            matmul(lesser(kGroup, places - row), kPanel, lesser(kSlice, rank - k), left + row * left_stride + k,
+                   left_stride, int64_t{1}, panel + k * kPanel, space.wide + row * width + line, width, k > 0);
+          }
+        }
       }
-      update_weights(tile * width, lines, place, places, space.wide, factors);
+      update_weights(line0, lines, place, places, space.wide, factors);
     }
   }
 
@@ -244,38 +343,27 @@ struct MatrixStep {
                       const float* factors) const {
     const WeightUpdate update(matrix.rule);
     if (matrix.param_line == 1) {
-      for (int64_t row = 0; row < places; ++row) {
-        for (int64_t line = 0; line < lines; line += kLanes) {
-          const int64_t count = lesser(kLanes, lines - line);
-          T* to = weight(place + row, line0 + line);
-          vfloat value = direction ? load(direction + row * width + line) : zero();
-          if (factors) {
-            value += load_along(gradient(place + row, line0 + line), matrix.grad_line, count) * load(factors + line);
-          }
-          store_up_to(to, update.apply(detail::load_up_to(to, count), value), count);
-        }
+      for (int64_t row = place; row < place + places; ++row) {
+        update_row(update, weight(row, line0), direction ? direction + (row - place) * width : nullptr,
+                   factors ? gradient(row, line0) : nullptr, matrix.grad_line, zero(), factors, lines);
       }
       return;
     }
+    // Rows of the weight are lines: the direction is turned, kLanes lines at a time.
+    alignas(64) float turned[kLanes * kTall];
     for (int64_t line = 0; line < lines; line += kLanes) {
-      const int64_t count = lesser(kLanes, lines - line);
-      for (int64_t row = 0; row < places; row += kLanes) {
-        const int64_t rows = lesser(kLanes, places - row);
-        vuint block[kLanes] = {};
-        if (direction) {
+      for (int64_t row = 0; direction && row < places; row += kLanes) {
+        vuint block[kLanes];
 #pragma GCC unroll 16
-          for (int lane = 0; lane < kLanes; ++lane) block[lane] = (vuint)load(direction + (row + lane) * width + line);
-          detail::transpose<kLanes>(block);
-        }
-        for (int64_t lane = 0; lane < count; ++lane) {
-          T* to = weight(place + row, line0 + line + lane);
-          vfloat value = (vfloat)block[lane];
-          if (factors) {
-            value += load_along(gradient(place + row, line0 + line + lane), matrix.grad_place, rows) *
-                     factors[line + lane];
-          }
-          store_up_to(to, update.apply(detail::load_up_to(to, rows), value), rows);
-        }
+        for (int lane = 0; lane < kLanes; ++lane) block[lane] = (vuint)load(direction + (row + lane) * width + line);
+        detail::transpose<kLanes>(block);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) store(turned + lane * kTall + row, (vfloat)block[lane]);
+      }
+      for (int64_t lane = 0; lane < lesser(kLanes, lines - line); ++lane) {
+        update_row(update, weight(place, line0 + line + lane), direction ? turned + lane * kTall : nullptr,
+                   factors ? gradient(place, line0 + line + lane) : nullptr, matrix.grad_place,
+                   broadcast(factors ? factors[line + lane] : 0.0f), nullptr, places);
       }
     }
   }

@@ -104,8 +104,8 @@ class UpProjection {
   __device__ __forceinline__ void load(int step, float (&values)[2][8]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = step * kApplyDepth + i * 16 + static_cast<int>(threadIdx.x) / 16;
-      const int column = first_length_ + 8 * static_cast<int>(threadIdx.x % 16);
+      const int thread = ptx::forget_origin(static_cast<int>(threadIdx.x));
+      const int row = step * kApplyDepth + i * 16 + thread / 16, column = first_length_ + thread % 16 * 8;
       const float* const from = low_ + int64_t{row} * length_ + column;
       const bool exists = row < basis_.columns;
       if (low_packs_ && exists && column + 8 <= length_) {

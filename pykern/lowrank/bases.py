@@ -1,6 +1,7 @@
 """How a basis is kept in a parameter's state, and how a step gets it back: each format a row of a table."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from . import dct
 from .matrices import Job
 from .projectors import PROJECTORS
+from .quantized import dequantize_groups, parts, quantize_groups, quantized_zeros
 
-PROJECTOR_FORMATS = ("dense",)
+PROJECTOR_FORMATS = ("dense", "int8", "int4")
 """What a group may choose for projectors that give vectors; those that give indices have formats of their own."""
 
 
@@ -53,6 +55,37 @@ class Dense:
 
     def dense(self, job, state):
         return state["projector"]
+
+    def rotation(self, job, before):
+        return product_of(self, job, before)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """P in few bits (lowrank.quantized), its groups along the basis vectors: codes of [rank, n], for Q-GaLore.
+
+    Takes 8.25 or 4.25 bits an element; P in the weight's dtype lives during a step.
+    """
+
+    bits: int
+    exact = False
+
+    def init(self, job):
+        zeros = quantized_zeros(job.rank, job.compressed, self.bits, job.param.device)
+        return {f"projector_{name}": value for name, value in zeros.items()}
+
+    def store(self, job, chosen):
+        quantize_groups([chosen.mT], *parts([job.state], "projector"), None, bits=self.bits)
+
+    def dense(self, job, state):
+        return self.dense_all([job], [state])[0]
+
+    def dense_all(self, jobs: list[Job], states: list[Mapping[str, Tensor]]) -> list[Tensor]:
+        """P of many, in one call."""
+        bases = [torch.empty(job.compressed, job.rank, dtype=job.param.dtype, device=job.param.device) for job in jobs]
+        values = [basis.mT for basis in bases]
+        dequantize_groups(*parts(states, "projector"), values, None, bits=self.bits, adds=False, maximize=False)
+        return bases
 
     def rotation(self, job, before):
         return product_of(self, job, before)
@@ -103,10 +136,24 @@ class Coordinates(Indices):
         return unit.scatter_(0, indices[None], 1.0)
 
 
-BASES: dict[str, BasisFormat] = {"dense": Dense(), "dct": Cosines(), "rows": Coordinates()}
+BASES: dict[str, BasisFormat] = {
+    "dense": Dense(),
+    "int8": Grouped(8),
+    "int4": Grouped(4),
+    "dct": Cosines(),
+    "rows": Coordinates(),
+}
 
 
 def basis_of(group: dict) -> BasisFormat:
     """The format of this group's bases: its projector's own, else the one that the group chose."""
     own = PROJECTORS[group["projector"]].basis if group["projector"] is not None else None
     return BASES[own or group["projector_format"]]
+
+
+def dense_bases(jobs: list[Job]) -> list[Tensor]:
+    """P of jobs of one group."""
+    basis = basis_of(jobs[0].group)
+    if isinstance(basis, Grouped):
+        return basis.dense_all(jobs, [job.state for job in jobs])
+    return [basis.dense(job, job.state) for job in jobs]

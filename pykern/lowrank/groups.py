@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+
 
 def is_target(name: str, targets: str | Sequence[str]) -> bool:
     """Whether `targets`, as low_rank_groups has it, names the module."""
@@ -14,7 +16,13 @@ def is_target(name: str, targets: str | Sequence[str]) -> bool:
 
 
 def low_rank_groups(
-    model: torch.nn.Module, *, rank: int, targets: str | Sequence[str] = "all-linear", **options
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    convolutions: bool = False,
+    **options,
 ) -> list[dict]:
     """Splits a model's trainable parameters into a low-rank group and a plain AdamW group.
 
@@ -24,6 +32,10 @@ def low_rank_groups(
         targets: which torch.nn.Linear modules have their weight in the low-rank group: "all-linear" for all of
             them; a regular expression that must match a module's whole name; or a list of strings, one of which
             must occur in the name. A weight shared with an embedding always gets plain AdamW.
+        exclude: which of these stay out of it all the same, such as "lm_head": a regular expression or a list, as
+            above.
+        convolutions: targets are Conv1d, Conv2d and Conv3d modules too. Their weights [out, in, ...] are stepped as
+            matrices [out, in * ...].
         options: further keys of the low-rank group (scale, refresh_every, side, lr, ...).
 
     Returns:
@@ -31,21 +43,27 @@ def low_rank_groups(
         out if it is empty.
 
     Raises:
-        ValueError: nothing matches `targets`.
+        ValueError: nothing matches `targets`, or all of it matches `exclude`.
     """
+    kinds = (torch.nn.Linear, *(_CONVOLUTIONS if convolutions else ()))
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     low_rank = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and is_target(name, targets) and id(module.weight) not in embeddings
+        if isinstance(module, kinds)
+        and is_target(name, targets)
+        and not is_target(name, exclude)
+        and id(module.weight) not in embeddings
     }
     trainable = [param for param in model.parameters() if param.requires_grad]
     inside = [param for param in trainable if id(param) in low_rank]
     outside = [param for param in trainable if id(param) not in low_rank]
     if not inside:
+        without = f" without {exclude!r}" if exclude else ""
+        modules = "modules" if convolutions else "torch.nn.Linear modules"
         raise ValueError(
-            f'targets: expected "all-linear", a regular expression or names of torch.nn.Linear modules of the model '
-            f"with trainable weights, but nothing matches {targets!r}"
+            f'targets: expected "all-linear", a regular expression or names of {modules} of the model with trainable '
+            f"weights, but nothing matches {targets!r}{without}"
         )
     groups = [{"params": inside, "rank": rank, **options}]
     if outside:

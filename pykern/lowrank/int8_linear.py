@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,26 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import _native
 from .groups import is_target
-from .quantized import dequantize_groups, quantize_groups, quantized_zeros
-
-
-class Int8Weight(NamedTuple):
-    """A weight [rows, columns] in 8 bits (lowrank.quantized)."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a matrix of its own."""
-        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        dequantize_groups([self.codes], [self.scale], [self.zero], [weight], None, bits=8, adds=False, maximize=False)
-        return weight
-
-
-def int8_weight(param: Tensor) -> Int8Weight | None:
-    """The 8-bit weight that a parameter stands for; None for an ordinary parameter."""
-    return getattr(param, "int8", None)
+from .matrices import Job
+from .quantized import Int8Weight, int8_weight, low_rank_apply_int8, quantize_groups, quantized_zeros
 
 
 class _Int8Product(torch.autograd.Function):
@@ -201,3 +182,31 @@ def int8_linears(model: torch.nn.Module, targets: str | Sequence[str] = "all-lin
             f"that share no weight, but nothing matches {targets!r}"
         )
     return model
+
+
+def step_int8_weights(
+    jobs: list[Job],
+    projectors: list[Tensor],
+    direction: list[Tensor],
+    seeds: list[int],
+    step_factor: Tensor,
+    lr: Tensor,
+    found_inf: Tensor | None,
+) -> None:
+    """W - lr * step_factor * scale * up(direction) of jobs of one group whose weights are in 8 bits."""
+    group = jobs[0].group
+    weights = [int8_weight(job.param) for job in jobs]
+    pairs = [(d.mT, p.mT) if job.right else (p, d) for job, p, d in zip(jobs, projectors, direction, strict=True)]
+    low_rank_apply_int8(
+        *([getattr(weight, name) for weight in weights] for name in ("codes", "scale", "zero")),
+        [left for left, _ in pairs],
+        [right for _, right in pairs],
+        [job.state["step"] for job in jobs],
+        seeds,
+        step_factor,
+        lr,
+        found_inf,
+        factor=group["scale"],
+        weight_decay=group["weight_decay"],
+        decay_after=group["decay"] == "after",
+    )

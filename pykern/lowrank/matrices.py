@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Shards, local_gradient, local_tensor
+from .quantized import int8_weight
 
 SIDES = ("std", "reverse_std", "left", "right", "full")
 
@@ -74,7 +75,9 @@ class Job:
         right = None if shards is None else shards.right(group["side"])
         if right is None:
             right = compresses_right(rows, columns, group["side"])
-        weight = _matrix(local_tensor(param.detach()), right)
+        weight = local_tensor(param.detach())
+        # The stand-in of an 8-bit weight has no memory to view, and must not get any.
+        weight = compressed_first(weight, right) if int8_weight(param) is not None else _matrix(weight, right)
         state = {name: local_tensor(value) for name, value in state.items()} if shards is not None else state
         return Job(
             param, index, group, state, rows, columns, min(group["rank"], rows, columns), right, weight, shards=shards

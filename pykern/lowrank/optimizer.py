@@ -8,12 +8,15 @@ from torch import Tensor, distributed
 
 from . import ops
 from .amp import Amp, without_autocast
-from .bases import basis_of
+from .bases import basis_of, dense_bases
 from .checks import capturing, check_parameter, rate_on
 from .distributed import agree, average, local_gradient, local_tensor
-from .matrices import Job
+from .feedback import keep_missed, with_feedback
+from .int8_linear import step_int8_weights
+from .matrices import Job, matrix_shape
 from .options import ALIASES, complete_group, is_low_rank
 from .projectors import PROJECTORS, Choice
+from .quantized import int8_weight
 from .refresh import MOMENTS, is_due, note_refresh
 from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
@@ -77,6 +80,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         projector: "gram" (eigenvectors of the gradient's Gram matrix), or a function (grad, rank, right) -> P
             ([columns, rank] if right, else [rows, rank]), or P itself. Belongs to the whole optimizer and is
             not part of its state_dict.
+        projector_format: "dense", P in the weight's dtype, or "int8" and "int4" (Q-GaLore): P in 8.25 or 4.25 bits an
+            element. Rounding costs P its orthonormality; what depends on that takes P^T P into account.
         projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
             projector_memory) * G (LDAdam's rho).
         residual: what becomes of the gradient outside the subspace: "none"; "fira"; "apollo_channel" and
@@ -89,6 +94,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         feedback_share: what "error_feedback" forgets of the part that was used. 1 - mu makes the buffer a momentum,
             of which Trion uses what the subspace sees.
         feedback_momentum: "error_feedback" also keeps beta1 / (1 - beta1) times what up(m) loses at a refresh (LDAdam).
+        feedback_dtype: of the buffer: "weight", or "8bit" and "4bit" (DCT-AdamW), 8.25 or 4.25 bits an element. With
+            these `.grad` is scratch: the gradient and what was missed before are added there, so it is another after
+            a step.
         betas: of "adamw", "adabelief", "lion" and plain AdamW.
         momentum: of "momentum" (0.9 by default), "newton_schulz" (0.95) and "adafactor" (0: no average).
         nesterov: "newton_schulz" looks one step of momentum ahead.
@@ -138,6 +146,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         scale_first: bool = False,
         feedback_share: float = 1.0,
         feedback_momentum: bool = False,
+        feedback_dtype: str = "weight",
         state_dtype: str = "float32",
         rounding: str = "nearest",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -177,6 +186,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "scale_first": scale_first,
             "feedback_share": feedback_share,
             "feedback_momentum": feedback_momentum,
+            "feedback_dtype": feedback_dtype,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "betas": betas,
@@ -249,6 +259,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     group["lr"] = rate.copy_(group["lr"])
                 elif isinstance(group["lr"], Tensor) and group["params"]:
                     group["lr"] = group["lr"].to(group["params"][0].device)
+                complete_group(group)
 
         # Between the hooks of others: those before may change the state_dict, those after see the states.
         hooks = [
@@ -377,7 +388,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 if is_low_rank(param, group):
                     job = Job.of(param, index, group, self.state[param])
                     job = job.with_gradient() if given[param] is None else job.with_low(given[param])
-                    low_rank.setdefault((param.device, param.dtype, job.shards), []).append(job)
+                    place = (param.device, param.dtype, job.shards, int8_weight(param) is not None)
+                    low_rank.setdefault(place, []).append(job)
                 else:
                     plain.setdefault((param.device, param.dtype), []).append(param)
             for (device, _), params in plain.items():
@@ -430,7 +442,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         states = [job.state for job in jobs]
         options = {"maximize": group["maximize"]}
         sources, due = self._sources(jobs, group, amp)
-        projectors = [basis_of(group).dense(job, job.state) for job in jobs]
+        projectors = dense_bases(jobs)
         if self._is_fused(jobs[0], group):
             self._step_fused(jobs, projectors, group, amp)
             return
@@ -467,8 +479,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         elif residual.sign:
             grads, missed = [job.grad for job in jobs], low
         elif residual.feedback:
-            self._keep_missed(jobs, projectors, low, amp)
+            keep_missed(jobs, sources, projectors, low, amp)
 
+        seeds = [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs]
+        if int8_weight(jobs[0].param) is not None:
+            step_int8_weights(jobs, projectors, direction, seeds, step_factor, rate, amp.found_inf)
+            self._finish(jobs)
+            return
         ops.low_rank_apply(
             [job.weight for job in jobs],
             projectors if residual.up else [],
@@ -478,7 +495,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             missed,
             [state["compensation"] for state in states] if group["rounding"] == "kahan" else [],
             [state["step"] for state in states],
-            [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs],
+            seeds,
             step_factor,
             rate,
             amp.grad_scale,
@@ -500,6 +517,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             and group["rounding"] == "nearest"
             and group["side"] != "full"
             and RESIDUALS[group["residual"]].fused is not None
+            and int8_weight(job.param) is None
             and job.low is None
             and (job.shards is None or not RESIDUALS[group["residual"]].measured)
             and self.process_group is None
@@ -544,8 +562,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         due = [self._due(job, amp) for job in jobs]
         if processes is not None:
             average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
-        # The buffer holds what earlier steps missed; with the gradient it is what this step projects.
-        sources = [self._with_feedback(job, amp) if residual.feedback else job.grad for job in jobs]
+        sources = with_feedback(jobs, amp) if residual.feedback else [job.grad for job in jobs]
         for job, source, now in zip(jobs, sources, due, strict=True):
             if now:
                 self._refresh(job, source, amp)
@@ -586,40 +603,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
                 self._counted[job.param] += 1
 
-    def _with_feedback(self, job: Job, amp: Amp) -> Tensor:
-        """The gradient plus what earlier steps missed, in the buffer of the latter."""
-        error = job.state["error"]
-        grad = job.grad if amp.grad_scale is None else job.grad / amp.grad_scale.to(job.grad.dtype)
-        if amp.found_inf is not None:
-            grad = torch.where(amp.found_inf != 0, 0.0, grad)
-        return error.sub_(grad) if job.group["maximize"] else error.add_(grad)
-
-    def _keep_missed(self, jobs: list[Job], projectors: list[Tensor], low: list[Tensor], amp: Amp) -> None:
-        """error -= share * up(R), in place, where the step is taken."""
-        group, device = jobs[0].group, jobs[0].param.device
-        one = torch.ones(len(jobs), dtype=torch.float64, device=device)
-        ops.low_rank_apply(
-            [job.state["error"] for job in jobs],
-            projectors,
-            low,
-            [],
-            [],
-            [],
-            [],
-            [job.state["step"] for job in jobs],
-            [0] * len(jobs),
-            one,
-            torch.ones((), dtype=torch.float64, device=device),
-            None,
-            amp.found_inf,
-            scale=group["feedback_share"],
-            weight_decay=0.0,
-            decay_after=False,
-            sign_scale=0.0,
-            rounding=0,
-            maximize=False,
-        )
-
     def _orthonormal(self, group: dict) -> bool:
         """Whether bases of this group are known to be orthonormal."""
         known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
@@ -642,29 +625,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
         done = self._steps_done(job)
         feedback = RESIDUALS[group["residual"]].feedback
         factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
-        chosen = self._choose_basis(job, remembered(job, source, done, factor), done)
-        if chosen is None:
+        chosen = self._choose_basis(job, remembered(job, source, done, factor))
+        other = self._other_basis(job, source) if group["side"] == "full" else None
+        if chosen is None or (group["side"] == "full" and other is None):
             return
         # Until the first choice the state has no basis, and no moments to carry over.
-        first, basis = int(state["next_refresh"]) == 0, basis_of(group)
-        before = {name: state[name].clone() for name in basis.init(job)}
+        first, basis = int(state["refreshes"]) == 0, basis_of(group)
+        kept = [*basis.init(job.outline()), *(["other_projector"] if group["side"] == "full" else [])]
+        before = {name: state[name].clone() for name in kept}
         tracked = feedback and group["feedback_momentum"] and not first
         momentum = momentum_outside(job) if tracked else None
         basis.store(job, chosen)
-        if group["side"] == "full":
-            other = self._other_basis(job, source)
-            if other is not None:
-                state["other_projector"].copy_(other)
+        if other is not None:
+            state["other_projector"].copy_(other)
         if not first:
             MOMENTS[group["moments"]](job, before)
         if momentum is not None:
-            keep_lost_momentum(job, momentum)
+            keep_lost_momentum(job, momentum, source)
         if group["moments"] == "reset" and not first:
-            # The count of steps is zero again.
-            state["next_refresh"].fill_(group["refresh_every"])
             self._counted[job.param] = 0
-            return
-        note_refresh(job, done, sum(len(other["params"]) for other in self.param_groups))
+        note_refresh(job, done, before, self._share_before(job) if group["refresh"] == "staggered" else 0.0)
+
+    def _share_before(self, job: Job) -> float:
+        """The part of all matrices, by the work that their bases are, that comes before this one."""
+        work, index = [0, 0], 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if is_low_rank(param, group):
+                    rows, columns = matrix_shape(param.shape)
+                    work[index >= job.index] += rows * columns * min(rows, columns)
+                index += 1
+        return work[0] / sum(work)
 
     def _steps_done(self, job: Job) -> int | None:
         """Steps taken before this one, counted on the host where it can; None while a graph is captured."""
@@ -683,7 +674,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return read
         return done
 
-    def _choose_basis(self, job: Job, source: Tensor, done: int) -> Tensor | None:
+    def _choose_basis(self, job: Job, source: Tensor) -> Tensor | None:
         """What the projector gives for this parameter, the same in all processes that share it."""
         name, reduce = job.group["projector"], None
         if job.shards is not None and job.shards.axis is not None:
@@ -693,18 +684,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             else:
                 source = job.shards.whole(source, job.whole_length)
         if name is not None:
-            chosen_before = int(job.state["next_refresh"]) > 0
+            projector, refreshes = PROJECTORS[name], int(job.state["refreshes"])
+            if refreshes == 0 and job.group["refresh"] == "staggered" and projector.first is not None:
+                projector = PROJECTORS[projector.first]
             choice = Choice(
                 source,
                 job.rank,
-                basis_of(job.group).dense(job, job.state) if chosen_before else None,
-                seed_of(job.group["seed"], job.index) + done,
+                basis_of(job.group).dense(job, job.state) if refreshes > 0 else None,
+                seed_of(job.group["seed"], job.index) + refreshes,
                 job.right,
                 job.index,
-                done // job.group["refresh_every"],
+                refreshes,
                 reduce,
             )
-            chosen = PROJECTORS[name].choose(choice)
+            chosen = projector.choose(choice)
         else:
             chosen = self._given_basis(job, source.mT if job.right else source)
         shared = job.shards or self.process_group
@@ -730,7 +723,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if name is None:
             raise ValueError('side: "full" needs a projector by name, which can choose both bases')
         seed = seed_of(job.group["seed"], ~job.index)
-        return PROJECTORS[name].choose(Choice(source.mT, job.rank, None, seed, not job.right))
+        refreshes = int(job.state["refreshes"])
+        previous = job.state["other_projector"] if refreshes > 0 else None
+        return PROJECTORS[name].choose(
+            Choice(source.mT, job.rank, previous, seed + refreshes, not job.right, job.index, refreshes)
+        )
 
 
 def _laid_out(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from .bases import PROJECTOR_FORMATS
-from .matrix_rules import SHAPE_SCALES
+from .feedback import FEEDBACK_DTYPES
 from .matrices import SIDES, matrix_shape
+from .matrix_rules import SHAPE_SCALES
 from .projectors import PROJECTORS
+from .quantized import int8_weight
 from .refresh import MOMENTS, REFRESHES
 from .residuals import RESIDUALS
 from .rules import RULES, STATE_DTYPES
@@ -43,6 +45,7 @@ CHOICES: dict[str, tuple] = {
     "refresh": REFRESHES,
     "moments": tuple(MOMENTS),
     "residual": tuple(RESIDUALS),
+    "feedback_dtype": FEEDBACK_DTYPES,
     "state_dtype": STATE_DTYPES,
     "shape_scale": tuple(SHAPE_SCALES),
     "rounding": ROUNDINGS,
@@ -68,6 +71,11 @@ def complete_group(group: dict) -> None:
     for name, choices in CHOICES.items():
         if group[name] not in choices:
             raise ValueError(f"{name}: expected one of {choices}, got {group[name]!r}")
+    if group["projector"] is not None and group["projector"] not in PROJECTORS:
+        raise ValueError(
+            f"projector: expected one of {tuple(PROJECTORS)}, or for the whole optimizer a function or a tensor; "
+            f"got {group['projector']!r}"
+        )
     rule = RULES[group["rule"]]
     if group["state_dtype"] not in rule.state_dtypes:
         raise ValueError(
@@ -79,17 +87,35 @@ def complete_group(group: dict) -> None:
             f'side: "full" has no channels to scale, so not with residual={group["residual"]!r}; expected one of '
             f"{tuple(side for side in SIDES if side != 'full')}"
         )
+    if group["side"] == "full" and group["projector"] is not None and PROJECTORS[group["projector"]].basis is not None:
+        raise ValueError(
+            f'side: "full" keeps vectors, and projector={group["projector"]!r} gives indices; expected one of '
+            f"{tuple(name for name, row in PROJECTORS.items() if row.basis is None)}"
+        )
     if group["momentum"] is None:
         group["momentum"] = rule.default_momentum
-    if group["projector"] is not None and group["projector"] not in PROJECTORS:
-        raise ValueError(
-            f"projector: expected one of {tuple(PROJECTORS)}, or for the whole optimizer a function or a tensor; "
-            f"got {group['projector']!r}"
-        )
     _check_numbers(group)
     for param in group["params"]:
         if param.dtype not in FLOATS:
             raise TypeError(f"params: expected float32, float64, bfloat16 or float16, got {param.dtype}")
+        if int8_weight(param) is not None:
+            _check_int8(group)
+
+
+def _check_int8(group: dict) -> None:
+    """What a group with 8-bit weights (Int8Linear) must be."""
+    residual = RESIDUALS[group["residual"]]
+    if group["rank"] is None:
+        raise ValueError(
+            "params: expected an 8-bit weight in a group with a rank, got one in a group without; low_rank_groups "
+            "puts it there"
+        )
+    if not residual.linear and not residual.feedback:
+        raise ValueError(
+            f'residual: expected "none" or "error_feedback" with an 8-bit weight, got {group["residual"]!r}'
+        )
+    if group["rounding"] == "kahan":
+        raise ValueError('rounding: an 8-bit weight is rounded stochastically, so not with "kahan"')
 
 
 def is_low_rank(param: Tensor, group: dict) -> bool:

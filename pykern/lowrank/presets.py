@@ -74,6 +74,7 @@ PRESETS: dict[str, Preset] = {
     "GrassAdamW": Preset(
         "2406.17660", {"rule": "adamw", "projector": "rows", "moments": "reset", "residual": "none"}, {"scale": 0.25}
     ),
+    "GradNormLoRPAdamW": Preset("2412.19616", {"rule": "adamw", "side": "full", "residual": "none"}, {"scale": 0.25}),
 }
 
 
@@ -211,4 +212,13 @@ class GrassAdamW(PresetOptimizer):
 
     GaLore with P a choice of rows of the identity; a refresh resets the moments. Begins with scale 0.25 (the paper
     tunes it) and a refresh every 200 steps. Takes LowRankOptimizer's other keywords.
+    """
+
+
+class GradNormLoRPAdamW(PresetOptimizer):
+    """GradNormLoRP: AdamW in a subspace of both axes of the gradient (arXiv 2412.19616).
+
+    W = W - lr * scale * P Adam(P^T G Q) Q^T. Begins with scale 0.25 and a refresh every 200 steps. The paper steps the
+    factors of a normalized layer by it: see NormalizedLowRankLinear. The released optimizer projects one side only.
+    Takes LowRankOptimizer's other keywords.
     """

@@ -97,7 +97,7 @@ def gram(choice: Choice) -> Tensor | None:
 def power(choice: Choice) -> Tensor | None:
     """One block power step from the basis in use, M = G (G^T P), made orthonormal; "randomized" where there is none.
 
-    What Galore's successors do at every step: LDAdam, arXiv 2410.16103.
+    As LDAdam does at every step, arXiv 2410.16103.
     """
     if choice.previous is None:
         return randomized(choice)
@@ -168,7 +168,7 @@ def apollo_torch(choice: Choice) -> Tensor:
 
 
 def rows(choice: Choice) -> Tensor | None:
-    """The rows of the matrix with the largest norms, as indices int64 [rank], largest first: Grass, arXiv 2406.17660."""
+    """The rows of the matrix with the largest norms, as indices int64 [rank], the largest first: Grass, 2406.17660."""
     gradient = choice.gradient()
     if gradient is None:
         return None

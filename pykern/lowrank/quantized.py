@@ -21,6 +21,9 @@ low_rank_apply_int8(codes!, scale!, zero!, left, right, step, seeds, step_factor
     rows of the product.
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,6 +51,25 @@ def quantized_zeros(rows: int, columns: int, bits: int, device: torch.device) ->
     }
 
 
-def parts(states: list[dict[str, Tensor]], name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def parts(states: list[Mapping[str, Tensor]], name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The lists of codes, scales and zeros that states keep under a name."""
     return tuple([state[f"{name}_{part}"] for state in states] for part in ("codes", "scale", "zero"))
+
+
+class Int8Weight(NamedTuple):
+    """A weight [rows, columns] in 8 bits."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a matrix of its own."""
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        dequantize_groups([self.codes], [self.scale], [self.zero], [weight], None, bits=8, adds=False, maximize=False)
+        return weight
+
+
+def int8_weight(param: Tensor) -> Int8Weight | None:
+    """The 8-bit weight that a parameter stands for (Int8Linear); None for an ordinary parameter."""
+    return getattr(param, "int8", None)

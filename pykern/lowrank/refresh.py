@@ -2,11 +2,35 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
+from ..reference.lowrank import dequantize, quantize
+from .bases import basis_of
 from .matrices import Job
 
-REFRESHES = ("every", "staggered")
+REFRESHES = ("every", "staggered", "lazy", "online")
+"""every: on the multiples of `refresh_every`. staggered: likewise, but shifted for each matrix, so that the work is
+spread over all steps; in the first one, when all need a basis, a projector that has a cheaper one in its place (`first`
+in PROJECTORS) uses that, and takes its own turn within the next `refresh_every` steps. lazy: every, but the gap doubles
+while the subspace stays (Q-GaLore, arXiv 2407.08296). online: in each step."""
+
+SIMILARITIES = 5
+SIMILARITY_KEPT = 0.4
+"""Lazily, the gap doubles at a refresh where the last SIMILARITIES cosines between the old and the new first basis
+vector are on average at least SIMILARITY_KEPT. Their signs are arbitrary, so the magnitudes count."""
+
+HOST_STATE = ("next_refresh", "refreshes", "refresh_gap", "refresh_similarity")
+"""What is read without waiting for a device."""
+
+
+def refresh_state(group: dict) -> dict[str, Tensor]:
+    """The state of a parameter before its first refresh: the step of the next one, and how many there were."""
+    state = {"next_refresh": torch.zeros((), dtype=torch.int64), "refreshes": torch.zeros((), dtype=torch.int64)}
+    if group["refresh"] == "lazy":
+        state["refresh_gap"] = torch.tensor(group["refresh_every"], dtype=torch.int64)
+        state["refresh_similarity"] = torch.full((SIMILARITIES,), torch.nan, dtype=torch.float32)
+    return state
 
 
 def is_due(job: Job, done: int) -> bool:
@@ -14,14 +38,34 @@ def is_due(job: Job, done: int) -> bool:
     return done >= int(job.state["next_refresh"])
 
 
-def note_refresh(job: Job, done: int, parameters: int) -> None:
-    """Writes down when the basis is to be chosen next: on the multiples of the gap, also after one that came late.
+def note_refresh(job: Job, done: int, before: Mapping[str, Tensor], share: float) -> None:
+    """Writes down that there was a refresh, and when the next one is: on the multiples of the gap, also after one that
+    came late.
 
-    Staggered, the multiples are shifted, evenly over the optimizer's `parameters`.
+    `before` is the old basis; `share` the part of the optimizer's matrices, by the work for them, that come first.
     """
-    gap = job.group["refresh_every"]
-    phase = job.index * gap // parameters if job.group["refresh"] == "staggered" else 0
-    job.state["next_refresh"].fill_(((done - phase) // gap + 1) * gap + phase)
+    state, group = job.state, job.group
+    gap, phase = 1 if group["refresh"] == "online" else group["refresh_every"], 0
+    if group["refresh"] == "staggered":
+        phase = 1 + min(int(share * gap), gap - 1)
+    if group["refresh"] == "lazy":
+        if int(state["refreshes"]) > 0:
+            _note_similarity(job, before)
+        gap = int(state["refresh_gap"])
+    if group["moments"] == "reset" and int(state["refreshes"]) > 0:
+        # The count of steps is zero again.
+        done, phase = 0, 0
+    state["next_refresh"].fill_(((done - phase) // gap + 1) * gap + phase)
+    state["refreshes"].add_(1)
+
+
+def _note_similarity(job: Job, before: Mapping[str, Tensor]) -> None:
+    basis, queue = basis_of(job.group), job.state["refresh_similarity"]
+    first, last = (basis.dense(job, state)[:, 0].float() for state in (before, job.state))
+    queue.copy_(torch.cat([queue[1:], torch.nn.functional.cosine_similarity(first, last, dim=0).abs().cpu()[None]]))
+    # A queue that is not full yet has a mean that is no number.
+    if queue.mean() >= SIMILARITY_KEPT:
+        job.state["refresh_gap"].mul_(2)
 
 
 def _keep(job: Job, before: Mapping[str, Tensor]) -> None:
@@ -35,6 +79,80 @@ def _reset(job: Job, before: Mapping[str, Tensor]) -> None:
             value.zero_()
 
 
-MOMENTS: dict[str, Callable[[Job, Mapping[str, Tensor]], None]] = {"keep": _keep, "reset": _reset}
+def _rotate(job: Job, before: Mapping[str, Tensor]) -> None:
+    """m = T m and v = |T v| with T = P^T P_before: DCT-AdamW, arXiv 2505.17967."""
+    turn = _turned(job, before)
+    _write(job, "exp_avg", turn(_read(job, "exp_avg")))
+    _write(job, "exp_avg_sq", turn(_read(job, "exp_avg_sq")), nonnegative=True)
+
+
+def _rotate_variance(job: Job, before: Mapping[str, Tensor]) -> None:
+    """m = T m, and v by the variance around it: LDAdam, arXiv 2410.16103.
+
+    v = c2 |(T o T) (v / c2 - (m / c1)^2) + (T m / c1)^2| with the bias corrections c = 1 - beta^step.
+    """
+    first, second = _read(job, "exp_avg"), _read(job, "exp_avg_sq")
+    if first is None or second is None:
+        _rotate(job, before)
+        return
+    step = job.state["step"].double()
+    # Before the first step there are no moments, and their corrections are zero.
+    beta1, beta2 = job.group["betas"]
+    correction1, correction2 = (torch.where(step > 0, 1 - beta**step, 1.0).to(first.dtype) for beta in (beta1, beta2))
+    turned = _turned(job, before)(first)
+    variance = _turned(job, before, torch.square)(second / correction2 - (first / correction1).square())
+    _write(job, "exp_avg", turned)
+    _write(job, "exp_avg_sq", correction2 * (variance + (turned / correction1).square()), nonnegative=True)
+
+
+def _turned(
+    job: Job, before: Mapping[str, Tensor], element: Callable[[Tensor], Tensor] = torch.positive
+) -> Callable[[Tensor | None], Tensor | None]:
+    """The rotation of a moment into the new basis, or both new bases, by matrices whose elements `element` maps."""
+    left = element(basis_of(job.group).rotation(job, before))
+    right = None
+    if "other_projector" in before:
+        right = element(before["other_projector"].mT @ job.state["other_projector"])
+
+    def turn(moment: Tensor | None) -> Tensor | None:
+        if moment is None:
+            return None
+        turned = left.to(moment.dtype) @ moment
+        return turned if right is None else turned @ right.to(moment.dtype)
+
+    return turn
+
+
+def _read(job: Job, name: str) -> Tensor | None:
+    """A moment in float32, or float64; None where the rule keeps none of that name."""
+    value = job.state.get(name)
+    if value is None:
+        return None
+    if value.dtype == torch.uint8:
+        return dequantize(value, job.state[f"{name}_scale"], name == "exp_avg")
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _write(job: Job, name: str, moment: Tensor | None, nonnegative: bool = False) -> None:
+    if moment is None:
+        return
+    if nonnegative:
+        moment = moment.abs()
+    stored = job.state[name]
+    if stored.dtype == torch.uint8:
+        codes, scale = quantize(moment, name == "exp_avg")
+        stored.copy_(codes)
+        job.state[f"{name}_scale"].copy_(scale)
+    else:
+        stored.copy_(moment)
+
+
+MOMENTS: dict[str, Callable[[Job, Mapping[str, Tensor]], None]] = {
+    "keep": _keep,
+    "rotate": _rotate,
+    "rotate_variance": _rotate_variance,
+    "reset": _reset,
+}
 """What becomes of a parameter's moments at a refresh: a function of the job, whose state has the new basis already,
-and of the old basis as its format (lowrank.bases) keeps it."""
+and of the old basis (and `other_projector`) as its format (lowrank.bases) keeps it. Row and column averages of
+Adafactor stay where the others are rotated."""

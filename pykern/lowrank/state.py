@@ -5,13 +5,12 @@ from torch import Tensor
 
 from .bases import basis_of
 from .distributed import is_distributed, spread
+from .feedback import feedback_state
 from .matrices import Job
 from .options import complete_group, is_low_rank
+from .refresh import HOST_STATE, refresh_state
 from .residuals import RESIDUALS
 from .rules import RULES
-
-ON_THE_HOST = ("next_refresh",)
-"""What is read without waiting for a device."""
 
 
 def wide_dtype(param: Tensor) -> torch.dtype:
@@ -39,7 +38,7 @@ def local_state(job: Job) -> dict[str, Tensor]:
     device, wide = param.device, wide_dtype(param)
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     state.update(basis_of(group).init(job))
-    state["next_refresh"] = torch.zeros((), dtype=torch.int64)
+    state.update(refresh_state(group))
     # A rule that mixes columns sees those of all shards, and all processes keep its moments.
     shape = (job.rank, job.length if RULES[group["rule"]].columnwise else job.whole_length)
     if group["side"] == "full":
@@ -49,7 +48,7 @@ def local_state(job: Job) -> dict[str, Tensor]:
     if RESIDUALS[group["residual"]].measured:
         state["residual_norm"] = torch.full((), -1.0, dtype=wide, device=device)
     if RESIDUALS[group["residual"]].feedback:
-        state["error"] = torch.zeros_like(job.weight)
+        state.update(feedback_state(job))
     if group["rounding"] == "kahan":
         state["compensation"] = torch.zeros_like(job.weight)
     return state
@@ -128,7 +127,7 @@ def _fitted(param: Tensor, index: int, group: dict, state: dict) -> dict[str, Te
         if is_distributed(expected):
             fitted[name] = expected.copy_(spread(value.detach().to(param.device), expected))
         else:
-            device = "cpu" if name in ON_THE_HOST else param.device
+            device = "cpu" if name in HOST_STATE else param.device
             whole = value.detach().full_tensor() if is_distributed(value) else value.detach()
             fitted[name] = torch.empty_strided(
                 expected.shape, expected.stride(), dtype=expected.dtype, device=device

@@ -25,11 +25,11 @@ def remembered(job: Job, source: Tensor, done: int, factor: float | Tensor) -> T
     return momentum.add_(source * ((1 - memory) * factor))
 
 
-def keep_lost_momentum(job: Job, before: Tensor) -> None:
-    """error += beta1 / (1 - beta1) * (up(m) before the refresh - up(m) after it).
+def keep_lost_momentum(job: Job, before: Tensor, source: Tensor) -> None:
+    """source += beta1 / (1 - beta1) * (up(m) before the refresh - up(m) after it).
 
     That is orthogonal to the new basis where the moments were rotated into it, so the projection of this step does
     not see it yet.
     """
     beta1 = job.group["betas"][0]
-    job.state["error"].add_(before.sub_(momentum_outside(job)), alpha=beta1 / (1 - beta1))
+    source.add_(before.sub_(momentum_outside(job)), alpha=beta1 / (1 - beta1))

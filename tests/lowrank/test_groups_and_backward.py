@@ -52,6 +52,27 @@ def test_targets(targets, expected):
     pykern.GaLoreAdamW([low_rank, plain], 0.01, rank=99)
 
 
+@pytest.mark.parametrize("exclude", [["expert"], "exp.*"])
+def test_exclusions(exclude):
+    model = Tiny()
+    low_rank, _ = pykern.low_rank_groups(model, rank=3, exclude=exclude)
+    assert names(model, low_rank) == {"blocks.0.weight", "blocks.1.weight"}
+    with pytest.raises(ValueError, match="targets: .* nothing matches 'expert' without"):
+        pykern.low_rank_groups(model, rank=3, targets="expert", exclude=exclude)
+
+
+def test_convolutions_on_request():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv1d(8, 4, 5), nn.Linear(4, 2, bias=False))
+    assert names(model, pykern.low_rank_groups(model, rank=2)[0]) == {"2.weight"}
+    groups = pykern.low_rank_groups(model, rank=2, convolutions=True)
+    assert names(model, groups[0]) == {"0.weight", "1.weight", "2.weight"}
+    optimizer = pykern.GaLoreAdamW(groups, 0.1)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["projector"].shape == (8, 2)
+
+
 def test_frozen_parameters_stay_out():
     model = Tiny()
     model.expert.weight.requires_grad_(False)

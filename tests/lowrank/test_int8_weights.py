@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from pykern.lowrank import Int8Linear, int8_linears
+from pykern.lowrank import Int8Linear, LowRankOptimizer, int8_linears, low_rank_groups
 from pykern.lowrank.quantized import low_rank_apply_int8
 from pykern.reference import lowrank_quantized as reference
 from tests.support import check_op, compile_whole, threads
@@ -285,3 +285,82 @@ def test_layer_compiles():
     x = torch.randn(4, 300)
     expected = ours(x)
     torch.testing.assert_close(compile_whole(ours)(x), expected)
+
+
+# --- the optimizer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_optimizer_steps_the_codes(device, side):
+    """Within a code of the step of a weight in floating point."""
+    ours = layer(300, 40, bias=False).to(device)
+    plain = torch.nn.Parameter(ours.dequantized())
+    options = {"rank": 4, "side": side, "weight_decay": 0.1, "projector": "gram"}
+    optimizers = [LowRankOptimizer([param], 0.01, **options) for param in (ours.weight, plain)]
+    grad = torch.randn(40, 300, device=device)
+    for param, optimizer in zip((ours.weight, plain), optimizers, strict=True):
+        param.grad = grad.clone()
+        optimizer.step()
+    width = ours.weight_scale.repeat_interleave(256, dim=1)[:, :300]
+    error = (ours.dequantized() - plain).abs() / width
+    assert error.max() <= 1.001 and error.mean() > 0.1
+    assert ours.weight.isnan().all() and ours.weight.untyped_storage().nbytes() == 4
+    kept, shapes = optimizers
+    for name, value in shapes.state[plain].items():
+        assert kept.state[ours.weight][name].shape == value.shape
+    torch.testing.assert_close(kept.state[ours.weight]["exp_avg"], shapes.state[plain]["exp_avg"])
+
+
+def test_training_follows_floating_point():
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(64, 256, generator=generator)
+    targets = inputs @ torch.randn(256, 32, generator=generator) / 16
+
+    def train(model):
+        optimizer, losses = LowRankOptimizer([model.weight], 0.02, rank=8, refresh_every=20), []
+        for _ in range(80):
+            loss = (model(inputs) - targets).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    plain = torch.nn.Linear(256, 32, bias=False)
+    ours = Int8Linear.from_linear(plain)
+    exact, quantised = train(plain), train(ours)
+    assert exact[-1] < 0.1 * exact[0]
+    # A weight in 8 bits can't come closer than its codes lie.
+    assert quantised[-1] < exact[-1] + 0.02 * exact[0]
+
+
+def test_steps_with_feedback_amp_and_checkpoints():
+    options = {"rank": 4, "residual": "error_feedback", "feedback_dtype": "8bit", "state_dtype": "8bit"}
+    ours = layer(300, 40, bias=False)
+    optimizer = LowRankOptimizer([ours.weight], 0.01, **options)
+    ours.weight.grad = torch.randn(40, 300)
+    optimizer.step()
+    twin = copy.deepcopy(ours)
+    other = LowRankOptimizer([twin.weight], 0.01, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    grad = torch.randn(40, 300)
+    ours.weight.grad, twin.weight.grad = grad.clone(), grad.clone()
+    optimizer.step(), other.step()
+    assert torch.equal(ours.weight_codes, twin.weight_codes) and torch.equal(ours.weight_zero, twin.weight_zero)
+    before = ours.weight_codes.clone()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.ones(())
+    ours.weight.grad = torch.full((40, 300), float("inf"))
+    optimizer.step()
+    assert torch.equal(ours.weight_codes, before)
+
+
+def test_groups_and_refusals():
+    model = int8_linears(torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 20)))
+    groups = low_rank_groups(model, rank=4)
+    assert groups[0]["params"] == [model[0].weight, model[1].weight]
+    with pytest.raises(ValueError, match="params: expected an 8-bit weight in a group with a rank"):
+        LowRankOptimizer(model.parameters(), 0.01)
+    with pytest.raises(ValueError, match='residual: expected "none" or "error_feedback" with an 8-bit weight'):
+        LowRankOptimizer(groups, 0.01, residual="fira")
+    with pytest.raises(ValueError, match="rounding: an 8-bit weight"):
+        LowRankOptimizer(groups, 0.01, rounding="kahan")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pykern
+from pykern.lowrank.refresh import HOST_STATE
 from pykern.reference import lowrank as reference
 from tests.support import assert_accurate, threads
 
@@ -130,7 +131,7 @@ def test_state_dtypes_and_devices(device, dtype):
     assert all(isinstance(value, torch.Tensor) for value in state_tensors(optimizer))
     assert state["next_refresh"].device.type == "cpu"
     for one in optimizer.state.values():
-        assert all(value.device == param.device for name, value in one.items() if name != "next_refresh")
+        assert all(value.device == param.device for name, value in one.items() if name not in HOST_STATE)
 
 
 def test_second_moment_decays_under_bfloat16_weights(device):
@@ -165,7 +166,7 @@ def test_checkpoint_continues_bit_for_bit(device, make, dtype):
         for key, value in theirs.items():
             assert ours[key].dtype == value.dtype and torch.equal(ours[key].cpu(), value)
             assert ours[key].data_ptr() != value.data_ptr()
-            assert ours[key].device == (value if key == "next_refresh" else others[0]).device
+            assert ours[key].device == (value if key in HOST_STATE else others[0]).device
     run(fresh, others, 5, first=5)
     for param, other in zip(params, others, strict=True):
         assert torch.equal(param, other)

@@ -184,23 +184,51 @@ def test_least_squares(name):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def make(name, dtype=torch.float32, **options):
+    """A parameter and its optimizer, with a refresh every other step."""
+    param = torch.nn.Parameter(torch.ones(24, 16, dtype=dtype))
+    rank = {} if "rank" in PRESETS[name].defaults else {"rank": 4}
+    return param, getattr(pykern, name)([param], 0.01, refresh_every=2, **rank, **options)
+
+
+def steps(param, optimizer, first, last, factor=1.0):
+    for step in range(first, last):
+        param.grad = factor * gradient((24, 16), step, param.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_skipped_steps_and_scaled_gradients(name):
+    """What a GradScaler has skipped leaves no trace, at a refresh neither; a scale goes out of the gradient."""
+    plain, scaled = make(name, torch.float64), make(name, torch.float64)
+    steps(*plain, 0, 5)
+    param, optimizer = scaled
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    for step in range(5):
+        steps(param, optimizer, step, step + 1, 8.0)
+        before = [value.clone() for value in (param.detach(), *optimizer.state[param].values())]
+        optimizer.found_inf.fill_(1)
+        steps(param, optimizer, step, step + 1, float("nan") if step % 2 else float("inf"))
+        optimizer.found_inf.fill_(0)
+        for value, unchanged in zip((param.detach(), *optimizer.state[param].values()), before, strict=True):
+            assert torch.equal(value, unchanged)
+    torch.testing.assert_close(param, plain[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_maximize_is_the_negative_gradient(name):
+    up, down = make(name, torch.float64, maximize=True), make(name, torch.float64)
+    steps(*up, 0, 5)
+    steps(*down, 0, 5, -1.0)
+    torch.testing.assert_close(up[0], down[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_resumes_bit_for_bit(name):
     """From a file that holds tensors only, in the midst of a period."""
-
-    def make():
-        param = torch.nn.Parameter(torch.ones(24, 16))
-        rank = {} if "rank" in PRESETS[name].defaults else {"rank": 4}
-        return param, getattr(pykern, name)([param], 0.01, refresh_every=2, **rank)
-
-    def steps(param, optimizer, first, last):
-        for step in range(first, last):
-            param.grad = gradient((24, 16), step, torch.float32)
-            optimizer.step()
-
-    whole = make()
+    whole = make(name)
     steps(*whole, 0, 6)
-    before, after = make(), make()
+    before, after = make(name), make(name)
     steps(*before, 0, 3)
     file = io.BytesIO()
     torch.save([before[0].detach(), before[1].state_dict()], file)

@@ -1,8 +1,11 @@
 """Quantisation in groups of 8 and 4 bits: the ops, bases in few bits, and error feedback in few bits."""
 
+import copy
+
 import pytest
 import torch
 
+from pykern.lowrank import LowRankOptimizer
 from pykern.lowrank.quantized import dequantize_groups, quantize_groups, quantized_zeros
 from pykern.reference import lowrank_quantized as reference
 from tests.support import check_op, poison, threads
@@ -203,3 +206,185 @@ def test_refused_arguments(device):
     refused("zero.0.: unexpected dtype", zero=[made["zero"].double()])
     refused("codes: expected 1 tensors, got 0", codes=[])
     refused("codes.0.: expected a contiguous tensor", codes=[made["codes"].mT.contiguous().mT])
+
+
+# --- bases in few bits --------------------------------------------------------------------------------
+
+
+def state_bytes(state: dict[str, torch.Tensor], name: str) -> int:
+    return sum(value.untyped_storage().nbytes() for key, value in state.items() if key.startswith(name))
+
+
+def gradients(param: torch.nn.Parameter, steps: int):
+    """Gradients with a few strong directions, as real ones have."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = param.shape
+    strong = torch.randn(rows, 12, generator=generator) @ torch.randn(12, columns, generator=generator)
+    for _ in range(steps):
+        noise = torch.randn(rows, columns, generator=generator)
+        yield (strong + 0.5 * noise).to(param.dtype).to(param.device)
+
+
+def stepped(device, steps=3, rows=300, columns=520, dtype=torch.float32, **options):
+    param = torch.nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device))
+    optimizer = LowRankOptimizer([param], 0.01, **{"rank": 16, "refresh_every": 2, **options})
+    for grad in gradients(param, steps):
+        param.grad = grad
+        optimizer.step()
+    return param, optimizer
+
+
+@pytest.mark.parametrize("name, bits, most", [("int4", 4, 0.6), ("int8", 8, 1.1)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_basis_in_few_bits(device, name, bits, most, side):
+    param, optimizer = stepped(device, projector_format=name, side=side)
+    state, n = optimizer.state[param], 300 if side == "left" else 520
+    assert sorted(key for key in state if key.startswith("projector")) == [
+        "projector_codes", "projector_scale", "projector_zero",
+    ]  # fmt: skip
+    # A group for each 256 of a vector; the second is short here.
+    assert state_bytes(state, "projector") <= most * n * 16 + 8 * 16
+    assert state["projector_codes"].shape == (16, n if bits == 8 else n // 2)
+    codes = unpacked({"codes": state["projector_codes"]}, n, bits)
+    basis = reference.dequantize(codes, state["projector_scale"].cpu(), state["projector_zero"].cpu())
+    exact, _ = stepped(device, side=side)
+    gram = basis @ basis.mT
+    assert (gram - torch.eye(16)).abs().max() < (0.2 if bits == 4 else 0.02)
+    # The step is that of the plain basis, up to the rounding of the basis.
+    difference = (param - exact).norm() / exact.norm()
+    assert 0 < difference < (0.4 if bits == 4 else 0.07)
+
+
+def test_a_basis_in_few_bits_takes_at_most_as_many(device):
+    """Whole groups: 4.25 bits an element."""
+    param, optimizer = stepped(device, steps=1, rows=64, columns=512, projector_format="int4", side="right")
+    assert state_bytes(optimizer.state[param], "projector") == 16 * (256 + 4 * 4)
+
+
+def test_fira_takes_the_basis_as_it_is(device):
+    """A quantised basis is not orthonormal: the residual's norm is that of the basis which the step uses."""
+    param, optimizer = stepped(device, steps=1, residual="fira", projector_format="int4", side="left", scale=1.0)
+    state = optimizer.state[param]
+    codes = reference.unpack(state["projector_codes"].cpu(), 300)
+    basis = reference.dequantize(codes, state["projector_scale"].cpu(), state["projector_zero"].cpu(), torch.float64).mT
+    grad = next(gradients(param, 1)).double().cpu()
+    low = basis.mT @ grad
+    phi = 1 / (low.norm(dim=0) + 1e-8) * 4.0  # |N_j| is the root of the rank: at the first step N is the sign
+    norm = ((grad - basis @ low) * phi).norm().item()
+    assert state["residual_norm"].item() == pytest.approx(norm, rel=1e-3)
+
+
+def test_checkpoint_of_few_bits():
+    options = {
+        "projector_format": "int4",
+        "residual": "error_feedback",
+        "feedback_dtype": "4bit",
+        "state_dtype": "8bit",
+    }
+    param, optimizer = stepped("cpu", **options)
+    other = torch.nn.Parameter(param.detach().clone())
+    loaded = LowRankOptimizer([other], 0.01, rank=16, refresh_every=2, **options)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for grad in gradients(param, 2):
+        param.grad, other.grad = grad.clone(), grad.clone()
+        optimizer.step(), loaded.step()
+    assert torch.equal(param, other)
+    for name, value in optimizer.state[param].items():
+        assert torch.equal(value, loaded.state[other][name]) and value.dtype == loaded.state[other][name].dtype
+
+
+# --- error feedback in few bits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback, bits", [("8bit", 8), ("4bit", 4)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_feedback_in_few_bits(device, feedback, bits, side):
+    """After a step the buffer is what was missed of gradient and buffer, rounded; .grad is the same, not rounded."""
+    options = {"residual": "error_feedback", "side": side, "feedback_dtype": feedback, "refresh_every": 100}
+    param, optimizer = stepped(device, steps=1, **options)
+    state = optimizer.state[param]
+    assert "error" not in state and state_bytes(state, "error") <= (bits / 8 + 8 / 256 + 0.06) * param.numel()
+
+    def buffer():
+        n = 300 if side == "left" else 520
+        codes = unpacked({"codes": state["error_codes"]}, n, bits)
+        values = reference.dequantize(codes, state["error_scale"].cpu(), state["error_zero"].cpu())
+        return values.mT if side == "left" else values
+
+    basis = state["projector"].cpu()
+
+    def missed(source):
+        return source - (basis @ (basis.mT @ source) if side == "left" else source @ basis @ basis.mT)
+
+    expected = missed(next(gradients(param, 1)).cpu())
+    torch.testing.assert_close(param.grad.cpu(), expected, rtol=1e-4, atol=1e-4)
+    width = (expected.max() - expected.min()) / (2**bits - 1)
+    assert (buffer() - expected).abs().max() <= 0.51 * width
+    before, grad = buffer(), torch.randn(300, 520)
+    param.grad = grad.clone().to(device)
+    optimizer.step()
+    expected = missed(grad + before)
+    torch.testing.assert_close(param.grad.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("feedback", ["weight", "8bit", "4bit"])
+def test_feedback_of_scaled_and_skipped_gradients(feedback):
+    """torch.amp's scale is divided out, a skipped step keeps the buffer, and maximize turns the sign."""
+    options = {"rank": 4, "residual": "error_feedback", "feedback_dtype": feedback, "refresh_every": 100}
+    grads = [torch.randn(20, 300) for _ in range(3)]
+    results = []
+    for scale, maximize in ((None, False), (1024.0, False), (None, True)):
+        param = torch.nn.Parameter(torch.zeros(20, 300))
+        optimizer = LowRankOptimizer([param], 0.01, maximize=maximize, **options)
+        for grad in grads:
+            param.grad = (-grad if maximize else grad) * (scale or 1)
+            if scale is not None:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
+            optimizer.step()
+            if scale is not None:
+                param.grad = torch.full((20, 300), float("inf"))
+                optimizer.found_inf = torch.ones(())
+                optimizer.step()
+        results.append((param.detach(), optimizer.state[param]))
+    for param, state in results[1:]:
+        torch.testing.assert_close(param, results[0][0], rtol=1e-5, atol=1e-7)
+        for name, value in state.items():
+            if name.startswith("error"):
+                torch.testing.assert_close(value.float(), results[0][1][name].float(), rtol=1e-4, atol=1.0)
+
+
+def least_squares(**options):
+    """The loss, relative to that at the start, of a least-squares problem whose gradients have all directions."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(64, 256, generator=generator)
+    targets = inputs @ torch.randn(256, 32, generator=generator) / 16
+    weight, losses = torch.nn.Parameter(torch.zeros(32, 256)), []
+    optimizer = LowRankOptimizer([weight], **options)
+    for _ in range(80):
+        loss = (inputs @ weight.mT - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[-1] / losses[0]
+
+
+def test_training_with_feedback_in_few_bits():
+    """Gradient descent in 4 of 32 directions: the feedback brings the others, from a buffer in few bits as well."""
+
+    def train(residual, feedback="weight"):
+        options = {"lr": 0.05, "rule": "momentum", "momentum": 0.0, "rank": 4, "refresh_every": 1}
+        return least_squares(residual=residual, feedback_dtype=feedback, **options)
+
+    plain, exact = train("none"), train("error_feedback")
+    assert exact < 0.5 * plain
+    for feedback, bound in (("8bit", 0.02), ("4bit", 0.05)):
+        assert train("error_feedback", feedback) == pytest.approx(exact, rel=bound)
+
+
+def test_training_with_a_basis_in_few_bits():
+    exact, eight, four = (
+        least_squares(lr=0.02, rank=8, refresh_every=20, projector_format=name) for name in ("dense", "int8", "int4")
+    )
+    assert exact < 0.1
+    assert eight == pytest.approx(exact, rel=0.2, abs=0.005) and four == pytest.approx(exact, rel=0.5, abs=0.02)

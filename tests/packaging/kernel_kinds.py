@@ -30,6 +30,9 @@ KINDS: dict[str, str] = {
     "lowrank: inner_rule_8bit_kernel<*": MEMORY,
     "lowrank: column_ratios_kernel<*": MEMORY,
     "lowrank: combine_kernel<*": MEMORY,
+    "lowrank: quantize_packs_kernel<*": MEMORY,
+    "lowrank: dequantize_packs_kernel<*": MEMORY,
+    "lowrank: int8_weights_kernel<true>": MEMORY,
     "offload: staging_copy_kernel<*": MEMORY,
     "offload: staging_code_kernel<true, *": MEMORY,
     # Codes are a byte each: eight of them become sixteen bytes.
@@ -56,6 +59,10 @@ KINDS: dict[str, str] = {
     "policy: whiten_moments_kernel<*": MEMORY,
     # Few values: a dozen numbers for a matrix; a value per sequence or response.
     "lowrank: resolve_steps_kernel": OTHER,
+    # Rows that allow no sixteen-byte accesses, or lie across: each has a sibling that takes packs.
+    "lowrank: quantize_tiles_kernel<*": OTHER,
+    "lowrank: dequantize_tiles_kernel<*": OTHER,
+    "lowrank: int8_weights_kernel<false>": OTHER,
     "lowrank: residual_limit_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
     # Reads bits alone; see WIDE_STORES.
@@ -94,6 +101,7 @@ WIDE_STORES = (
     "lowrank: inner_rule_kernel<*",
     "lowrank: inner_rule_8bit_kernel<*",
     "lowrank: combine_kernel<*",
+    "lowrank: dequantize_packs_kernel<*",
     "offload: staging_copy_kernel<*",
     "offload: staging_code_kernel<false, *",
     "policy: discounted_scan_kernel<*",
@@ -126,6 +134,7 @@ DOUBLES: dict[str, str] = {
     "lowrank: resolve_steps_kernel": "a thread per matrix: bias corrections, as torch's optimizers have them",
     "lowrank: column_ratios_kernel<*": "norms of a column, once per column: their difference would cancel in float32",
     "lowrank: residual_limit_kernel<*": "sums over all columns, and the limit made of them",
+    "lowrank: int8_weights_kernel<*": "a rate and its factors, which the host gives as doubles",
     "lowrank: combine_kernel<*": "rounds a limit and what the host gives as doubles",
     "policy: selection_digits_kernel<*": "one thread: the rank of a share or a quantile among all tokens",
     "policy: quantile_kernel<*": "one thread: the weights of two values",
