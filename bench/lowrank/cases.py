@@ -8,10 +8,10 @@ from torch import Tensor
 
 import pykern
 from bench.harness import Case
+from bench.lowrank.cases_refresh import refresh_cases
 from bench.lowrank.quantized import quantized_cases
 from pykern.lowrank import ops
 from pykern.lowrank.matrices import compresses_right
-from pykern.lowrank.projectors import gram_projector
 
 NEVER = 10**9
 
@@ -93,18 +93,6 @@ def make_step(rows: int, columns: int, rank: int, dtype: torch.dtype, fira: bool
     return providers
 
 
-def make_refresh(rows: int, columns: int, rank: int) -> dict[str, Callable]:
-    grad = torch.randn(rows, columns).bfloat16()
-    right = compresses_right(rows, columns, "std")
-
-    def decomposition() -> Tensor:
-        """What the GaLore and Fira packages do at a refresh."""
-        left_vectors, _, right_vectors = torch.linalg.svd(grad.float(), full_matrices=False)
-        return right_vectors[:rank].mT if right else left_vectors[:, :rank]
-
-    return {"pykern": partial(gram_projector, grad, rank, right), "thin SVD (peers)": decomposition}
-
-
 def make_adamw(size: int) -> dict[str, Callable]:
     def fresh() -> Tensor:
         param = torch.nn.Parameter(torch.full((size,), 0.02, dtype=torch.bfloat16))
@@ -174,8 +162,4 @@ def cases(device: str) -> list[Case]:
         moved = (2 * 2 + 4 * 1 + 16 / 256) * rank * length
         shape = f"r{rank} x {length} bfloat16"
         listed.append(Case("lowrank", "adam_phase", shape, partial(make_phase, rank, length), bytes=moved))
-    for rows, columns, rank in ((512, 1376, 128), (1024, 1024, 128)):
-        listed.append(
-            Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
-        )
-    return [*listed, *quantized_cases()]
+    return [*listed, *refresh_cases(), *quantized_cases()]
