@@ -12,7 +12,6 @@ from bench.lowrank.cases_refresh import refresh_cases
 from bench.lowrank.quantized import quantized_cases
 from bench.lowrank.steps import make_step
 from pykern.lowrank import ops
-from pykern.lowrank.matrices import compresses_right
 
 
 def make_adamw(size: int) -> dict[str, Callable]:
