@@ -9,22 +9,9 @@ from torch import Tensor
 import pykern
 from bench.harness import Case
 from bench.lowrank import cases_gpu, cases_parts
+from bench.lowrank.cases_refresh import refresh_cases
 from bench.lowrank.quantized import quantized_cases
 from bench.lowrank.steps import make_step
-from pykern.lowrank.matrices import compresses_right
-from pykern.lowrank.projectors import gram_projector
-
-
-def make_refresh(rows: int, columns: int, rank: int) -> dict[str, Callable]:
-    grad = torch.randn(rows, columns).bfloat16()
-    right = compresses_right(rows, columns, "std")
-
-    def decomposition() -> Tensor:
-        """What the GaLore and Fira packages do at a refresh."""
-        left_vectors, _, right_vectors = torch.linalg.svd(grad.float(), full_matrices=False)
-        return right_vectors[:rank].mT if right else left_vectors[:, :rank]
-
-    return {"pykern": partial(gram_projector, grad, rank, right), "thin SVD (peers)": decomposition}
 
 
 def make_adamw(size: int) -> dict[str, Callable]:
@@ -73,9 +60,5 @@ def cases(device: str) -> list[Case]:
         size = millions << 20
         step = partial(make_adamw, size)
         listed.append(Case("lowrank", "adamw_step", f"{millions}M bfloat16", step, bytes=22.0 * size))
-    for rows, columns, rank in ((512, 1376, 128), (1024, 1024, 128)):
-        listed.append(
-            Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
-        )
     own = cases_gpu.cases() if large else []
-    return [*listed, *cases_parts.cases(device), *own, *quantized_cases()]
+    return [*listed, *cases_parts.cases(device), *refresh_cases(), *own, *quantized_cases()]
