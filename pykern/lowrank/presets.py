@@ -35,6 +35,11 @@ PRESETS: dict[str, Preset] = {
         {"rule": "adamw", "residual": "none", "state_dtype": "8bit"},
         {"scale": 0.25, "weight_decay": 0.01, "decay": "after"},
     ),
+    "QGaLoreAdamW8bit": Preset(
+        "2407.08296",
+        {"rule": "adamw", "residual": "none", "state_dtype": "8bit", "refresh": "lazy"},
+        {"scale": 0.25, "weight_decay": 0.01, "decay": "after", "projector_format": "int4"},
+    ),
     "GaLoreAdafactor": Preset("2403.03507", {"rule": "adafactor", "residual": "none"}, {"scale": 0.25}),
     "FiraAdamW": Preset(
         "2410.01623", {"rule": "adamw", "residual": "fira"}, {"scale": 1.0}, {"fira": {"projector": "svd"}}
@@ -113,6 +118,17 @@ class GaLoreAdamW8bit(PresetOptimizer):
     Begins with scale 0.25, weight decay 0.01 and that after the update, as galore_torch has it. Blocks lie along a row
     of the moments, 256 each, so that no block mixes two basis vectors; the package's lie flat, and it keeps moments
     of less than 4096 elements in float32 and rounds the low-rank step to the weight's dtype before it goes up.
+    Takes LowRankOptimizer's other keywords.
+    """
+
+
+class QGaLoreAdamW8bit(PresetOptimizer):
+    """Q-GaLore: 8-bit moments, a 4-bit projector, and refreshes that grow rare (arXiv 2407.08296).
+
+    Begins as GaLoreAdamW8bit does, with projector_format "int4"; "int8" and "dense" may be chosen. Where a basis keeps
+    its first vector the gap between refreshes doubles. Weights in 8 bits are those of Int8Linear layers, which
+    `int8_linears` puts into a model; they are rounded stochastically. The package keeps a 4-bit code in a byte, and a
+    group of its codes has an integer zero point; here two codes share a byte, and a group begins at its smallest value.
     Takes LowRankOptimizer's other keywords.
     """
 
