@@ -198,7 +198,8 @@ class LDAdamW(PresetOptimizer):
     gradient plus the error; m becomes P^T P' m, and v the second moment of that by v's variance. The error takes
     A - P P^T A and beta1 / (1 - beta1) (P' m - P P^T P' m). Begins with betas (0.908, 0.99), `projector_memory` 0.908
     and error feedback; `residual="none", feedback_momentum=False` goes without. The package keeps the error in the
-    gradients, so its zero_grad does nothing; here it is a state of the weight's size and dtype.
+    gradients, so its zero_grad does nothing, and begins with a singular value decomposition; here the error is a state
+    of the weight's size and dtype, and the first basis a randomized range finder's.
     Takes LowRankOptimizer's other keywords.
     """
 
