@@ -120,8 +120,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
     projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
-    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
+    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). In few
+    bits projector and error are three tensors each, as in projector_codes, projector_scale and projector_zero. It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
+
+    Weights in 8 bits are those of `Int8Linear`: they need a rank and a residual of "none" or "error_feedback", and
+    are rounded stochastically whatever `rounding` is.
 
     The published optimizers are rows of lowrank.presets.PRESETS, each with a class that names its paper.
 
