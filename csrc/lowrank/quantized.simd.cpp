@@ -1,6 +1,6 @@
 // Quantisation in groups and its inverse.
+#include "common/pack.h"
 #include "common/parallel.h"
-#include "common/scratch.h"
 #include "lowrank/affine.h"
 #include "lowrank/quantized.h"
 
@@ -67,15 +67,77 @@ PYKERN_INLINE void each_element(const AffineMatrix& matrix, const Tile& tile, co
   }
 }
 
+// Whether squares of kLanes rows and columns, turned in registers, are all of a tile whose rows are neighbours.
+template <class T>
+PYKERN_INLINE bool in_squares(const AffineMatrix& matrix, const Tile& tile) {
+  return sizeof(T) < 8 && matrix.row_stride == 1 && matrix.column_stride != 1 && tile.rows % kLanes == 0 &&
+         tile.columns % kLanes == 0;
+}
+
+// body(row, column, offset) of every square's corner.
+template <class Body>
+PYKERN_INLINE void each_square(const AffineMatrix& matrix, const Tile& tile, const Body& body) {
+  for (int64_t column = 0; column < tile.columns; column += kLanes) {
+    for (int64_t row = 0; row < tile.rows; row += kLanes) {
+      body(row, column, tile.first_row + row + (tile.first + column) * matrix.column_stride);
+    }
+  }
+}
+
+using TileValues = float[kRows][kAffineGroup];
+
+template <class T>
+PYKERN_INLINE void read_tile(const AffineMatrix& matrix, const Tile& tile, TileValues& values) {
+  const T* source = static_cast<const T*>(matrix.values);
+  if constexpr (sizeof(T) < 8) {
+    if (in_squares<T>(matrix, tile)) {
+      each_square(matrix, tile, [&](int64_t row, int64_t column, int64_t offset) {
+        vuint square[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          square[lane] = (vuint)load(source + offset + lane * matrix.column_stride);
+        }
+        detail::transpose<kLanes>(square);
+        for (int lane = 0; lane < kLanes; ++lane) store(values[row + lane] + column, (vfloat)square[lane]);
+      });
+      return;
+    }
+  }
+  each_element(matrix, tile, [&](int64_t row, int64_t column, int64_t offset) {
+    values[row][column] = read(source[offset]);
+  });
+}
+
+template <class T>
+PYKERN_INLINE void write_tile(const AffineMatrix& matrix, const Tile& tile, const TileValues& values,
+                              const Blend& blend) {
+  T* target = static_cast<T*>(matrix.values);
+  if constexpr (sizeof(T) < 8) {
+    if (in_squares<T>(matrix, tile)) {
+      const vfloat factor = broadcast(static_cast<float>(blend.factor));
+      each_square(matrix, tile, [&](int64_t row, int64_t column, int64_t offset) {
+        vuint square[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) square[lane] = (vuint)load(values[row + lane] + column);
+        detail::transpose<kLanes>(square);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          T* place = target + offset + lane * matrix.column_stride;
+          store(place, blend.adds ? (vfloat)square[lane] + load(place) * factor : (vfloat)square[lane]);
+        }
+      });
+      return;
+    }
+  }
+  each_element(matrix, tile, [&](int64_t row, int64_t column, int64_t offset) {
+    write(target + offset, values[row][column], blend);
+  });
+}
+
 template <class T>
 void quantize_typed(int bits, const AffineMatrix& matrix) {
   const int64_t groups = lowrank::affine_groups(matrix.columns), row_bytes = lowrank::code_bytes(matrix.columns, bits);
   each_tile(matrix, [&](const Tile& tile) {
-    alignas(64) float values[kRows][kAffineGroup];
+    alignas(64) TileValues values;
     alignas(64) int32_t codes[kAffineGroup];
-    each_element(matrix, tile, [&](int64_t row, int64_t column, int64_t offset) {
-      values[row][column] = read(static_cast<const T*>(matrix.values)[offset]);
-    });
+    read_tile<T>(matrix, tile, values);
     for (int64_t row = 0; row < tile.rows; ++row) {
       const AffineScale group = scale_of_group(values[row], tile.columns, bits);
       const CodeScale code(group, bits);
@@ -97,16 +159,14 @@ template <class T>
 void dequantize_typed(int bits, const AffineMatrix& matrix, const Blend& blend) {
   const int64_t groups = lowrank::affine_groups(matrix.columns), row_bytes = lowrank::code_bytes(matrix.columns, bits);
   each_tile(matrix, [&](const Tile& tile) {
-    alignas(64) float values[kRows][kAffineGroup];
+    alignas(64) TileValues values;
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t place = (tile.first_row + row) * groups + tile.group;
       load_group(values[row],
                  matrix.codes + (tile.first_row + row) * row_bytes + lowrank::code_bytes(tile.first, bits),
                  tile.columns, bits, {matrix.scale[place], matrix.zero[place]});
     }
-    each_element(matrix, tile, [&](int64_t row, int64_t column, int64_t offset) {
-      write(static_cast<T*>(matrix.values) + offset, values[row][column], blend);
-    });
+    write_tile<T>(matrix, tile, values, blend);
   });
 }
 

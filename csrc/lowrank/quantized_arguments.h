@@ -1,5 +1,5 @@
-// Checks of the arguments of the ops on quantised matrices, for the CPU and the CUDA side; `on_device` is check_cpu or its
-// CUDA kin. pykern/lowrank/quantized.py says what the arguments are.
+// Checks of the arguments of the ops on quantised matrices, for the CPU and the CUDA side; `on_device` is check_cpu or
+// its CUDA kin. pykern/lowrank/quantized.py says what the arguments are.
 #pragma once
 
 #include "kernels/lowrank/affine.h"

@@ -3,8 +3,8 @@
 // A group is kAffineGroup neighbours in one row (the last of a row may be shorter). It has a float32 `zero`, its
 // smallest value, and a float32 `scale`, its range over the largest code; a value is zero + scale * code. With a zero
 // that is a value and no code, a group that lies off zero keeps all its levels, and one of equal values is exact. A
-// group with a value that is not finite becomes NaN. Codes of 4 bits lie two to a byte, the even column in the low half;
-// a row begins at a byte of its own.
+// group with a value that is not finite becomes NaN. Codes of 4 bits lie two to a byte, the even column in the low
+// half; a row begins at a byte of its own.
 #pragma once
 
 #include "kernels/common/host_device.h"
@@ -28,8 +28,8 @@ struct AffineMatrix {
 };
 
 struct AffineParams {
-  DataType type;  // of the values
-  int bits;       // 8 or 4
+  DataType type;            // of the values
+  int bits;                 // 8 or 4
   const float* found_inf;   // null, or not zero: nothing is quantised
   bool adds;                // values = sign * values / grad_scale + what the codes say; else what the codes say
   float sign;

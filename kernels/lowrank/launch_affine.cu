@@ -29,7 +29,8 @@ const char* launch_typed(Kernel packed, Kernel tiled, const AffineParams& params
   AffineTable table;
   for (const bool packs : {true, false}) {
     const char* error = launch_grouped(
-        table, count, [&](int64_t i) { return matrices[i]; }, [&](int64_t i) { return blocks_of<T>(matrices[i], packs); },
+        table, count, [&](int64_t i) { return matrices[i]; },
+        [&](int64_t i) { return blocks_of<T>(matrices[i], packs); },
         [&](const AffineTable& filled) {
           return launch(packs ? packed : tiled, Grid{dim3(filled.tiles), dim3(kAffineThreads)}, stream, filled, params);
         });

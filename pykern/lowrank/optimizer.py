@@ -132,9 +132,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
     projector (the parameter's dtype) or projector_indices, next_refresh and refreshes (on the CPU, as refresh_gap and
-    refresh_similarity are, "lazy"), residual_norm (Fira and APOLLO; negative until
-    known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
+    refresh_similarity of "lazy" are), residual_norm (Fira and APOLLO; negative until known), exp_avg_sq_row and
+    exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). In few bits projector and error are
+    three tensors each, as in projector_codes, projector_scale and projector_zero. It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
+
+    Weights in 8 bits are those of `Int8Linear`: they need a rank and a residual of "none" or "error_feedback", and
+    are rounded stochastically whatever `rounding` is.
 
     The published optimizers are rows of lowrank.presets.PRESETS, each with a class that names its paper.
 
