@@ -253,9 +253,11 @@ def refusals():
 
     messages = []
     mesh = layouts()["rows"][0]
-    for shape, axis, side in (((8, 4), 0, "left"), ((4, 8), 1, "full"), ((4, 4, 3), 1, "std")):
+    cases = (((8, 4), 0, "left", None), ((4, 8), 1, "full", None), ((4, 4, 3), 1, "std", None),
+             ((8, 4), 0, "std", distributed.group.WORLD))  # fmt: skip
+    for shape, axis, side, group in cases:
         param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(axis)]))
-        optimizer = pykern.LowRankOptimizer([param], rank=2, side=side)
+        optimizer = pykern.LowRankOptimizer([param], rank=2, side=side, process_group=group)
         param.grad = torch.ones_like(param)
         try:
             optimizer.step()
@@ -353,6 +355,7 @@ def test_a_step_between_refreshes_sends_nothing_but_the_norms(results):
 
 
 def test_refused_layouts(results):
-    left, full, other = results[0]["refused"]
+    left, full, other, group = results[0]["refused"]
+    assert group.startswith("process_group: expected parameters that each process holds whole")
     assert left.startswith('side: expected "std", "reverse_std" or \'right\'') and "'full'" in full
     assert other.startswith("params: expected a DTensor in Shard(0)") and "group without rank" in other
