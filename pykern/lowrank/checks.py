@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .distributed import is_distributed
 from .options import check_rate_device
 
 
@@ -20,8 +21,13 @@ def rate_on(lr: float | Tensor, device: torch.device) -> Tensor:
     return lr
 
 
-def check_parameter(param: Tensor) -> None:
-    """Raises where a parameter cannot be stepped at all."""
+def check_parameter(param: Tensor, averaged: bool) -> None:
+    """Raises where a parameter cannot be stepped at all; `averaged`: its gradient is to be, over a process group."""
+    if averaged and is_distributed(param):
+        raise ValueError(
+            f"process_group: expected parameters that each process holds whole, got a DTensor of {tuple(param.shape)}, "
+            "whose gradient is reduced already; leave process_group None"
+        )
     if param.grad is not None and param.grad.is_sparse:
         raise RuntimeError("LowRankOptimizer: sparse gradients are not supported; use torch.optim.SparseAdam for them")
     if param.device.type not in ("cpu", "cuda"):

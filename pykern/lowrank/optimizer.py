@@ -409,7 +409,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 index += 1
                 if param not in given:
                     continue
-                check_parameter(param)
+                check_parameter(param, self.process_group is not None)
                 if not self.state.get(param) and capturing(param):
                     raise RuntimeError(
                         f"{type(self).__name__}: take one step before capturing a graph; it makes the state"

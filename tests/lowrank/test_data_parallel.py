@@ -132,7 +132,7 @@ def refused(group):
 
 @pytest.fixture(scope="module")
 def results():
-    return run_processes(3, on_one_process)
+    return run_processes(2, on_one_process)
 
 
 def assert_close(ours, theirs, tolerance=2e-6):

@@ -18,6 +18,11 @@ CASES = {
     "sign": {"residual": "sign"},
     "adafactor": {"rule": "adafactor"},
     "newton-schulz": {"rule": "newton_schulz", "residual": "error_feedback"},
+    "dct": {"projector": "dct", "moments": "rotate"},
+    "svd": {"projector": "svd", "refresh": "staggered"},
+    "ldadam": {"projector": "power", "moments": "rotate_variance", "refresh_every": 1, "projector_memory": 0.9,
+               "residual": "error_feedback", "feedback_momentum": True},
+    "few bits": {"projector_format": "int8", "residual": "error_feedback", "feedback_dtype": "8bit"},
     "injected": {"projector": lambda grad, rank, right: torch.linalg.svd(grad)[2][:rank].mT if right
                  else torch.linalg.svd(grad)[0][:, :rank]},
 }  # fmt: skip
@@ -38,18 +43,18 @@ def make(params, side, **options):
 
 
 def layouts():
-    """Names of layouts, with their placements on a mesh of all processes."""
+    """Names of layouts, with their placements on a mesh of all four processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
 
-    count = distributed.get_world_size()
-    line = init_device_mesh("cpu", (count,))
-    meshes = {"rows": (line, [Shard(0)]), "columns": (line, [Shard(1)]), "replicas": (line, [Replicate()])}
-    if count == 4:
-        square = init_device_mesh("cpu", (2, 2))
-        meshes["replicated rows"] = (square, [Replicate(), Shard(0)])
-        meshes["rows twice"] = (square, [Shard(0), Shard(0)])
-    return meshes
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    return {
+        "rows": (line, [Shard(0)]),
+        "columns": (line, [Shard(1)]),
+        "replicas": (line, [Replicate()]),
+        "replicated rows": (square, [Replicate(), Shard(0)]),
+        "rows twice": (square, [Shard(0), Shard(0)]),
+    }
 
 
 def placed(tensor, mesh, placements):
@@ -75,17 +80,18 @@ def on_one_process():
     results = {}
     for layout, (mesh, placements) in layouts().items():
         for case, options in CASES.items():
-            # One by one where there are few processes, then all layouts.
-            if case not in ("galore", "fira") and (distributed.get_world_size() > 2 or layout == "replicas"):
+            if case not in ("galore", "fira") and layout not in ("rows", "columns"):
                 continue
             params = [torch.nn.Parameter(placed(tensor, mesh, placements)) for tensor in tensors(0)]
             optimizer = make(params, "std", **options)
             trained(params, optimizer, lambda tensor: placed(tensor, mesh, placements))
-            bases = [state["projector"] for state in optimizer.state.values() if "projector" in state]
+            bases = [value for state in optimizer.state.values() for key, value in state.items() if "projector" in key]
             results[layout, case] = [whole(param).detach() for param in params], bases
     results["checkpoint"] = checkpoints()
     results["model"] = sharded_model()
     results["traffic"] = traffic()
+    results["overflow"] = overflow()
+    results["backward"] = in_backward()
     results["refused"] = refusals()
     return results
 
@@ -212,18 +218,46 @@ def traffic():
     return results
 
 
+def overflow():
+    """Steps done, weights and bases when a gradient overflows in the last shard at first."""
+    mesh, placements = layouts()["rows"]
+    param = torch.nn.Parameter(placed(tensors(0)[0], mesh, placements))
+    optimizer = make([param], "std")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    bases = []
+    for step in range(3):
+        grad = tensors(max(step, 1))[0] * scaler.get_scale()
+        if step == 0:
+            grad[-1, 0] = float("inf")
+        param.grad = placed(grad, mesh, placements)
+        scaler.step(optimizer)
+        scaler.update()
+        bases.append(optimizer.state[param]["projector"].clone())
+    return int(optimizer.state[param]["step"]), whole(param).detach(), bases[0].any().item()
+
+
+def in_backward():
+    """A model under fully_shard with a step in every backward pass."""
+    net = sharded(model(), layouts()["rows"][0])
+    pykern.step_in_backward(net, lambda params: pykern.FiraAdamW(params, 0.01, rank=3, refresh_every=GAP), max_norm=0.5)
+    for step in range(4):
+        inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + distributed.get_rank()))
+        (net(inputs).square().mean() * 5).backward()
+    return [whole(param).detach() for param in net.parameters()]
+
+
 def refusals():
-    from torch.distributed.tensor import Shard
+    """The messages of layouts and sides that don't go together."""
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     messages = []
-    for shape, placement, side in (((8, 4), 0, "left"), ((4, 8), 1, "full"), ((4, 2, 3), 1, "std")):
-        mesh = layouts()["rows"][0]
-        param = torch.nn.Parameter(placed(torch.randn(shape), mesh, [Shard(placement)])) if len(shape) == 2 else None
-        if param is None:
-            from torch.distributed.tensor import distribute_tensor
-
-            param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(1)]))
-        optimizer = pykern.LowRankOptimizer([param], rank=2, side=side)
+    mesh = layouts()["rows"][0]
+    cases = (((8, 4), 0, "left", None), ((4, 8), 1, "full", None), ((4, 4, 3), 1, "std", None),
+             ((8, 4), 0, "std", distributed.group.WORLD))  # fmt: skip
+    for shape, axis, side, group in cases:
+        param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(axis)]))
+        optimizer = pykern.LowRankOptimizer([param], rank=2, side=side, process_group=group)
         param.grad = torch.ones_like(param)
         try:
             optimizer.step()
@@ -232,9 +266,9 @@ def refusals():
     return messages
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request):
-    return run_processes(request.param, on_one_process)
+@pytest.fixture(scope="module")
+def results():
+    return run_processes(4, on_one_process)
 
 
 def alone(case, side):
@@ -264,7 +298,7 @@ def test_shards_step_as_one_process(results):
         for result in results[1:]:
             assert all(map(torch.equal, weights, result[key][0])) and all(map(torch.equal, bases, result[key][1]))
         compared += 1
-    assert compared == (18 if len(results) == 2 else 10)
+    assert compared == 2 * len(CASES) + 6
 
 
 def test_checkpoints_of_shards(results):
@@ -285,6 +319,34 @@ def test_a_model_under_fully_shard_and_a_distributed_checkpoint(results):
     assert state["exp_avg"].shape == (3, 13) and state["projector"].shape == (8, 3)
 
 
+def test_an_overflow_in_one_shard_skips_the_step_in_all(results):
+    param = torch.nn.Parameter(tensors(0)[0])
+    optimizer = make([param], "right")
+    for step in (1, 2):
+        param.grad = tensors(step)[0]
+        optimizer.step()
+    for steps, weight, chosen in (result["overflow"] for result in results):
+        assert steps == 2 and not chosen
+        torch.testing.assert_close(weight, param.detach(), rtol=2e-6, atol=2e-6)
+
+
+def test_steps_in_the_backward_pass_of_a_sharded_model(results):
+    net = model()
+    pykern.step_in_backward(
+        net, lambda params: pykern.FiraAdamW(params, 0.01, rank=3, refresh_every=GAP, side="right"), max_norm=0.5
+    )
+    for step in range(4):
+        inputs = torch.cat(
+            [
+                torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + process))
+                for process in range(len(results))
+            ]
+        )
+        (net(inputs).square().mean() * 5).backward()
+    for weights in (result["backward"] for result in results):
+        assert_close(weights, [param.detach() for param in net.parameters()], 1e-5)
+
+
 def test_a_step_between_refreshes_sends_nothing_but_the_norms(results):
     basis, gram, largest, norms = 4 * 8 * 3, 4 * 8 * 8, 4, 8 * 3
     for sent in (result["traffic"] for result in results):
@@ -293,6 +355,7 @@ def test_a_step_between_refreshes_sends_nothing_but_the_norms(results):
 
 
 def test_refused_layouts(results):
-    left, full, other = results[0]["refused"]
+    left, full, other, group = results[0]["refused"]
+    assert group.startswith("process_group: expected parameters that each process holds whole")
     assert left.startswith('side: expected "std", "reverse_std" or \'right\'') and "'full'" in full
     assert other.startswith("params: expected a DTensor in Shard(0)") and "group without rank" in other
