@@ -8,6 +8,7 @@ from torch import Tensor
 
 import pykern
 from bench.harness import Case
+from bench.lowrank.products import product_cases
 from bench.lowrank.quantized import quantized_cases
 from bench.lowrank.steps import make_step
 from pykern.lowrank import ops
@@ -104,4 +105,4 @@ def cases(device: str) -> list[Case]:
         listed.append(
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
         )
-    return [*listed, *quantized_cases()]
+    return [*listed, *product_cases(device), *quantized_cases()]

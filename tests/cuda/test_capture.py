@@ -106,6 +106,8 @@ def test_every_op_has_a_case():
         "token_logprobs_backward_in_place": "token_logprobs_forward_backward",
         "quantize_groups": "quantize_groups",
         "dequantize_groups": "dequantize_groups",
+        "low_rank_project": "project",
+        "low_rank_apply": "apply",
         "low_rank_apply_int8": "apply_int8",
         "low_rank_adam_step": "galore_step",
         "low_rank_adam_phase": "adam_phase",
