@@ -1,5 +1,6 @@
 // The change of the weights on CUDA. bfloat16 and float16 need no temporary of a weight's size; for float32 and float64
-// the vendor's product projects a direction up into one before a kernel of ours changes the weight.
+// the vendor's product, with TF32 where torch is told to use it, projects a direction up into one before a kernel of
+// ours changes the weight.
 #include "common/products.h"
 #include "kernels/lowrank/apply.h"
 #include "lowrank/cuda_parts.h"

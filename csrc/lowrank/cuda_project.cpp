@@ -27,8 +27,12 @@ void project(const Tensors& matrix, const Tensors& projector, const std::optiona
     m.along_length = layout.along_length;
   }
   const DataType type = data_type(matrix[0], "matrix");
-  ProjectParams params{
-      type,   static_cast<int64_t>(matrices.size()), matrices.data(), cuda::input<float>(grad_scale), maximize, nullptr};
+  ProjectParams params{};
+  params.type = type;
+  params.count = static_cast<int64_t>(matrices.size());
+  params.matrices = matrices.data();
+  params.grad_scale = cuda::input<float>(grad_scale);
+  params.maximize = maximize;
   if (type == DataType::f32 || type == DataType::f64) {
     for (size_t i = 0; i < matrix.size(); ++i) {
       if (low[i].numel() > 0) cuda::multiply(cuda::transposed(projector[i]), matrix[i], low[i]);

@@ -27,16 +27,15 @@ struct ApplyShared {
 };
 
 // A product has operands of the weight's type. bf16 holds whatever a float does; for f16 the direction's columns of a
-// block are multiplied by a power of two that brings the largest of them to 2^14.
+// block are multiplied by a power of two that brings the largest finite one to 2^14.
 template <class T>
 struct OperandScale {
   float factor = 1, inverse = 1;
 
   __device__ __forceinline__ void fit(float largest) {
     if (!std::is_same<T, f16>::value) return;
-    const unsigned exponent = __float_as_uint(largest) >> 23;
-    if (largest == 0 || exponent >= 255) return;
-    const unsigned wanted = 268 - exponent, scale = wanted < 253 ? wanted : 253;
+    if (largest == 0) return;
+    const unsigned wanted = 268 - (__float_as_uint(largest) >> 23), scale = wanted < 253 ? wanted : 253;
     factor = __uint_as_float(scale << 23);
     inverse = __uint_as_float((254 - scale) << 23);
   }
@@ -91,7 +90,7 @@ class UpProjection {
 #pragma unroll 4
       for (int row = threadIdx.x / kApplyTile; row < basis_.columns; row += kApplyThreads / kApplyTile) {
         const float value = fabsf(low_[int64_t{row} * length_ + column]);
-        largest = value > largest ? value : largest;
+        largest = value > largest && __float_as_uint(value) < 0x7f800000u ? value : largest;
       }
     }
     return block_reduce(largest, 0.0f, Largest(), shared);

@@ -87,7 +87,8 @@ class Projection {
   static constexpr int kGradientColumns = along_length ? kProjectLength : kDepth;
 
  public:
-  __device__ __forceinline__ Projection(const ProjectMatrix& m, const ProjectPlace<Tiling>& place, unsigned char* shared)
+  __device__ __forceinline__ Projection(const ProjectMatrix& m, const ProjectPlace<Tiling>& place,
+                                        unsigned char* shared)
       : basis_(m.projector, m.rank, m.n, m.rank),
         gradient_(m.matrix, m.stride, along_length ? m.n : m.length, along_length ? m.length : m.n),
         place_(place),

@@ -6,7 +6,6 @@
 #include "kernels/lowrank/compute.cuh"
 #include "kernels/lowrank/grouped.h"
 #include "kernels/lowrank/philox.h"
-#include "kernels/ptx/sm80.cuh"
 
 namespace pykern::lowrank {
 
@@ -53,7 +52,7 @@ __device__ __forceinline__ uint32_t sign_code(float value) {
   return value > 0 ? 1u : value < 0 ? 2u : value == 0 ? 0u : 3u;
 }
 __device__ __forceinline__ float sign_of_code(uint32_t code) {
-  return code == 3 ? __uint_as_float(0x7fc00000u) : static_cast<float>(static_cast<int>(code & 1) - static_cast<int>(code >> 1));
+  return code == 3 ? __uint_as_float(0x7fc00000u) : code == 2 ? -1.0f : static_cast<float>(code);
 }
 
 // What a thread changes of a weight as it lies in memory: `columns` elements of a row are neighbours.
@@ -110,7 +109,8 @@ class WeightPacks {
 #pragma unroll 1
     for (int i = 0; i < kThreadPacks; ++i) {
       const Place place = place_of(i, row_of, first_column);
-      const int left = place.row < rows_ ? columns_ - place.column : 0, count = left < 0 ? 0 : left < kSize ? left : kSize;
+      const int left = place.row < rows_ ? columns_ - place.column : 0;
+      const int count = left < 0 ? 0 : left < kSize ? left : kSize;
       Loaded loaded{};
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {

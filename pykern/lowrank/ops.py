@@ -8,7 +8,8 @@ and an op is one call (on CUDA a few launches) for all of them; a list that is n
 `step`s are one-element float32 tensors that count up in the op which advances the moments. `lr` is one float32 or
 float64 element. `grad_scale` and `found_inf` are torch.amp's: one float32 element each, or None; the gradient is
 divided by grad_scale, and where found_inf is not zero no state, count or weight changes. `maximize` turns the
-gradient's sign.
+gradient's sign. On CUDA a float32 or float64 weight takes a temporary of its size, the vendor's product, one weight
+after the other; bfloat16 and float16 take none.
 
 low_rank_adamw_step(param!, grad, projector, exp_avg!, exp_avg_sq!, step!, residual_norm!, lr, grad_scale, found_inf,
         *, beta1, beta2, eps, corrected_eps, weight_decay, decay_after, scale, residual, removed, growth,

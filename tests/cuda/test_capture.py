@@ -109,7 +109,7 @@ def test_every_op_has_a_case():
         "low_rank_apply_int8": "apply_int8",
         "low_rank_adamw_step": "lowrank/galore_step",
         "low_rank_project": "lowrank/project",
-        "low_rank_rule": "lowrank/adam_phase",
+        "low_rank_rule": "lowrank/rule",
         "low_rank_ratios": "lowrank/ratios",
         "low_rank_limit": "lowrank/limit",
         "low_rank_apply": "lowrank/apply[",
