@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykern
+from pykern.lowrank import ops
 from tests.support import emulated_ops, on
 
 Case = tuple[str, Callable[[], list[Tensor]]]
@@ -280,21 +281,53 @@ def lowrank() -> Iterator[Case]:
                 label = f"{kind.__name__} {rows}x{columns} {str(dtype)[6:]}"
                 yield label, lambda k=kind, r=rows, c=columns, d=dtype: train(k, r, c, d)
 
-    def phase(length: int, eight_bit: bool) -> list[Tensor]:
-        low = normal(3, length)
-        blocks = (length + 255) // 256
-        kind = torch.uint8 if eight_bit else torch.float32
-        moments = [torch.zeros(3, length, dtype=kind) for _ in range(2)]
-        scales = [torch.zeros(3, blocks) for _ in range(2)] if eight_bit else [None, None]
-        rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "corrected_eps": True, "maximize": False}
-        return [torch.ops.pykern.low_rank_adam_phase.default(low, *moments, *scales, torch.zeros(()), **rule)]
+    rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "corrected_eps": True}
+    shapes = [(9, 31, 3), (70, 264, 5), (40, 1, 1)]
 
-    for length in (1, 255, 600):
-        for eight_bit in (False, True):
-            yield (
-                f"low_rank_adam_phase 3x{length} {'8-bit' if eight_bit else 'float32'}",
-                (lambda n=length, e=eight_bit: phase(n, e)),
-            )
+    def inner_rule(kind: int, storage: str) -> list[Tensor]:
+        low = [normal(rank, length) for _, length, rank in shapes]
+        stored = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8-bit": torch.uint8}[storage]
+        moments = [[torch.zeros_like(matrix, dtype=stored) for matrix in low] for _ in range(2 if kind < 2 else 1)]
+        scales = [[torch.zeros(m.shape[0], -(-m.shape[1] // 256)) for m in low] for _ in moments]
+        scales = [*scales, []][:2] if storage == "8-bit" else [[], []]
+        direction, factor = [torch.empty_like(matrix) for matrix in low], torch.empty(len(low), dtype=torch.float64)
+        steps = [torch.zeros(()) for _ in low]
+        ops.low_rank_rule(low, *[*moments, []][:2], *scales, steps, direction, factor, None, rule=kind, **rule)
+        return [*direction, factor]
+
+    for kind in range(4):
+        for storage in ("float32", "bfloat16", "8-bit"):
+            yield f"low_rank_rule {kind} {storage}", lambda k=kind, s=storage: inner_rule(k, s)
+
+    def parts(dtype: torch.dtype, rounding: int) -> list[Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        param, grad = ([normal(n, length, dtype=dtype) for n, length, _ in shapes] for _ in range(2))
+        param[1], grad[1] = (normal(264, 70, dtype=dtype).mT for _ in range(2))
+        basis = [torch.linalg.qr(torch.randn(n, r))[0].to(dtype).contiguous() for n, _, r in shapes]
+        low, direction = ([torch.empty(r, length, dtype=wide) for _, length, r in shapes] for _ in range(2))
+        squares, ratios = ([torch.empty(length, dtype=wide) for _, length, _ in shapes] for _ in range(2))
+        first, second = ([torch.zeros_like(matrix) for matrix in low] for _ in range(2))
+        steps, norms = (
+            [torch.full((), value, dtype=t) for _ in low] for value, t in ((0.0, torch.float32), (-1, wide))
+        )
+        sums, factor = torch.empty(len(low), 3, dtype=torch.float64), torch.empty(len(low), dtype=torch.float64)
+        ops.low_rank_project(grad, basis, None, low, squares, maximize=False)
+        ops.low_rank_rule(low, first, second, [], [], steps, direction, factor, None, rule=0, **rule)
+        ops.low_rank_ratios(low, direction, squares, [], ratios, sums, per_tensor=False, removed=1.0)
+        ops.low_rank_limit(
+            low, direction, ratios, sums, norms, None, None, scale=1.0, removed=1.0, per_tensor=False, amplitude=1.0,
+            amplitude_first=False, growth=1.01, zero_norm_limits=False, maximize=False,
+        )  # fmt: skip
+        lost = [torch.zeros_like(weight) for weight in param] if rounding == 2 else []
+        ops.low_rank_apply(
+            param, basis, direction, grad, ratios, [], lost, steps, [3] * len(param), factor, torch.tensor(0.01), None,
+            None, scale=1.0, weight_decay=0.1, decay_after=False, sign_scale=0.0, rounding=rounding, maximize=False,
+        )  # fmt: skip
+        return [*param, *ratios, sums]
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for rounding in (0, 1, 2) if dtype == torch.bfloat16 else (0,):
+            yield f"low-rank parts {str(dtype)[6:]} rounding {rounding}", lambda d=dtype, r=rounding: parts(d, r)
 
 
 def quantized() -> Iterator[Case]:

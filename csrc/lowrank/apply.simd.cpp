@@ -28,20 +28,6 @@ struct Piece {
   int64_t index, index_step;  // of the elements in [n, length] order
 };
 
-template <class T>
-PYKERN_INLINE vfloat load_some(const T* source, int64_t count) {
-  return detail::load_up_to(source, count);
-}
-
-template <class T>
-PYKERN_INLINE void store_some(T* target, vfloat value, int64_t count) {
-  if (count >= kLanes) {
-    store(target, value);
-  } else {
-    store_partial(target, value, count);
-  }
-}
-
 // What `value` is once it is stored as T.
 template <class T>
 PYKERN_INLINE vfloat as_stored(vfloat value) {

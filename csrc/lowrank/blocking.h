@@ -23,20 +23,20 @@ PYKERN_INLINE int64_t tile_of_columns(int64_t columns) {
   return round_up(columns >= 4096 ? 256 : columns >= 1024 ? 128 : 64, kPanel);
 }
 
-// Parts of one block of memory, each aligned to a cache line.
-class Arena {
- public:
-  template <class E>
-  PYKERN_INLINE int64_t reserve(int64_t count) {
-    const int64_t at = bytes_;
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
-    return at;
-  }
-  PYKERN_INLINE int64_t bytes() const { return bytes_; }
+// Up to a vector: `count` elements, or all that it holds.
+template <class T>
+PYKERN_INLINE vfloat load_some(const T* source, int64_t count) {
+  return detail::load_up_to(source, count);
+}
 
- private:
-  int64_t bytes_ = 0;
-};
+template <class T>
+PYKERN_INLINE void store_some(T* target, vfloat value, int64_t count) {
+  if (count >= kLanes) {
+    store(target, value);
+  } else {
+    store_partial(target, value, count);
+  }
+}
 
 // target [columns, rows] = the transpose of source [rows, columns], times `factor`, converted.
 template <class To, class From>
@@ -49,17 +49,13 @@ PYKERN_INLINE void transpose_block(To* target, int64_t target_stride, const From
       vuint lines[kLanes];
       for (int64_t row = 0; row < kLanes; ++row) {
         const From* from = source + (row0 + row) * source_stride + column0;
-        const vfloat value = row < height ? detail::load_up_to(from, width) : zero();
+        const vfloat value = row < height ? load_some(from, width) : zero();
         lines[row] = (vuint)(value * factor);
       }
       detail::transpose<kLanes>(lines);
       for (int64_t column = 0; column < width; ++column) {
         To* to = target + (column0 + column) * target_stride + row0;
-        if (height == kLanes) {
-          store(to, (vfloat)lines[column]);
-        } else {
-          store_partial(to, (vfloat)lines[column], height);
-        }
+        store_some(to, (vfloat)lines[column], height);
       }
     }
   }

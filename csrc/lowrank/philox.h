@@ -8,55 +8,40 @@ namespace pykern::PYKERN_SIMD {
 
 typedef uint64_t vulong __attribute__((vector_size(kVectorBytes)));
 
-// Products of the even 32-bit lanes, as 64 bits each.
-PYKERN_INLINE vulong multiply_even(vuint a, uint32_t b) {
+// Products of the lower halves of 64-bit lanes; what the upper halves hold means nothing.
+PYKERN_INLINE vulong multiply_lower(vulong a, uint32_t b) {
 #if defined(__AVX512F__)
   return (vulong)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
   return (vulong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #else
-  return ((vulong)a & 0xffffffffu) * static_cast<uint64_t>(b);
+  return (a & 0xffffffffu) * static_cast<uint64_t>(b);
 #endif
 }
 
-PYKERN_INLINE void multiply_wide(vuint a, uint32_t b, vuint& low, vuint& high) {
-  const vulong even = multiply_even(a, b), odd = multiply_even((vuint)((vulong)a >> 32), b);
-  constexpr uint64_t kUpper = 0xffffffff00000000u;
-  low = (vuint)((even & ~kUpper) | odd << 32);
-  high = (vuint)(even >> 32 | (odd & kUpper));
-}
-
-// The first of the four words that key `seed` gives for the counters (index, step, 0), index in 64 bits.
-PYKERN_INLINE vuint philox(uint64_t seed, vuint index_low, vuint index_high, uint32_t step) {
-  vuint counter[4] = {index_low, index_high, step + vuint{}, vuint{}};
+// In the lower halves, the first of the four words that key `seed` gives for the counters (index, step, 0).
+PYKERN_INLINE vulong philox(uint64_t seed, vulong index, uint32_t step) {
+  vulong counter[4] = {index, index >> 32, static_cast<uint64_t>(step) + vulong{}, vulong{}};
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    vuint low0, high0, low1, high1;
-    multiply_wide(counter[0], 0xd2511f53u, low0, high0);
-    multiply_wide(counter[2], 0xcd9e8d57u, low1, high1);
-    counter[0] = high1 ^ counter[1] ^ key0;
-    counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key1;
-    counter[3] = low0;
+    const vulong first = multiply_lower(counter[0], 0xd2511f53u), second = multiply_lower(counter[2], 0xcd9e8d57u);
+    counter[0] = second >> 32 ^ counter[1] ^ static_cast<uint64_t>(key0);
+    counter[1] = second;
+    counter[2] = first >> 32 ^ counter[3] ^ static_cast<uint64_t>(key1);
+    counter[3] = first;
     key0 += 0x9e3779b9u;
     key1 += 0xbb67ae85u;
   }
   return counter[0];
 }
 
-// The words of elements first, first + stride, ...
+// The words of elements first, first + stride, ...: one for each lane of 32 bits.
 PYKERN_INLINE vuint philox_from(uint64_t seed, int64_t first, int64_t stride, uint32_t step) {
-  alignas(kVectorBytes) uint32_t low[kLanes], high[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const uint64_t index = static_cast<uint64_t>(first + lane * stride);
-    low[lane] = static_cast<uint32_t>(index);
-    high[lane] = static_cast<uint32_t>(index >> 32);
-  }
-  vuint index_low, index_high;
-  std::memcpy(&index_low, low, sizeof low);
-  std::memcpy(&index_high, high, sizeof high);
-  return philox(seed, index_low, index_high, step);
+  vulong even;
+  for (int lane = 0; lane < kLanes / 2; ++lane) even[lane] = static_cast<uint64_t>(first + 2 * lane * stride);
+  const vulong odd = even + static_cast<uint64_t>(stride);
+  return (vuint)((philox(seed, even, step) & 0xffffffffu) | philox(seed, odd, step) << 32);
 }
 
 // --- stochastic rounding ----------------------------------------------------------------------------

@@ -8,16 +8,6 @@ namespace {
 
 using lowrank::ProjectPart;
 
-PYKERN_INLINE vfloat load_some(const float* source, int64_t count) { return detail::load_up_to(source, count); }
-
-PYKERN_INLINE void store_some(float* target, vfloat value, int64_t count) {
-  if (count >= kLanes) {
-    store(target, value);
-  } else {
-    store_partial(target, value, count);
-  }
-}
-
 // --- rows of G are contiguous: a tile is a block of columns --------------------------------------
 
 template <class T>
@@ -82,12 +72,12 @@ struct ColumnTiles {
       for (; row + 4 <= depth; row += 4) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const vfloat value = detail::load_up_to(from + (row + i) * stride + column, count);
+          const vfloat value = load_some(from + (row + i) * stride + column, count);
           sums[i] += value * value;
         }
       }
       for (; row < depth; ++row) {
-        const vfloat value = detail::load_up_to(from + row * stride + column, count);
+        const vfloat value = load_some(from + row * stride + column, count);
         sums[0] += value * value;
       }
       const vfloat sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -155,7 +145,7 @@ struct LineTiles {
   static float sum_of_squares(const T* line, int64_t depth) {
     vfloat sum = zero();
     for (int64_t place = 0; place < depth; place += kLanes) {
-      const vfloat value = detail::load_up_to(line + place, depth - place);
+      const vfloat value = load_some(line + place, depth - place);
       sum += value * value;
     }
     return sum_lanes(sum);

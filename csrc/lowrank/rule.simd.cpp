@@ -5,6 +5,7 @@
 #include "common/scratch.h"
 #include "kernels/lowrank/dynamic_map.h"
 #include "lowrank/adam.h"
+#include "lowrank/blocking.h"
 #include "lowrank/parts.h"
 
 namespace pykern::PYKERN_SIMD {
@@ -115,19 +116,13 @@ void quantised_block(const RulePart& part, const Rule<Kind>& rule, int64_t block
   }
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t rest = lesser(kLanes, count - i);
-    const vfloat gradient = rest == kLanes ? load(low + i) : load_partial(low + i, rest);
+    const vfloat gradient = load_some(low + i, rest);
     vfloat m = load(first + i), v = load(second + i);
     const vfloat value = rule.advance(gradient, m, v);
     // AdaBelief adds to the second moment of nothing too: what is behind the end must stay zero.
-    if (rest == kLanes) {
-      store(first + i, m);
-      store(second + i, v);
-      store(direction + i, value);
-    } else {
-      store_partial(first + i, m, rest);
-      store_partial(second + i, v, rest);
-      store_partial(direction + i, value, rest);
-    }
+    store_some(first + i, m, rest);
+    store_some(second + i, v, rest);
+    store_some(direction + i, value, rest);
   }
   quantise(first, count, lowrank::kSignedMap, first_codes, part.exp_avg_scale + block);
   if constexpr (rule.kHasSecond) {
@@ -141,21 +136,13 @@ void float_chunk(const RulePart& part, const Rule<Kind>& rule, int64_t begin, in
   float* direction = static_cast<float*>(part.direction) + begin;
   M* first = static_cast<M*>(part.exp_avg) + begin;
   M* second = rule.kHasSecond ? static_cast<M*>(part.exp_avg_sq) + begin : nullptr;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    vfloat m = load(first + i), v = zero();
-    if constexpr (rule.kHasSecond) v = load(second + i);
-    store(direction + i, rule.advance(load(low + i), m, v));
-    store(first + i, m);
-    if constexpr (rule.kHasSecond) store(second + i, v);
-  }
-  if (i < count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t rest = count - i;
-    vfloat m = load_partial(first + i, rest), v = zero();
-    if constexpr (rule.kHasSecond) v = load_partial(second + i, rest);
-    store_partial(direction + i, rule.advance(load_partial(low + i, rest), m, v), rest);
-    store_partial(first + i, m, rest);
-    if constexpr (rule.kHasSecond) store_partial(second + i, v, rest);
+    vfloat m = load_some(first + i, rest), v = zero();
+    if constexpr (rule.kHasSecond) v = load_some(second + i, rest);
+    store_some(direction + i, rule.advance(load_some(low + i, rest), m, v), rest);
+    store_some(first + i, m, rest);
+    if constexpr (rule.kHasSecond) store_some(second + i, v, rest);
   }
 }
 

@@ -24,6 +24,8 @@ low_rank_rule(low, exp_avg!, exp_avg_sq!, exp_avg_scale!, exp_avg_sq_scale!, ste
     exp_avg_sq). step_factor [matrices] float64 gets the factor on the learning rate. Moments are float32 (float64 for
     float64), bfloat16 (both scale lists empty), or 8-bit: uint8 codes [rank, length] of the dynamic map, with one
     float32 scale per 256 neighbours in a row, [rank, ceil(length / 256)], so that no block mixes two basis vectors.
+    In bfloat16 a second moment never decays where beta2 > 1 - 2^-9, as 0.999 is: beta2 v rounds back to v. Peers do
+    the same.
     With found_inf the direction is zero.
 low_rank_ratios(low, direction, squares, low_gram, ratios!, sums!, *, per_tensor, removed)
     phi [length], and sums [matrices, 3] float64, which processes that share the columns add up before the next op.
@@ -36,9 +38,10 @@ low_rank_apply(param!, projector, direction, grad, factors, low, compensation!, 
         grad_scale, found_inf, *, scale, weight_decay, decay_after, sign_scale, rounding, maximize)
     W - lr * step_factor * (scale up(direction) + G factors + sign_scale sign(g - up(low))), decay before or after.
     projector and direction: empty for APOLLO; grad and factors, low: empty where not used. rounding: 0 nearest; 1
-    stochastic: Philox4x32-10 with key seeds[i] and counter (index of the element in [n, length] order, step), so that
-    the bits depend on nothing else; 2 Kahan: compensation [n, length], of the weight's dtype and strides, holds what
-    rounding lost and gets it back at the next step.
+    stochastic (bfloat16 and float16 alone round): by the first word of Philox4x32-10 with key seeds[i] and counter
+    (index of the element in [n, length] order, step), so that the bits depend on nothing else; 2 Kahan: compensation
+    [n, length], of the weight's dtype and strides, holds what rounding lost and joins the next change. Both as
+    reference.lowrank_parts.round_stochastic and round_kahan say.
 adamw_step(param!, grad, exp_avg!, exp_avg_sq!, step!, lr, grad_scale, found_inf, *, beta1, beta2, eps, weight_decay,
         decay_after, corrected_eps, maximize)
     Plain AdamW of tensors of any shape; each one's four tensors lie alike in memory, without gaps.

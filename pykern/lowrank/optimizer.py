@@ -67,10 +67,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
             to one, as Muon has it).
         refresh_every: steps between two choices of P.
         scale: GaLore's alpha, on the low-rank part of the update.
-        side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns.
-        projector: "gram" (eigenvectors of the gradient's Gram matrix), or a function (grad, rank, right) -> P
-            ([columns, rank] if right, else [rows, rank]), or P itself. Belongs to the whole optimizer and is
-            not part of its state_dict.
+        refresh: when P is chosen: "every" `refresh_every` steps; "staggered", likewise, but matrix by matrix, spread
+            over the steps by the work that each is, after a cheap basis for all in the first step; "lazy", every, and
+            the gap doubles while the subspace stays (Q-GaLore); "online", in each step (LDAdam).
+        moments: what becomes of m and v then, with T = P_new^T P_old: "keep"; "rotate", T m and |T v| (DCT-AdamW);
+            "rotate_variance", T m and v by the variance around it (LDAdam); "reset", zero, and the count of steps too
+            (FRUGAL, Grass).
+        side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns; "full"
+            compresses both, R = P^T G Q [rank, rank].
+        projector: what chooses P. Of the gradient: "gram", its leading singular vectors, by its Gram matrix (to 0.9999
+            of their energy or better; a small one's are exact); "power", one step of the block power iteration from
+            the P in use; "randomized", a range finder; "svd", as the packages have it, bit for bit; "dct" and "dct_l2",
+            the vectors of the DCT-II with the largest l1 or l2 norms; "rows" and "rows_sampled", rows by their norms
+            (Grass). Drawn: "random" (normal / sqrt(rank); APOLLO, Flora) and "apollo_torch" (that package's numbers),
+            "random_orthonormal" and "coordinates" (FRUGAL). Of "dct", "rows" and "coordinates" the state has the
+            indices only. Or a function (grad, rank, right) -> P ([columns, rank] if right, else [rows, rank]), or P
+            itself; those belong to the whole optimizer and are not part of its state_dict.
         projector_format: "dense", P in the weight's dtype, or "int8" and "int4" (Q-GaLore): P in 8.25 or 4.25 bits an
             element. Rounding costs P its orthonormality; what depends on that takes P^T P into account.
         projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
@@ -119,7 +131,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     gradient as it came, scaled.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
-    projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
+    projector (the parameter's dtype) or projector_indices, next_refresh and refreshes (on the CPU, as refresh_gap and
+    refresh_similarity are, "lazy"), residual_norm (Fira and APOLLO; negative until
     known), exp_avg_sq_row and exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). It
     survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
 

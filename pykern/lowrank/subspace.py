@@ -109,21 +109,29 @@ def normal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
 def orthonormalize(vectors: Tensor) -> Tensor:
     """An orthonormal basis [n, k] of what the columns span, each within the span of the columns up to it.
 
-    CholeskyQR twice, the first time in float64, so that columns may depend on each other up to float32's precision;
-    where the Cholesky factorisation fails, they are dependent, and Householder's QR completes them.
+    CholeskyQR twice; the first time again in float64 where float32 was not enough for columns that depend on each
+    other; and where the Cholesky factorisation fails in that too, Householder's QR, which completes the basis.
     """
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
-    basis = vectors
-    for dtype in (torch.float64, vectors.dtype):
-        gram = basis.to(dtype).mT @ basis.to(dtype)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            return torch.linalg.qr(vectors)[0]
-        basis = torch.linalg.solve_triangular(factor.mT.to(vectors.dtype), basis, upper=True, left=False)
-    # The first pass leaves nothing to a second one unless float32 was not enough for the columns.
-    if not (gram.diagonal() - 1).abs().max() < 0.1:
-        return torch.linalg.qr(vectors)[0]
-    return basis.contiguous()
+    for dtype in dict.fromkeys((vectors.dtype, torch.float64)):
+        basis, _ = _cholesky_qr(vectors, dtype)
+        if basis is None:
+            continue
+        basis, gram = _cholesky_qr(basis, vectors.dtype)
+        # So near to the identity, what is left is the rounding of one product.
+        if basis is not None and bool(torch.linalg.matrix_norm(gram.fill_diagonal_(0.0)) < 0.5):
+            return basis.contiguous()
+    return torch.linalg.qr(vectors)[0]
+
+
+def _cholesky_qr(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """The vectors times the inverse factor of their Gram matrix, and that matrix, computed in `dtype`."""
+    wide = vectors.to(dtype)
+    gram = wide.mT @ wide
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return None, gram
+    return torch.linalg.solve_triangular(factor.mT.to(vectors.dtype), vectors, upper=True, left=False), gram
 
 
 def signed(vectors: Tensor) -> Tensor:

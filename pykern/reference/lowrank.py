@@ -170,35 +170,6 @@ def dequantize(codes: Tensor, scale: Tensor, signed: bool, dtype: torch.dtype = 
     return dynamic_map(signed).to(dtype)[codes.long()] * spread
 
 
-def low_rank_adam_phase(
-    low: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    corrected_eps: bool = True,
-    maximize: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam on the projected gradient: direction, with all bias corrections, and new moments. `step` counts from 1.
-
-    8-bit moments are dequantized before and quantized after.
-    """
-    direction, exp_avg, exp_avg_sq, factor = adam_direction(
-        -low if maximize else low,
-        exp_avg,
-        exp_avg_sq,
-        step,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        corrected_eps=corrected_eps,
-    )
-    return direction * factor, exp_avg, exp_avg_sq
-
-
 def leading_vectors(gradient: Tensor, rank: int, right: bool) -> Tensor:
     """The first `rank` right (columns x rank) or left (rows x rank) singular vectors of a gradient."""
     left_vectors, _, right_vectors = torch.linalg.svd(gradient, full_matrices=False)

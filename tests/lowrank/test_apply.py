@@ -81,10 +81,16 @@ def hold(weights: Weights, scale=None, **options):
 
 
 @SIDES
-@pytest.mark.parametrize("parts", list(PARTS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_the_definition(device, dtype, parts, right):
-    hold(Weights(dtype, device, right=right, parts=parts))
+def test_matches_the_definition(device, dtype, right):
+    hold(Weights(dtype, device, right=right))
+
+
+@SIDES
+@pytest.mark.parametrize("parts", [name for name in PARTS if name != "everything"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_every_choice_of_parts(device, dtype, parts, right):
+    hold(Weights(dtype, device, right=right, parts=parts, shapes=SHAPES[1:4]))
 
 
 # More than one tile, slice and panel on each side, and rests of each.
@@ -98,7 +104,7 @@ def test_on_every_instruction_set(cpu_level, dtype, right):
 @pytest.mark.parametrize("options", [{"decay_after": True}, {"maximize": True}, {"weight_decay": 0.0}], ids=str)
 @pytest.mark.parametrize("scale", [None, 8.0])
 def test_options(device, options, scale, right):
-    hold(Weights(torch.float32, device, right=right, parts="everything"), scale, **options)
+    hold(Weights(torch.float32, device, right=right, shapes=SHAPES[1:4]), scale, **options)
 
 
 @SIDES
@@ -144,7 +150,7 @@ def test_an_infinite_gradient_has_a_sign(device):
 @pytest.mark.parametrize("rounding", [0, 1, 2])
 def test_found_inf_changes_nothing(device, rounding):
     for flag, kept in ((1.0, True), (0.0, False)):
-        weights = Weights(torch.bfloat16, device)
+        weights = Weights(torch.bfloat16, device, shapes=SHAPES[:2])
         weights.compensation = [torch.ones_like(param) for param in weights.param] if rounding == 2 else []
         before = [param.clone() for param in weights.param]
         weights.apply(found_inf=one(flag, device), rounding=rounding)
@@ -274,7 +280,7 @@ def test_stochastic_rounding_keeps_what_is_not_finite(device, dtype):
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kahan_matches_the_definition(device, dtype, right):
-    weights = exact_updates(dtype, device, right, SHAPES)
+    weights = exact_updates(dtype, device, right, SHAPES[1:4])
     weights.compensation = [torch.full_like(param, 2.0**-12) for param in weights.param]
     expected = [
         reference.round_kahan(param.cpu(), buffer.cpu(), param.cpu().double() - grad.cpu().double() * 2.0**-15)
@@ -288,19 +294,19 @@ def test_kahan_matches_the_definition(device, dtype, right):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_kahan_adds_up_tiny_updates_as_float32_would(device, dtype):
-    """A hundred updates far below half a unit of the weight, which rounding to nearest loses."""
+    """Forty updates far below half a unit of the weight, which rounding to nearest loses."""
     ends = {}
     for kind, rounding, of in (("nearest", 0, dtype), ("kahan", 2, dtype), ("float32", 0, torch.float32)):
         weights = exact_updates(of, device, True, [(30, 40, 1)])
         weights.compensation = [torch.zeros_like(param) for param in weights.param] if rounding == 2 else []
         weights.lists["grad"][0].fill_(1.0)
         weights.lists["factors"] = [torch.full((40,), 1.7e-4, device=device)]
-        for _ in range(100):
+        for _ in range(40):
             weights.apply(rounding=rounding, weight_decay=0.0)
         buffer = weights.compensation[0].double() if weights.compensation else 0.0
         ends[kind] = weights.param[0].double() + buffer
     assert (ends["nearest"] == 1).all()
-    torch.testing.assert_close(ends["float32"].cpu(), torch.full((30, 40), 1 - 0.017).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ends["float32"].cpu(), torch.full((30, 40), 1 - 0.0068).double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(ends["kahan"], ends["float32"], rtol=0, atol=torch.finfo(dtype).eps ** 2 * 8)
 
 
