@@ -9,12 +9,10 @@
 //
 // A line is an index along the long axis, a place one along the compressed axis.
 #include <new>
-#include <type_traits>
 
-#include "common/matmul.h"
 #include "common/parallel.h"
-#include "lowrank/adam.h"
 #include "lowrank/step.h"
+#include "lowrank/step_layouts.h"
 #include "lowrank/tasks.h"
 
 namespace pykern::PYKERN_SIMD {
@@ -25,16 +23,9 @@ using lowrank::Matrix;
 using lowrank::Residual;
 using lowrank::Sums;
 
-constexpr int64_t kDeep = 256;    // places per slice of a projection
-constexpr int64_t kTall = 96;     // rows of a product at a time
-constexpr int64_t kWidest = 192;  // lines of a tile, at most
 constexpr int64_t kRows = 32;     // rows of a weight to scale at a time
+constexpr int64_t kWidest = 192;  // lines of a tile, at most
 constexpr int64_t kGranule = 64;  // lines of a tile come in so many, whose sums are taken together
-#if defined(PYKERN_SIMD_IS_amx)
-constexpr int64_t kGroup = 32;  // rows of a product between two steps of a prefetch
-#else
-constexpr int64_t kGroup = 12;
-#endif
 
 // Lines of a tile: as many as keep its low-rank gradient in the second-level cache, since every tile brings the whole
 // projector into the products' layouts; unless fewer keep the threads evenly busy with `matrices` such matrices. No
@@ -57,144 +48,6 @@ PYKERN_INLINE int64_t tile_width(const Matrix& matrix, int64_t matrices, int64_t
 template <class T>
 PYKERN_INLINE int64_t padded_rank(const Matrix& matrix) {
   return round_up(matrix.rank, kDepth<compute_t<T>>);
-}
-
-// --- layouts ------------------------------------------------------------------------------------
-
-// P^T as rows: target [rank, kDeep] from `count` places of P, zero up to a whole number of vectors.
-template <class C, class T>
-void transpose_projector(C* target, const T* projector, int64_t count, int64_t rank, int64_t stride) {
-  constexpr int depth = kDepth<C>;
-  for (int64_t k = 0; k < rank; k += kLanes) {
-    const int64_t ranks = lesser(kLanes, rank - k);
-    for (int64_t place = 0; place < count; place += kLanes * depth) {
-      vuint units[kLanes];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t row = place + lane * depth;
-        const T* from = projector + row * stride + k;
-        const vfloat first = detail::load_up_to(from, row < count ? ranks : 0);
-        if constexpr (depth == 1) {
-          units[lane] = (vuint)first;
-        } else {
-          const vfloat second = detail::load_up_to(from + stride, row + 1 < count ? ranks : 0);
-          units[lane] = detail::bf16_bits<T>(first) | detail::bf16_bits<T>(second) << 16;
-        }
-      }
-      detail::transpose<kLanes>(units);
-      for (int64_t row = 0; row < ranks; ++row) std::memcpy(target + (k + row) * kDeep + place, &units[row], kVectorBytes);
-    }
-  }
-}
-
-// Two successive rows (one for float32) of one vector's columns, in the layout of a packed B.
-template <class C>
-PYKERN_INLINE void store_packed(C* target, vfloat first, vfloat second) {
-  if constexpr (kDepth<C> == 1) {
-    store(target, first);
-  } else {
-    const vuint pairs = round_to_bf16_bits(first) | round_to_bf16_bits(second) << 16;
-    std::memcpy(target, &pairs, sizeof pairs);
-  }
-}
-
-template <class C>
-PYKERN_INLINE vfloat load_packed(const C* source, int row) {
-  if constexpr (kDepth<C> == 1) {
-    return load(source);
-  } else {
-    vuint pairs;
-    std::memcpy(&pairs, source, sizeof pairs);
-    return (vfloat)(row == 0 ? pairs << 16 : pairs & 0xffff0000u);
-  }
-}
-
-// As store(), by the instruction for it; it takes what is too small for a normal float32 for zero.
-template <class T>
-PYKERN_INLINE void store_rounded(T* target, vfloat value) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
-    std::memcpy(target, &rounded, sizeof rounded);
-    return;
-  }
-#endif
-  store(target, value);
-}
-
-template <class T>
-PYKERN_INLINE void store_up_to(T* target, vfloat value, int64_t count) {
-  if (count >= kLanes) {
-    store(target, value);
-  } else {
-    store_partial(target, value, count);
-  }
-}
-
-// One contiguous row of W: W -= step_size * (direction + gradient * factor), each term where it is given. The gradient's
-// elements lie `stride` apart; the factor is one for the row or one for each element.
-template <class T>
-void update_row(const WeightUpdate& update, T* weights, const float* direction, const T* gradient, int64_t stride,
-                vfloat factor, const float* factors, int64_t count) {
-  T gathered[kLanes] = {};
-  const auto change = [&](int64_t i, int64_t lanes) {
-    vfloat value = direction ? load(direction + i) : zero();
-    if (gradient) {
-      const T* from = gradient + i;
-      if (stride != 1) {
-        for (int64_t lane = 0; lane < lanes; ++lane) gathered[lane] = gradient[(i + lane) * stride];
-        from = gathered;
-      }
-      const vfloat slope = lanes == kLanes ? load(from) : load_partial(from, lanes);
-      value += slope * (factors ? load(factors + i) : factor);
-    }
-    return value;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store_rounded(weights + i, update.apply(load(weights + i), change(i, kLanes)));
-  }
-  if (i < count) {
-    const vfloat value = update.apply(load_partial(weights + i, count - i), change(i, count - i));
-    store_partial(weights + i, value, count - i);
-  }
-}
-
-// A matrix on its way into the second-level cache, a few cache lines at a time between products: asked for all at once
-// they would hold up the products as long as the memory takes.
-class Prefetch {
- public:
-  Prefetch() = default;
-  // `rows` rows of `bytes`, each `stride` bytes from the next, to be asked for in `steps` steps.
-  Prefetch(const void* base, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
-      : row_(static_cast<const char*>(base)),
-        rows_(bytes > 0 ? rows : 0),
-        stride_(stride),
-        bytes_(bytes),
-        share_(ceil_div(rows_ * ceil_div(bytes, 64), steps > 0 ? steps : 1)) {}
-
-  PYKERN_INLINE void step() {
-    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + offset_, 0, 2);
-      offset_ += 64;
-      if (offset_ >= bytes_) {
-        offset_ = 0;
-        row_ += stride_;
-        --rows_;
-      }
-    }
-  }
-
- private:
-  const char* row_ = nullptr;
-  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, share_ = 0, offset_ = 0;
-};
-
-// The sums that the next group of rows adds to, into the first-level cache.
-PYKERN_INLINE void prefetch_sums(const float* sums, int64_t stride, int64_t rows) {
-  for (int64_t row = 0; row < lesser(kGroup, rows); ++row) {
-    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(sums + row * stride + line, 1, 3);
-  }
 }
 
 // --- what is left of a line ---------------------------------------------------------------------
@@ -231,8 +84,8 @@ struct MatrixStep {
   const Matrix& matrix;
   int64_t width;  // lines of a tile
   int64_t n = matrix.n, length = matrix.length, rank = matrix.rank, rank_even = padded_rank<T>(matrix);
-  // Between the rounds: the ratios of the lines [length], the sums of every kGranule lines, and for Fira the packed low-rank
-  // gradient of the tiles and P^T P - I, [rank, rank_even].
+  // Between the rounds: the ratios of the lines [length], the sums of every kGranule lines, and for Fira the low-rank
+  // gradient of the tiles, packed, and P^T P - I, [rank, rank_even].
   float* ratios = nullptr;
   Sums* sums = nullptr;
   C* kept = nullptr;
@@ -270,12 +123,12 @@ struct MatrixStep {
     }
   }
 
-  Prefetch prefetch(const T* matrix_data, int64_t place_stride, int64_t line_stride, int64_t places, int64_t lines,
+  Prefetch prefetch(const T* data, int64_t place_stride, int64_t line_stride, int64_t places, int64_t lines,
                     int64_t steps) const {
     constexpr int64_t size = sizeof(T);
     if (places <= 0) return Prefetch();
-    if (line_stride == 1) return Prefetch(matrix_data, places, place_stride * size, lines * size, steps);
-    return Prefetch(matrix_data, lines, line_stride * size, places * size, steps);
+    if (line_stride == 1) return Prefetch(data, places, place_stride * size, lines * size, steps);
+    return Prefetch(data, lines, line_stride * size, places * size, steps);
   }
   Prefetch prefetch_gradient(int64_t place, int64_t line0, int64_t lines, int64_t steps) const {
     const int64_t places = lesser(kDeep, n - place);
@@ -359,13 +212,13 @@ struct MatrixStep {
     }
   }
 
-  // `direction` is [places, width], or null.
+  // `direction` is [places, width].
   void update_weights(int64_t line0, int64_t lines, int64_t place, int64_t places, const float* direction,
                       const float* factors) const {
     const WeightUpdate update(matrix.rule);
     if (matrix.param_line == 1) {
       for (int64_t row = place; row < place + places; ++row) {
-        update_row(update, weight(row, line0), direction ? direction + (row - place) * width : nullptr,
+        update_row(update, weight(row, line0), direction + (row - place) * width,
                    factors ? gradient(row, line0) : nullptr, matrix.grad_line, zero(), factors, lines);
       }
       return;
@@ -373,7 +226,7 @@ struct MatrixStep {
     // Rows of the weight are lines: the direction is turned, kLanes lines at a time.
     alignas(64) float turned[kLanes * kTall];
     for (int64_t line = 0; line < lines; line += kLanes) {
-      for (int64_t row = 0; direction && row < places; row += kLanes) {
+      for (int64_t row = 0; row < places; row += kLanes) {
         vuint block[kLanes];
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) block[lane] = (vuint)load(direction + (row + lane) * width + line);
@@ -382,7 +235,7 @@ struct MatrixStep {
         for (int lane = 0; lane < kLanes; ++lane) store(turned + lane * kTall + row, (vfloat)block[lane]);
       }
       for (int64_t lane = 0; lane < lesser(kLanes, lines - line); ++lane) {
-        update_row(update, weight(place, line0 + line + lane), direction ? turned + lane * kTall : nullptr,
+        update_row(update, weight(place, line0 + line + lane), turned + lane * kTall,
                    factors ? gradient(place, line0 + line + lane) : nullptr, matrix.grad_place,
                    broadcast(factors ? factors[line + lane] : 0.0f), nullptr, places);
       }
@@ -500,7 +353,8 @@ struct MatrixStep {
       const int64_t place = along_lines ? i : 0, line = along_lines ? 0 : i;
       update_row<T>(update, weight(place, line), nullptr, gradient(place, line),
                     along_lines ? matrix.grad_line : matrix.grad_place,
-                    broadcast(along_lines ? 0.0f : ratios[i]), along_lines ? ratios : nullptr, along_lines ? length : n);
+                    broadcast(along_lines ? 0.0f : ratios[i]), along_lines ? ratios : nullptr,
+                    along_lines ? length : n);
     }
   }
 

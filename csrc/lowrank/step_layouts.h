@@ -1,0 +1,187 @@
+// How the low-rank steps lay out their operands, change rows of weights, and fetch ahead. Include from *.simd.cpp files
+// only.
+#pragma once
+
+#include <type_traits>
+
+#include "common/matmul.h"
+#include "lowrank/adam.h"
+
+namespace pykern::PYKERN_SIMD {
+
+constexpr int64_t kDeep = 256;  // places per slice of a projection
+constexpr int64_t kTall = 96;   // rows of a product at a time
+#if defined(PYKERN_SIMD_IS_amx)
+constexpr int64_t kGroup = 32;  // rows of a product between two steps of a prefetch
+#else
+constexpr int64_t kGroup = 12;
+#endif
+
+// P^T as rows: target [rank, kDeep] from `count` places of P, zero up to a whole number of vectors.
+template <class C, class T>
+void transpose_projector(C* target, const T* projector, int64_t count, int64_t rank, int64_t stride) {
+  constexpr int depth = kDepth<C>;
+  int64_t k = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    // Whole cache lines of P: 32 columns, of which one unpack interleaves 4 of every 8.
+    for (; k + 32 <= rank; k += 32) {
+      for (int64_t place = 0; place < count; place += 32) {
+        vuint low[kLanes], high[kLanes];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t row = place + 2 * lane;
+          const T* from = projector + row * stride + k;
+          const __m512i first = row < count ? _mm512_loadu_si512(from) : __m512i{};
+          const __m512i second = row + 1 < count ? _mm512_loadu_si512(from + stride) : __m512i{};
+          low[lane] = (vuint)_mm512_unpacklo_epi16(first, second);
+          high[lane] = (vuint)_mm512_unpackhi_epi16(first, second);
+        }
+        detail::transpose<kLanes>(low);
+        detail::transpose<kLanes>(high);
+        C* to = target + k * kDeep + place;
+#pragma GCC unroll 16
+        for (int row = 0; row < kLanes; ++row) {
+          C* line = to + (row / 4 * 8 + row % 4) * kDeep;
+          std::memcpy(line, &low[row], kVectorBytes);
+          std::memcpy(line + 4 * kDeep, &high[row], kVectorBytes);
+        }
+      }
+    }
+  }
+#endif
+  for (; k < rank; k += kLanes) {
+    const int64_t ranks = lesser(kLanes, rank - k);
+    for (int64_t place = 0; place < count; place += kLanes * depth) {
+      vuint units[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t row = place + lane * depth;
+        const T* from = projector + row * stride + k;
+        const vfloat first = detail::load_up_to(from, row < count ? ranks : 0);
+        if constexpr (depth == 1) {
+          units[lane] = (vuint)first;
+        } else {
+          const vfloat second = detail::load_up_to(from + stride, row + 1 < count ? ranks : 0);
+          units[lane] = detail::bf16_bits<T>(first) | detail::bf16_bits<T>(second) << 16;
+        }
+      }
+      detail::transpose<kLanes>(units);
+      for (int64_t row = 0; row < ranks; ++row) {
+        std::memcpy(target + (k + row) * kDeep + place, &units[row], kVectorBytes);
+      }
+    }
+  }
+}
+
+// Two successive rows (one for float32) of one vector's columns, in the layout of a packed B.
+template <class C>
+PYKERN_INLINE void store_packed(C* target, vfloat first, vfloat second) {
+  if constexpr (kDepth<C> == 1) {
+    store(target, first);
+  } else {
+    const vuint pairs = round_to_bf16_bits(first) | round_to_bf16_bits(second) << 16;
+    std::memcpy(target, &pairs, sizeof pairs);
+  }
+}
+
+template <class C>
+PYKERN_INLINE vfloat load_packed(const C* source, int row) {
+  if constexpr (kDepth<C> == 1) {
+    return load(source);
+  } else {
+    vuint pairs;
+    std::memcpy(&pairs, source, sizeof pairs);
+    return (vfloat)(row == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
+}
+
+// As store(), by the instruction for it; it takes what is too small for a normal float32 for zero.
+template <class T>
+PYKERN_INLINE void store_rounded(T* target, vfloat value) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(target, &rounded, sizeof rounded);
+    return;
+  }
+#endif
+  store(target, value);
+}
+
+template <class T>
+PYKERN_INLINE void store_up_to(T* target, vfloat value, int64_t count) {
+  if (count >= kLanes) {
+    store(target, value);
+  } else {
+    store_partial(target, value, count);
+  }
+}
+
+// One contiguous row of W: W -= step_size * (direction + gradient * factor), each term where it is given. The
+// gradient's elements lie `stride` apart; the factor is one for the row or one for each element.
+template <class T>
+void update_row(const WeightUpdate& update, T* weights, const float* direction, const T* gradient, int64_t stride,
+                vfloat factor, const float* factors, int64_t count) {
+  T gathered[kLanes] = {};
+  const auto change = [&](int64_t i, int64_t lanes) {
+    vfloat value = direction ? load(direction + i) : zero();
+    if (gradient) {
+      const T* from = gradient + i;
+      if (stride != 1) {
+        for (int64_t lane = 0; lane < lanes; ++lane) gathered[lane] = gradient[(i + lane) * stride];
+        from = gathered;
+      }
+      const vfloat slope = lanes == kLanes ? load(from) : load_partial(from, lanes);
+      value += slope * (factors ? load(factors + i) : factor);
+    }
+    return value;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store_rounded(weights + i, update.apply(load(weights + i), change(i, kLanes)));
+  }
+  if (i < count) {
+    const vfloat value = update.apply(load_partial(weights + i, count - i), change(i, count - i));
+    store_partial(weights + i, value, count - i);
+  }
+}
+
+// A matrix on its way into the second-level cache, a few cache lines at a time between products: asked for all at once
+// they would hold up the products as long as the memory takes.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  // `rows` rows of `bytes`, each `stride` bytes from the next, to be asked for in `steps` steps.
+  Prefetch(const void* base, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
+      : row_(static_cast<const char*>(base)),
+        rows_(bytes > 0 ? rows : 0),
+        stride_(stride),
+        bytes_(bytes),
+        share_(ceil_div(rows_ * ceil_div(bytes, 64), steps > 0 ? steps : 1)) {}
+
+  PYKERN_INLINE void step() {
+    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ >= bytes_) {
+        offset_ = 0;
+        row_ += stride_;
+        --rows_;
+      }
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, share_ = 0, offset_ = 0;
+};
+
+// The sums that the next group of rows adds to, into the first-level cache.
+PYKERN_INLINE void prefetch_sums(const float* sums, int64_t stride, int64_t rows) {
+  for (int64_t row = 0; row < lesser(kGroup, rows); ++row) {
+    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(sums + row * stride + line, 1, 3);
+  }
+}
+
+}  // namespace pykern::PYKERN_SIMD
