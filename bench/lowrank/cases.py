@@ -10,87 +10,10 @@ import pykern
 from bench.harness import Case
 from bench.lowrank import cases_gpu, cases_parts
 from bench.lowrank.quantized import quantized_cases
+from bench.lowrank.steps import make_step
+from pykern.lowrank import ops
 from pykern.lowrank.matrices import compresses_right
 from pykern.lowrank.projectors import gram_projector
-
-NEVER = 10**9
-
-
-def plain_step(param: Tensor, projector: Tensor, right: bool, fira: bool) -> Callable[[], None]:
-    """The update as plain PyTorch writes it, in the weight's dtype and with full-size temporaries."""
-    grad = param.grad
-    first = torch.zeros_like(grad @ projector if right else projector.mT @ grad)
-    second = torch.zeros_like(first)
-    scale, norm, count = 1.0 if fira else 0.25, None, 0
-
-    def up(matrix: Tensor) -> Tensor:
-        return (matrix @ projector.mT if right else projector @ matrix) * scale
-
-    @torch.no_grad()
-    def step() -> None:
-        nonlocal norm, count
-        count += 1
-        low = grad @ projector if right else projector.mT @ grad
-        first.mul_(0.9).add_(low, alpha=0.1)
-        second.mul_(0.999).addcmul_(low, low, value=0.001)
-        direction = first / second.sqrt().add_(1e-6)
-        update = up(direction)
-        if fira:
-            axis = 1 if right else 0
-            ratio = direction.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)
-            residual = (grad - up(low)) * ratio
-            size = residual.norm()
-            if norm is not None:
-                limiter = (size / (norm + 1e-8)).clamp_min(1.01) / 1.01
-                residual, size = residual / limiter, size / limiter
-            norm = size
-            update = update + residual
-        param.add_(update, alpha=-1e-3 * (1 - 0.999**count) ** 0.5 / (1 - 0.9**count))
-
-    return step
-
-
-def peer_step(param: Tensor, projector: Tensor, right: bool, rank: int, fira: bool) -> Callable[[], None] | None:
-    """The package's own optimizer on the same basis, or None where the package is not installed."""
-    try:
-        if fira:
-            from fira import FiraAdamW as Peer
-            from fira.gradient_projection import GradientProjector as PeerProjector
-        else:
-            from galore_torch import GaLoreAdamW as Peer
-            from galore_torch.galore_projector import GaLoreProjector as PeerProjector
-    except ImportError:
-        return None
-    parts = {"update_proj_gap": NEVER, "proj_type": "std", **({"alpha": 1.0} if fira else {"scale": 0.25})}
-    optimizer = Peer([{"params": [param], "rank": rank, **parts}], lr=1e-3, no_deprecation_warning=True)
-    # A singular value decomposition of a large weight takes minutes and is no part of an ordinary step.
-    chosen = PeerProjector(rank, **parts)
-    chosen.ortho_matrix = projector.mT.contiguous() if right else projector
-    # A step count that is no multiple of the gap: the package refreshes at step 0.
-    optimizer.state[param].update(projector=chosen, step=1)
-    return optimizer.step
-
-
-def make_step(rows: int, columns: int, rank: int, dtype: torch.dtype, fira: bool) -> dict[str, Callable]:
-    right = compresses_right(rows, columns, "std")
-    start = torch.randn(rows, columns).mul_(0.02).to(dtype)
-    grad = torch.randn(rows, columns).to(dtype)
-    projector = torch.linalg.qr(torch.randn(min(rows, columns), rank))[0].to(dtype)
-
-    def fresh() -> Tensor:
-        param = torch.nn.Parameter(start.clone())
-        param.grad = grad
-        return param
-
-    preset = pykern.FiraAdamW if fira else pykern.GaLoreAdamW
-    providers = {
-        "pykern": preset([fresh()], 1e-3, rank=rank, refresh_every=NEVER, projector=projector).step,
-        "plain PyTorch": plain_step(fresh(), projector, right, fira),
-    }
-    peer = peer_step(fresh(), projector, right, rank, fira)
-    if peer is not None:
-        providers["fira" if fira else "galore_torch"] = peer
-    return providers
 
 
 def make_refresh(rows: int, columns: int, rank: int) -> dict[str, Callable]:
@@ -117,12 +40,37 @@ def make_adamw(size: int) -> dict[str, Callable]:
     }
 
 
+def make_rule(rank: int, length: int) -> dict[str, Callable]:
+    """Adam in the subspace on 8-bit moments, and on float32 ones as plain PyTorch writes it."""
+    low, step = torch.randn(rank, length), torch.zeros(())
+    codes = [[torch.zeros(rank, length, dtype=torch.uint8)] for _ in range(2)]
+    scales = [[torch.zeros(rank, -(-length // 256))] for _ in range(2)]
+    moments = [[torch.zeros(rank, length)] for _ in range(2)]
+    first, second = torch.zeros(rank, length), torch.zeros(rank, length)
+    rest = ([step], [torch.empty_like(low)], torch.zeros(1, dtype=torch.float64), None)
+    rule = {"rule": 0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "corrected_eps": True}
+
+    def plain() -> Tensor:
+        first.mul_(0.9).add_(low, alpha=0.1)
+        second.mul_(0.999).addcmul_(low, low, value=0.001)
+        return first / second.sqrt().add_(1e-8)
+
+    return {
+        "pykern (8-bit moments)": partial(ops.low_rank_rule, [low], *codes, *scales, *rest, **rule),
+        "pykern (float32 moments)": partial(ops.low_rank_rule, [low], *moments, [], [], *rest, **rule),
+        "plain PyTorch (float32 moments)": plain,
+    }
+
+
 def cases(device: str) -> list[Case]:
     large = device == "cuda"
     listed = []
     for rows, columns, rank, dtype in (
+        (4096, 4096, 32, torch.bfloat16),
         (4096, 4096, 128, torch.bfloat16),
+        (4096, 4096, 512, torch.bfloat16),
         (4096, 11008, 128, torch.bfloat16),
+        (1024, 2736, 256, torch.bfloat16),
         (2048, 2048, 512, torch.bfloat16),
         (1376, 512, 128, torch.bfloat16),
         (2048, 2048, 128, torch.float32),
@@ -130,16 +78,17 @@ def cases(device: str) -> list[Case]:
         size, low = rows * columns, max(rows, columns) * rank
         width = 4 if dtype == torch.float32 else 2
         name = "float32" if dtype == torch.float32 else "bfloat16"
-        for fira in (False, True):
+        for method in ("galore", "fira", "apollo"):
             listed.append(
                 Case(
                     "lowrank",
-                    "fira_step" if fira else "galore_step",
+                    f"{method}_step",
                     f"{rows}x{columns} r{rank} {name}",
-                    partial(make_step, rows, columns, rank, dtype, fira),
-                    flops=4.0 * size * rank,
-                    # Read the gradient (twice for Fira), read and write the weight and both moments.
-                    bytes=size * width * (4 if fira else 3) + 16.0 * low,
+                    partial(make_step, method, rows, columns, rank, dtype),
+                    # APOLLO projects down only.
+                    flops=(2.0 if method == "apollo" else 4.0) * size * rank,
+                    # Read the gradient (twice but for GaLore), read and write the weight and both moments.
+                    bytes=size * width * (3 if method == "galore" else 4) + 16.0 * low,
                     dtype=name,
                 )
             )
@@ -147,6 +96,11 @@ def cases(device: str) -> list[Case]:
         size = millions << 20
         step = partial(make_adamw, size)
         listed.append(Case("lowrank", "adamw_step", f"{millions}M bfloat16", step, bytes=22.0 * size))
+    for rank, length in ((128, 11008), (1024, 4096), *([(1024, 65536)] if large else [])):
+        # Read the gradient, write the direction, read and write the codes and scales of both moments.
+        moved = (2 * 4 + 4 * 1 + 16 / 256) * rank * length
+        shape = f"r{rank} x {length} 8-bit"
+        listed.append(Case("lowrank", "low_rank_rule", shape, partial(make_rule, rank, length), bytes=moved))
     for rows, columns, rank in ((512, 1376, 128), (1024, 1024, 128)):
         listed.append(
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))

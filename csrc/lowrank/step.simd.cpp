@@ -28,18 +28,30 @@ using lowrank::Sums;
 constexpr int64_t kDeep = 256;    // places per slice of a projection
 constexpr int64_t kTall = 96;     // rows of a product at a time
 constexpr int64_t kWidest = 192;  // lines of a tile, at most
+constexpr int64_t kRows = 32;     // rows of a weight to scale at a time
+constexpr int64_t kGranule = 64;  // lines of a tile come in so many, whose sums are taken together
 #if defined(PYKERN_SIMD_IS_amx)
 constexpr int64_t kGroup = 32;  // rows of a product between two steps of a prefetch
 #else
 constexpr int64_t kGroup = 12;
 #endif
 
-// A property of the matrix alone, so that results don't depend on the threads. A tile's low-rank gradient should stay
-// in the second-level cache.
-PYKERN_INLINE int64_t tile_width(const Matrix& matrix) {
-  const int64_t wanted = matrix.length >= 1536 ? kWidest : matrix.length >= 512 ? 128 : 64;
-  const int64_t most = matrix.rank <= 512 ? kWidest : matrix.rank <= 1024 ? 128 : 64;
-  return round_up(lesser(lesser(wanted, most), matrix.length), kPanel);
+// Lines of a tile: as many as keep its low-rank gradient in the second-level cache, since every tile brings the whole
+// projector into the products' layouts; unless fewer keep the threads evenly busy with `matrices` such matrices. No
+// result depends on it.
+PYKERN_INLINE int64_t tile_width(const Matrix& matrix, int64_t matrices, int64_t threads) {
+  const int64_t most = matrix.rank > 1600 ? kGranule : lesser(kWidest, 102400 / matrix.rank / kGranule * kGranule);
+  int64_t best = kGranule, least = 0;
+  for (int64_t width = kGranule; width <= most; width += kGranule) {
+    const int64_t rounds = ceil_div(ceil_div(matrix.length, width) * matrices, threads);
+    // A tile's own cost is that of some 16 lines.
+    const int64_t cost = rounds * (width + 16);
+    if (least == 0 || cost <= least) {
+      best = width;
+      least = cost;
+    }
+  }
+  return lesser(best, round_up(matrix.length, kPanel));
 }
 
 template <class T>
@@ -178,6 +190,13 @@ class Prefetch {
   int64_t rows_ = 0, stride_ = 0, bytes_ = 0, share_ = 0, offset_ = 0;
 };
 
+// The sums that the next group of rows adds to, into the first-level cache.
+PYKERN_INLINE void prefetch_sums(const float* sums, int64_t stride, int64_t rows) {
+  for (int64_t row = 0; row < lesser(kGroup, rows); ++row) {
+    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(sums + row * stride + line, 1, 3);
+  }
+}
+
 // --- what is left of a line ---------------------------------------------------------------------
 
 PYKERN_INLINE float norm_ratio(float direction_square, float low_square) {
@@ -210,9 +229,9 @@ struct MatrixStep {
 
   const LowRankStep& step;
   const Matrix& matrix;
+  int64_t width;  // lines of a tile
   int64_t n = matrix.n, length = matrix.length, rank = matrix.rank, rank_even = padded_rank<T>(matrix);
-  int64_t width = tile_width(matrix);
-  // Between the rounds: the ratios of the lines [length], the sums of the tiles, and for Fira the packed low-rank
+  // Between the rounds: the ratios of the lines [length], the sums of every kGranule lines, and for Fira the packed low-rank
   // gradient of the tiles and P^T P - I, [rank, rank_even].
   float* ratios = nullptr;
   Sums* sums = nullptr;
@@ -282,6 +301,7 @@ struct MatrixStep {
         for (int64_t line = 0; line < lines; line += kPanel) {
           for (int64_t row = 0; row < rows; row += kGroup) {
             next.step();
+            if (place > 0) prefetch_sums(space.low + element(k + row + kGroup, line), kPanel, rows - row - kGroup);
             matmul(lesser(kGroup, rows - row), kPanel, depth, space.piece + row * kDeep, kDeep, int64_t{1},
                    space.packed + line * round_up(depth, kDepth<C>), space.low + element(k + row, line), kPanel,
                    place > 0);
@@ -329,6 +349,7 @@ struct MatrixStep {
         for (int64_t k = 0; k < rank; k += kSlice) {
           for (int64_t row = 0; row < places; row += kGroup) {
             weights.step();
+            if (k > 0) prefetch_sums(space.wide + (row + kGroup) * width + line, width, places - row - kGroup);
             matmul(lesser(kGroup, places - row), kPanel, lesser(kSlice, rank - k), left + row * left_stride + k,
                    left_stride, int64_t{1}, panel + k * kPanel, space.wide + row * width + line, width, k > 0);
           }
@@ -382,6 +403,12 @@ struct MatrixStep {
   PYKERN_INLINE vfloat advance(const Adam& adam, vfloat low, int64_t k, int64_t line, int64_t count) const {
     float* m = first(k, line);
     float* v = second(k, line);
+    // The rows of the moments lie far apart: the processor does not foresee the next one.
+    constexpr int64_t kAhead = 12;
+    if (line % 16 == 0 && k + kAhead < rank) {
+      __builtin_prefetch(m + kAhead * length, 1, 2);
+      __builtin_prefetch(v + kAhead * length, 1, 2);
+    }
     const Moments moments = adam.advance(low, {detail::load_up_to(m, count), detail::load_up_to(v, count)});
     store_up_to(m, moments.first, count);
     store_up_to(v, moments.second, count);
@@ -407,8 +434,9 @@ struct MatrixStep {
     if (kept) keep_low(tile, space);
     if (defect) measure_defect(tile, space, defects);
     const double square_scale = matrix.rule.sign * matrix.rule.sign;
-    Sums total{};
+    for (int64_t line = 0; line < lines; line += kGranule) sums[(line0 + line) / kGranule] = Sums{};
     for (int64_t line = 0; line < lines; ++line) {
+      Sums& total = sums[(line0 + line) / kGranule];
       const float ratio = step.residual == Residual::apollo_tensor ? 1.0f : norm_ratio(directions[line], lows[line]);
       const double g = square_scale * squares[line];
       const double rest = kept ? residual_square(g, lows[line], defects[line], step.removed) : g;
@@ -417,7 +445,6 @@ struct MatrixStep {
       total.low += lows[line];
       total.residual += static_cast<double>(ratio) * ratio * rest;
     }
-    sums[tile] = total;
   }
 
   C* kept_tile(int64_t tile) const { return kept + tile * width * rank_even; }
@@ -464,7 +491,20 @@ struct MatrixStep {
     convert_rows(defect + k * rank_even, rank_even, product, stride, rows, rank);
   }
 
-  // The second round, when the factor that all lines share is known.
+  // APOLLO's second round: rows of the weight as they lie in memory, from `row` on. The ratios are the factors by now.
+  int64_t memory_rows() const { return matrix.param_line == 1 ? n : length; }
+  void scale_rows(int64_t row, int64_t rows) const {
+    const WeightUpdate update(matrix.rule);
+    const bool along_lines = matrix.param_line == 1;
+    for (int64_t i = row; i < row + rows; ++i) {
+      const int64_t place = along_lines ? i : 0, line = along_lines ? 0 : i;
+      update_row<T>(update, weight(place, line), nullptr, gradient(place, line),
+                    along_lines ? matrix.grad_line : matrix.grad_place,
+                    broadcast(along_lines ? 0.0f : ratios[i]), along_lines ? ratios : nullptr, along_lines ? length : n);
+    }
+  }
+
+  // Fira's second round, when the factor that all lines share is known.
   void finish(int64_t tile, const Workspace<T>& space, float shared) const {
     const Adam adam(matrix.rule);
     const int64_t line0 = tile * width, lines = lines_of(tile);
@@ -474,7 +514,6 @@ struct MatrixStep {
       removed[line] = static_cast<float>(step.removed) * ratio;
       factors[line] = ratio * adam.sign;
     }
-    if (!kept) return update_weights(line0, lines, 0, n, nullptr, factors);
     const float scale = static_cast<float>(step.scale);
     const C* low = kept_tile(tile);
     pack_low(lines, space, [&](int64_t k, int64_t line, int64_t count) {
@@ -509,11 +548,15 @@ class Runner {
   explicit Runner(const LowRankStep& step)
       : step_(step),
         matrices_(step.count * sizeof(MatrixStep<T>)),
-        tiles_(step.count, [&](int64_t i) { return ceil_div(step.matrices[i].length, tile_width(step.matrices[i])); }),
-        rows_(step.count, [&](int64_t i) { return measures_defect() ? ceil_div(step.matrices[i].rank, kTall) : 0; }) {}
+        tiles_(step.count, [&](int64_t i) { return ceil_div(step.matrices[i].length, width_of(i)); }),
+        defects_(step.count, [&](int64_t i) { return measures_defect() ? ceil_div(step.matrices[i].rank, kTall) : 0; }),
+        rows_(step.count, [&](int64_t i) {
+          const Matrix& matrix = step.matrices[i];
+          return ceil_div(matrix.param_line == 1 ? matrix.n : matrix.length, kRows);
+        }) {}
 
   bool run() {
-    if (!matrices_.get<char>() || !tiles_.allocated() || !rows_.allocated()) return false;
+    if (!matrices_.get<char>() || !tiles_.allocated() || !defects_.allocated() || !rows_.allocated()) return false;
     for (int64_t i = 0; i < step_.count; ++i) new_matrix(i);
     Arena count{nullptr};
     lay_out(count);
@@ -530,13 +573,21 @@ class Runner {
       each_tile([&](const MatrixStep<T>& matrix, int64_t tile, int thread) { matrix.plain(tile, space(thread)); });
       return true;
     }
-    parallel_tasks(rows_.total(), [&](int64_t task, int thread) {
-      const lowrank::TaskPlace place = rows_.find(task);
+    parallel_tasks(defects_.total(), [&](int64_t task, int thread) {
+      const lowrank::TaskPlace place = defects_.find(task);
       const Space mine = space(thread);
       matrix(place.item).build_defect(place.task * kTall, mine, mine.product, mine.projector);
     });
     each_tile([&](const MatrixStep<T>& matrix, int64_t tile, int thread) { matrix.measure(tile, space(thread)); });
     for (int64_t i = 0; i < step_.count; ++i) resolve(i);
+    if (step_.residual != Residual::fira) {
+      parallel_tasks(rows_.total(), [&](int64_t task, int) {
+        const lowrank::TaskPlace place = rows_.find(task);
+        const MatrixStep<T>& one = matrix(place.item);
+        one.scale_rows(place.task * kRows, lesser(kRows, one.memory_rows() - place.task * kRows));
+      });
+      return true;
+    }
     each_tile([&](const MatrixStep<T>& matrix, int64_t tile, int thread) {
       matrix.finish(tile, space(thread), factors_[&matrix - &this->matrix(0)]);
     });
@@ -552,7 +603,11 @@ class Runner {
 
   bool measures_defect() const { return step_.residual == Residual::fira && !step_.orthonormal; }
   MatrixStep<T>& matrix(int64_t i) const { return matrices_.template get<MatrixStep<T>>()[i]; }
-  void new_matrix(int64_t i) { ::new (&matrix(i)) MatrixStep<T>{step_, step_.matrices[i]}; }
+  int64_t width_of(int64_t i) const { return tile_width(step_.matrices[i], step_.count, max_threads()); }
+  void new_matrix(int64_t i) {
+    const Matrix& matrix = step_.matrices[i];
+    ::new (&this->matrix(i)) MatrixStep<T>{step_, matrix, width_of(i)};
+  }
 
   // What is kept between the rounds.
   void lay_out(Arena& arena) {
@@ -560,8 +615,8 @@ class Runner {
     for (int64_t i = 0; i < step_.count && step_.residual != Residual::none; ++i) {
       MatrixStep<T>& one = matrix(i);
       const int64_t tiles = ceil_div(one.length, one.width);
-      one.ratios = arena.take<float>(one.length);
-      one.sums = arena.take<Sums>(tiles);
+      one.ratios = arena.take<float>(one.length + kLanes);
+      one.sums = arena.take<Sums>(ceil_div(one.length, kGranule));
       if (step_.residual == Residual::fira) one.kept = arena.take<C>(tiles * one.width * one.rank_even);
       if (measures_defect()) one.defect = arena.take<C>(one.rank * one.rank_even);
     }
@@ -606,20 +661,23 @@ class Runner {
   void resolve(int64_t i) {
     const MatrixStep<T>& one = matrix(i);
     Sums total{};
-    for (int64_t tile = 0; tile < ceil_div(one.length, one.width); ++tile) {
-      total.direction += one.sums[tile].direction;
-      total.low += one.sums[tile].low;
-      total.residual += one.sums[tile].residual;
+    for (int64_t granule = 0; granule < ceil_div(one.length, kGranule); ++granule) {
+      total.direction += one.sums[granule].direction;
+      total.low += one.sums[granule].low;
+      total.residual += one.sums[granule].residual;
     }
     float* stored = static_cast<float*>(one.matrix.residual_norm);
     double norm = stored ? *stored : 0;
     factors_[i] = static_cast<float>(lowrank::shared_factor(step_, total, stored ? &norm : nullptr));
     if (stored) *stored = static_cast<float>(norm);
+    if (step_.residual == Residual::fira) return;
+    const float factor = factors_[i] * static_cast<float>(one.matrix.rule.sign);
+    for (int64_t line = 0; line < one.length; ++line) one.ratios[line] *= factor;
   }
 
   const LowRankStep& step_;
   const Scratch matrices_;
-  const lowrank::TaskList tiles_, rows_;
+  const lowrank::TaskList tiles_, defects_, rows_;
   float* factors_ = nullptr;
 };
 

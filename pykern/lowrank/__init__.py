@@ -17,6 +17,7 @@ from .presets import (
     GradNormLoRPAdamW,
     GrassAdamW,
     LDAdamW,
+    QGaLoreAdamW8bit,
     Trion,
 )
 from .refactorize import refactorize, reset_moments
@@ -42,6 +43,7 @@ __all__ = [
     "LowRankAdamW",
     "LowRankOptimizer",
     "NormalizedLowRankLinear",
+    "QGaLoreAdamW8bit",
     "SLTrainLinear",
     "Trion",
     "int8_linears",

@@ -8,27 +8,18 @@ from torch import Tensor, distributed
 
 from . import ops
 from .amp import Amp, without_autocast
-from .bases import basis_of, dense_bases
-from .checks import capturing, check_parameter, rate_on
-from .distributed import agree, average, local_gradient, local_tensor
-from .feedback import keep_missed, with_feedback
-from .int8_linear import step_int8_weights
-from .matrices import Job, matrix_shape
+from .bases import basis_of
+from .checks import capturing, check_parameter
+from .choosing import Bases, ProjectorFunction
+from .distributed import average
+from .matrices import Job
 from .options import ALIASES, complete_group, is_low_rank
-from .projectors import PROJECTORS, Choice
+from .projectors import PROJECTORS
 from .quantized import int8_weight
-from .refresh import MOMENTS, is_due, note_refresh
-from .residuals import RESIDUALS, limit_options, measured_factors
-from .rules import RULES
-from .state import fitted_states, make_state, plain_state, seed_of, wide_dtype
-from .tracking import keep_lost_momentum, momentum_outside, remembered
-
-ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
-
-# In place of a count of steps: ask the device each time.
-_UNCOUNTED = -1
-
-_ROUNDING = {"nearest": 0, "stochastic": 1, "kahan": 2}
+from .refresh import is_due
+from .residuals import RESIDUALS
+from .state import fitted_states, make_state, wide_dtype
+from .stepping import step_low_rank, step_plain
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -109,6 +100,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
             beta1^t); Fira subtracts scale * up(R) in the residual, and a norm of zero limits the next. The packages
             keep moments in the weight's dtype; here they are float32.
         maximize: ascend.
+        seed: of what is drawn: random bases, the bits of stochastic rounding.
+        process_group: the gradients are this process's own, and those of all processes of the group are averaged in
+            the step. Where only R is needed (residual "none", between two choices of P) R is averaged in place of G,
+            rank / n of the bytes; `.grad` then stays this process's, elsewhere it becomes the mean. Leave the model
+            without DistributedDataParallel, or run its backward passes under no_sync(); a parameter has a gradient in
+            all processes or in none. P is that of the group's first process in all.
+
+    A parameter that is a DTensor (fully_shard) is stepped by its shards. One in shards of rows is projected from the
+    right, one in shards of columns from the left ("std" and "reverse_std" give way, the wrong side by name is refused),
+    so that only the step that chooses P sends anything of the weight's size: it sums the Gram matrix, or what else the
+    projector looks at. Fira and APOLLO sum three numbers per matrix each step; "adafactor" and "newton_schulz" gather
+    R. State of single rows or columns is kept in DTensors, so torch.distributed.checkpoint saves it, and loads it into
+    other numbers of processes; but 8-bit moments have their blocks within shards and fit the same number only.
+
+    torch.amp.GradScaler may leave unscaling to the step, which then waits for nothing; an overflow skips all of it,
+    also a choice of P. With `process_group`, call scaler.unscale_(optimizer) first. A projector function sees the
+    gradient as it came, scaled.
 
     State per parameter, tensors only: step, exp_avg, exp_avg_sq (float32; float64 for a float64 parameter), and
     projector (the parameter's dtype), next_refresh (on the CPU), residual_norm (Fira and APOLLO; negative until
@@ -323,7 +331,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return True
         if ignore_refresh or not job.state:
             return not ignore_refresh
-        done = self._steps_done(job)
+        done = self._bases.steps_done(job)
         return done is not None and is_due(job, done)
 
     @torch.no_grad()
@@ -344,14 +352,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
             make_state(job, self.state[param])
         job.with_gradient()
         with without_autocast(param.device.type):
-            if refresh and self._due(job, Amp()):
+            if refresh and self._bases.due(job, Amp()):
                 if self.process_group is not None:
                     average([job.grad], self.process_group)
-                self._refresh(job, job.grad, Amp())
+                self._bases.refresh(job, job.grad, Amp())
             low = [torch.empty(job.rank, job.length, dtype=wide_dtype(param), device=param.device)]
             basis = [basis_of(job.group).dense(job, job.state)]
             ops.low_rank_project([job.grad], basis, None, low, [], maximize=job.group["maximize"])
         return low[0]
+
+    @property
+    def _bases(self) -> Bases:
+        return Bases(self.projector, self.process_group, self.param_groups, self._counted)
 
     def _parameters(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -393,347 +405,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 else:
                     plain.setdefault((param.device, param.dtype), []).append(param)
             for (device, _), params in plain.items():
-                self._step_plain(params, group, amp.on(device))
+                step_plain(params, [self.state[param] for param in params], group, amp.on(device), self._bases)
             for (device, *_), jobs in low_rank.items():
                 with without_autocast(device.type):
-                    self._step_low_rank(jobs, group, amp.on(device))
-
-    def _step_plain(self, params: list[Tensor], group: dict, amp: Amp) -> None:
-        """Plain AdamW of parameters of one device and dtype."""
-        weights, grads, states = [], [], []
-        if self.process_group is not None:
-            average([param.grad for param in params], self.process_group)
-        for param in params:
-            if not self.state[param]:
-                self.state[param].update(plain_state(param))
-            state = {name: local_tensor(value) for name, value in self.state[param].items()}
-            # The kernel walks through memory, so all must lie alike; the moments have the strides of a
-            # gapless tensor that is laid out like the parameter.
-            weights.append(_laid_out(local_tensor(param.detach()), state["exp_avg"], param.dtype))
-            grads.append(_laid_out(local_gradient(param), state["exp_avg"], param.dtype))
-            states.append(state)
-        beta1, beta2 = group["betas"]
-        ops.adamw_step(
-            weights,
-            grads,
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-            rate_on(group["lr"], params[0].device),
-            amp.grad_scale,
-            amp.found_inf,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decay_after=group["decay"] == "after",
-            corrected_eps=group["corrected_eps"],
-            maximize=group["maximize"],
-        )
-        for param, weight in zip(params, weights, strict=True):
-            local = local_tensor(param.detach())
-            if weight.data_ptr() != local.data_ptr():
-                local.copy_(weight)
-
-    def _step_low_rank(self, jobs: list[Job], group: dict, amp: Amp) -> None:
-        """The low-rank step of parameters of one group, device and dtype, part by part."""
-        residual, rule = RESIDUALS[group["residual"]], RULES[group["rule"]]
-        for job in jobs:
-            if not job.state:
-                make_state(job, self.state[job.param])
-        states = [job.state for job in jobs]
-        options = {"maximize": group["maximize"]}
-        sources, due = self._sources(jobs, group, amp)
-        projectors = dense_bases(jobs)
-        if self._is_fused(jobs[0], group):
-            self._step_fused(jobs, projectors, group, amp)
-            return
-        low, squares = self._projected(jobs, sources, projectors, due, group, amp)
-        inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-        split = jobs[0].shards is not None and not rule.columnwise
-        if split:
-            inner = [job.shards.whole(matrix, job.whole_length) for job, matrix in zip(jobs, inner, strict=True)]
-        direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
-        if split:
-            direction = [job.shards.own(matrix) for job, matrix in zip(jobs, direction, strict=True)]
-        if group["side"] == "full":
-            direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
-            # What both bases see of the gradient, for the residuals.
-            low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
-
-        rate = rate_on(group["lr"], jobs[0].param.device)
-        grads, factors, missed, scale = [], [], [], group["scale"]
-        if residual.measured:
-            low_gram = [] if self._orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
-            factors = measured_factors(
-                low, direction, squares, low_gram, states, group, amp.grad_scale, amp.found_inf,
-                reduce=None if jobs[0].shards is None else jobs[0].shards.reduce,
-            )  # fmt: skip
-            grads, scale = [job.grad for job in jobs], 1.0
-        elif residual.constant:
-            share = group["residual_scale"]
-            direction = [scale * n - share * r for n, r in zip(direction, low, strict=True)]
-            sign = -share if group["maximize"] else share
-            factors = [matrix.new_full((matrix.shape[1],), sign) for matrix in low]
-            if amp.grad_scale is not None:
-                factors = [factor / amp.grad_scale for factor in factors]
-            grads, scale = [job.grad for job in jobs], 1.0
-        elif residual.sign:
-            grads, missed = [job.grad for job in jobs], low
-        elif residual.feedback:
-            keep_missed(jobs, sources, projectors, low, amp)
-
-        seeds = [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs]
-        if int8_weight(jobs[0].param) is not None:
-            step_int8_weights(jobs, projectors, direction, seeds, step_factor, rate, amp.found_inf)
-            self._finish(jobs)
-            return
-        ops.low_rank_apply(
-            [job.weight for job in jobs],
-            projectors if residual.up else [],
-            direction if residual.up else [],
-            grads,
-            factors,
-            missed,
-            [state["compensation"] for state in states] if group["rounding"] == "kahan" else [],
-            [state["step"] for state in states],
-            seeds,
-            step_factor,
-            rate,
-            amp.grad_scale,
-            amp.found_inf,
-            scale=scale,
-            weight_decay=group["weight_decay"],
-            decay_after=group["decay"] == "after",
-            sign_scale=group["residual_scale"],
-            rounding=_ROUNDING[group["rounding"]],
-            **options,
-        )
-        self._finish(jobs)
-
-    def _is_fused(self, job: Job, group: dict) -> bool:
-        """Whether low_rank_adamw_step has all that the batch of this job asks for."""
-        return (
-            group["rule"] == "adamw"
-            and group["state_dtype"] == "float32"
-            and group["rounding"] == "nearest"
-            and group["side"] != "full"
-            and RESIDUALS[group["residual"]].fused is not None
-            and int8_weight(job.param) is None
-            and job.low is None
-            and (job.shards is None or not RESIDUALS[group["residual"]].measured)
-            and self.process_group is None
-        )
-
-    def _step_fused(self, jobs: list[Job], projectors: list[Tensor], group: dict, amp: Amp) -> None:
-        """The low-rank step in one op, for groups where _is_fused."""
-        states = [job.state for job in jobs]
-        residual = RESIDUALS[group["residual"]]
-        beta1, beta2 = group["betas"]
-        limit = limit_options(group)
-        ops.low_rank_adamw_step(
-            [job.weight for job in jobs],
-            [job.grad for job in jobs],
-            projectors,
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-            [state["residual_norm"] for state in states] if residual.measured else [],
-            rate_on(group["lr"], jobs[0].param.device),
-            amp.grad_scale,
-            amp.found_inf,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            corrected_eps=group["corrected_eps"],
-            weight_decay=group["weight_decay"],
-            decay_after=group["decay"] == "after",
-            residual=residual.fused,
-            orthonormal=self._orthonormal(group),
-            maximize=group["maximize"],
-            **{**limit, "removed": limit["removed"] or 0.0},
-        )
-        self._finish(jobs)
-
-    def _sources(self, jobs: list[Job], group: dict, amp: Amp) -> tuple[list[Tensor], list[bool]]:
-        """What every job projects, and whether its basis was due; the bases that were are chosen.
-
-        Between processes with gradients of their own, those are averaged that the step needs themselves.
-        """
-        residual, processes = RESIDUALS[group["residual"]], self.process_group
-        if jobs[0].low is not None:
-            return [], [False] * len(jobs)
-        due = [self._due(job, amp) for job in jobs]
-        if processes is not None:
-            average([job.grad for job, now in zip(jobs, due, strict=True) if now or not residual.linear], processes)
-        sources = with_feedback(jobs, amp) if residual.feedback else [job.grad for job in jobs]
-        for job, source, now in zip(jobs, sources, due, strict=True):
-            if now:
-                self._refresh(job, source, amp)
-        return sources, due
-
-    def _projected(
-        self,
-        jobs: list[Job],
-        sources: list[Tensor],
-        projectors: list[Tensor],
-        due: list[bool],
-        group: dict,
-        amp: Amp,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """R of every job, and the columns' squares if these are needed.
-
-        Between processes with gradients of their own, R is averaged where the gradient was not.
-        """
-        residual, processes = RESIDUALS[group["residual"]], self.process_group
-        if jobs[0].low is not None:
-            low = [job.low.contiguous() for job in jobs]
-            if processes is not None:
-                low = [matrix.clone() for matrix in low]
-                average(low, processes)
-            return low, []
-        low = [torch.empty(job.rank, job.length, dtype=wide_dtype(job.param), device=job.param.device) for job in jobs]
-        squares = [matrix.new_empty(matrix.shape[1]) for matrix in low] if residual.measured else []
-        scale = None if residual.feedback else amp.grad_scale
-        maximize = group["maximize"] and not residual.feedback
-        ops.low_rank_project(sources, projectors, scale, low, squares, maximize=maximize)
-        if processes is not None and residual.linear:
-            average([matrix for matrix, now in zip(low, due, strict=True) if not now], processes)
-        return low, squares
-
-    def _finish(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            job.write_back()
-            if self._counted.get(job.param, _UNCOUNTED) != _UNCOUNTED:
-                self._counted[job.param] += 1
-
-    def _orthonormal(self, group: dict) -> bool:
-        """Whether bases of this group are known to be orthonormal."""
-        known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
-        return known and basis_of(group).exact
-
-    def _due(self, job: Job, amp: Amp) -> bool:
-        """Whether this step chooses the basis anew; it does not where torch.amp.GradScaler has it skipped."""
-        done = self._steps_done(job)
-        if done is None or not is_due(job, done):
-            return False
-        if amp.found_inf is None:
-            return True
-        # What was skipped before was not counted on the device. To ask it waits for it, but only here.
-        self._counted.pop(job.param, None)
-        return is_due(job, self._steps_done(job)) and not bool(amp.found_inf)
-
-    def _refresh(self, job: Job, source: Tensor, amp: Amp) -> None:
-        """Chooses a new basis; `source` [n, length] is what will be projected."""
-        state, group = job.state, job.group
-        done = self._steps_done(job)
-        feedback = RESIDUALS[group["residual"]].feedback
-        factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
-        chosen = self._choose_basis(job, remembered(job, source, done, factor))
-        other = self._other_basis(job, source) if group["side"] == "full" else None
-        if chosen is None or (group["side"] == "full" and other is None):
-            return
-        # Until the first choice the state has no basis, and no moments to carry over.
-        first, basis = int(state["refreshes"]) == 0, basis_of(group)
-        kept = [*basis.init(job.outline()), *(["other_projector"] if group["side"] == "full" else [])]
-        before = {name: state[name].clone() for name in kept}
-        tracked = feedback and group["feedback_momentum"] and not first
-        momentum = momentum_outside(job) if tracked else None
-        basis.store(job, chosen)
-        if other is not None:
-            state["other_projector"].copy_(other)
-        if not first:
-            MOMENTS[group["moments"]](job, before)
-        if momentum is not None:
-            keep_lost_momentum(job, momentum, source)
-        if group["moments"] == "reset" and not first:
-            self._counted[job.param] = 0
-        note_refresh(job, done, before, self._share_before(job) if group["refresh"] == "staggered" else 0.0)
-
-    def _share_before(self, job: Job) -> float:
-        """The part of all matrices, by the work that their bases are, that comes before this one."""
-        work, index = [0, 0], 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                if is_low_rank(param, group):
-                    rows, columns = matrix_shape(param.shape)
-                    work[index >= job.index] += rows * columns * min(rows, columns)
-                index += 1
-        return work[0] / sum(work)
-
-    def _steps_done(self, job: Job) -> int | None:
-        """Steps taken before this one, counted on the host where it can; None while a graph is captured."""
-        step = job.state["step"]
-        if step.device.type == "cpu":
-            return int(step)
-        if capturing(job.param):
-            # From now on replays may count steps that the host does not see.
-            self._counted[job.param] = _UNCOUNTED
-            return None
-        done = self._counted.get(job.param)
-        if done is None or done == _UNCOUNTED:
-            read = int(step)
-            if done is None:
-                self._counted[job.param] = read
-            return read
-        return done
-
-    def _choose_basis(self, job: Job, source: Tensor) -> Tensor | None:
-        """What the projector gives for this parameter, the same in all processes that share it."""
-        name, reduce = job.group["projector"], None
-        if job.shards is not None and job.shards.axis is not None:
-            # Of a gradient that is longer along the compressed axis, all is less than its Gram matrix.
-            if name is not None and PROJECTORS[name].by_sums and job.compressed <= job.whole_length:
-                reduce = job.shards.reduce
-            else:
-                source = job.shards.whole(source, job.whole_length)
-        if name is not None:
-            projector, refreshes = PROJECTORS[name], int(job.state["refreshes"])
-            if refreshes == 0 and job.group["refresh"] == "staggered" and projector.first is not None:
-                projector = PROJECTORS[projector.first]
-            choice = Choice(
-                source,
-                job.rank,
-                basis_of(job.group).dense(job, job.state) if refreshes > 0 else None,
-                seed_of(job.group["seed"], job.index) + refreshes,
-                job.right,
-                job.index,
-                refreshes,
-                reduce,
-            )
-            chosen = projector.choose(choice)
-        else:
-            chosen = self._given_basis(job, source.mT if job.right else source)
-        shared = job.shards or self.process_group
-        if chosen is not None and shared is not None:
-            # Eigenvectors of equal matrices may differ between kinds of processors.
-            chosen = chosen.contiguous().clone()
-            agree(chosen, shared)
-        return chosen
-
-    def _given_basis(self, job: Job, matrix: Tensor) -> Tensor:
-        """The basis of the caller, from a tensor or a function."""
-        basis = self.projector if isinstance(self.projector, Tensor) else self.projector(matrix, job.rank, job.right)
-        if tuple(basis.shape) != (job.compressed, job.rank):
-            raise ValueError(
-                f"projector: expected shape {(job.compressed, job.rank)} for a {tuple(matrix.shape)} gradient "
-                f"projected from the {'right' if job.right else 'left'}, got {tuple(basis.shape)}"
-            )
-        return basis
-
-    def _other_basis(self, job: Job, source: Tensor) -> Tensor | None:
-        """The basis of the other axis, for side "full"."""
-        name = job.group["projector"]
-        if name is None:
-            raise ValueError('side: "full" needs a projector by name, which can choose both bases')
-        seed = seed_of(job.group["seed"], ~job.index)
-        refreshes = int(job.state["refreshes"])
-        previous = job.state["other_projector"] if refreshes > 0 else None
-        return PROJECTORS[name].choose(
-            Choice(source.mT, job.rank, previous, seed + refreshes, not job.right, job.index, refreshes)
-        )
-
-
-def _laid_out(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.stride() == like.stride() and tensor.dtype == dtype:
-        return tensor
-    return torch.empty_like(like, dtype=dtype).copy_(tensor)
+                    step_low_rank(jobs, [self.state[job.param] for job in jobs], amp.on(device), self._bases)
 
 
 class LowRankAdamW(LowRankOptimizer):

@@ -35,6 +35,11 @@ PRESETS: dict[str, Preset] = {
         {"rule": "adamw", "residual": "none", "state_dtype": "8bit"},
         {"scale": 0.25, "weight_decay": 0.01, "decay": "after"},
     ),
+    "QGaLoreAdamW8bit": Preset(
+        "2407.08296",
+        {"rule": "adamw", "residual": "none", "state_dtype": "8bit", "refresh": "lazy"},
+        {"scale": 0.25, "weight_decay": 0.01, "decay": "after", "projector_format": "int4"},
+    ),
     "GaLoreAdafactor": Preset("2403.03507", {"rule": "adafactor", "residual": "none"}, {"scale": 0.25}),
     "FiraAdamW": Preset(
         "2410.01623", {"rule": "adamw", "residual": "fira"}, {"scale": 1.0}, {"fira": {"projector": "svd"}}
@@ -117,6 +122,17 @@ class GaLoreAdamW8bit(PresetOptimizer):
     """
 
 
+class QGaLoreAdamW8bit(PresetOptimizer):
+    """Q-GaLore: 8-bit moments, a 4-bit projector, and refreshes that grow rare (arXiv 2407.08296).
+
+    Begins as GaLoreAdamW8bit does, with projector_format "int4"; "int8" and "dense" may be chosen. Where a basis keeps
+    its first vector the gap between refreshes doubles. Weights in 8 bits are those of Int8Linear layers, which
+    `int8_linears` puts into a model; they are rounded stochastically. The package keeps a 4-bit code in a byte, and a
+    group of its codes has an integer zero point; here two codes share a byte, and a group begins at its smallest value.
+    Takes LowRankOptimizer's other keywords.
+    """
+
+
 class GaLoreAdafactor(PresetOptimizer):
     """GaLore over Adafactor (arXiv 2403.03507, 1804.04235): second moments are a row and a column of means.
 
@@ -182,7 +198,8 @@ class LDAdamW(PresetOptimizer):
     gradient plus the error; m becomes P^T P' m, and v the second moment of that by v's variance. The error takes
     A - P P^T A and beta1 / (1 - beta1) (P' m - P P^T P' m). Begins with betas (0.908, 0.99), `projector_memory` 0.908
     and error feedback; `residual="none", feedback_momentum=False` goes without. The package keeps the error in the
-    gradients, so its zero_grad does nothing; here it is a state of the weight's size and dtype.
+    gradients, so its zero_grad does nothing, and begins with a singular value decomposition; here the error is a state
+    of the weight's size and dtype, and the first basis a randomized range finder's.
     Takes LowRankOptimizer's other keywords.
     """
 

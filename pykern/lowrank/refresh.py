@@ -29,7 +29,7 @@ def refresh_state(group: dict) -> dict[str, Tensor]:
     state = {"next_refresh": torch.zeros((), dtype=torch.int64), "refreshes": torch.zeros((), dtype=torch.int64)}
     if group["refresh"] == "lazy":
         state["refresh_gap"] = torch.tensor(group["refresh_every"], dtype=torch.int64)
-        state["refresh_similarity"] = torch.full((SIMILARITIES,), torch.nan, dtype=torch.float32)
+        state["refresh_similarity"] = torch.full((SIMILARITIES,), -torch.inf, dtype=torch.float32)
     return state
 
 
@@ -63,7 +63,7 @@ def _note_similarity(job: Job, before: Mapping[str, Tensor]) -> None:
     basis, queue = basis_of(job.group), job.state["refresh_similarity"]
     first, last = (basis.dense(job, state)[:, 0].float() for state in (before, job.state))
     queue.copy_(torch.cat([queue[1:], torch.nn.functional.cosine_similarity(first, last, dim=0).abs().cpu()[None]]))
-    # A queue that is not full yet has a mean that is no number.
+    # A queue that is not full yet has a mean of minus infinity.
     if queue.mean() >= SIMILARITY_KEPT:
         job.state["refresh_gap"].mul_(2)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pykern.lowrank import ops
+from pykern.lowrank import ops, stepping
 from pykern.lowrank.optimizer import LowRankOptimizer
 
 SHAPES = [(40, 24), (24, 40), (33, 33), (6, 4, 3, 3)]
@@ -33,7 +33,7 @@ def trained(parts: bool, monkeypatch, dtype, settings, amp=False):
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
     with monkeypatch.context() as patch:
         if parts:
-            patch.setattr(LowRankOptimizer, "_is_fused", lambda self, group: False)
+            patch.setattr(stepping, "is_fused", lambda job, bases: False)
         for _ in range(8):
             for param in params:
                 param.grad = normal(param.shape) * (1024 if amp else 1)

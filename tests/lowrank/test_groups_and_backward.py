@@ -40,7 +40,7 @@ def names(model, group):
         (["blocks.1", "expert"], {"blocks.1.weight", "expert.weight"}),
         (["norm", "expert"], {"expert.weight"}),
     ],
-    ids=str,
+    ids=("all-linear", "expression", "names", "names that are no weights"),
 )
 def test_targets(targets, expected):
     model = Tiny()

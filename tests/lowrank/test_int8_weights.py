@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from pykern.lowrank import Int8Linear, LowRankOptimizer, int8_linears, low_rank_groups
+from pykern.lowrank import Int8Linear, LowRankOptimizer, QGaLoreAdamW8bit, int8_linears, low_rank_groups
 from pykern.lowrank.quantized import low_rank_apply_int8
 from pykern.reference import lowrank_quantized as reference
 from tests.support import check_op, compile_whole, threads
@@ -364,3 +364,27 @@ def test_groups_and_refusals():
         LowRankOptimizer(groups, 0.01, residual="fira")
     with pytest.raises(ValueError, match="rounding: an 8-bit weight"):
         LowRankOptimizer(groups, 0.01, rounding="kahan")
+
+
+def test_q_galore_trains_a_model():
+    """8-bit weights and moments, a 4-bit basis, and refreshes that grow rare, as the preset has them."""
+    torch.manual_seed(4)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64))
+    int8_linears(model)
+    optimizer = QGaLoreAdamW8bit(low_rank_groups(model, rank=8, refresh_every=2), 0.02, weight_decay=0.0)
+    inputs = torch.randn(256, 64)
+    targets = torch.tanh(inputs @ torch.randn(64, 64) / 8)
+    losses = []
+    for _ in range(100):
+        loss = (model(inputs) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    state = optimizer.state[model[0].weight]
+    assert state["refresh_gap"] > 2 and state["refreshes"] < 50
+    # A byte for each of two moments, half a byte for the basis, and their scales; the count and the refreshes' few.
+    expected = 2 * (8 * 96 + 8 * 4) + 8 * (32 + 4 + 4)
+    stored = sum(value.untyped_storage().nbytes() for value in state.values())
+    assert expected < stored <= expected + 64

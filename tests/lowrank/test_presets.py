@@ -99,8 +99,17 @@ def assert_chosen(projector, basis, matrix, previous):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_seven_steps_are_those_of_the_paper(case, shape):
+    assert_steps_of_the_paper(case, shape, "cpu")
+
+
+@pytest.mark.parametrize("case", {case.preset: case for case in CASES}.values(), ids=str)
+def test_devices(device, case):
+    assert_steps_of_the_paper(case, SHAPES[1], device)
+
+
+def assert_steps_of_the_paper(case, shape, device):
     start = torch.randn(shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    param, right = torch.nn.Parameter(start.clone()), shape[0] >= shape[1]
+    param, right = torch.nn.Parameter(start.to(device, copy=True)), shape[0] >= shape[1]
     ours = {"rank": RANK, "weight_decay": 0.1, "refresh_every": case.every or 1, **case.ours}
     if case.preset == "ApolloMini":
         ours.pop("rank")
@@ -113,19 +122,19 @@ def test_seven_steps_are_those_of_the_paper(case, shape):
     chosen = []
 
     for step in range(STEPS):
-        param.grad = gradient(shape, step)
+        param.grad = gradient(shape, step).to(device)
         optimizer.step()
 
         def choose(matrix):
-            basis = basis_in_use(optimizer, param)
+            basis = basis_in_use(optimizer, param).cpu()
             assert_chosen(projector, basis, matrix, chosen[-1] if chosen else None)
             chosen.append(basis)
             return basis
 
-        seen = param.grad.mT if right else param.grad
+        seen = gradient(shape, step).mT if right else gradient(shape, step)
         seen = -seen if case.ours.get("maximize") else seen
         weight = case.method(weight, seen, state, choose, LR, decay=0.1, **theirs)
-        torch.testing.assert_close(param.detach(), weight.mT if right else weight, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(param.detach().cpu(), weight.mT if right else weight, rtol=1e-9, atol=1e-9)
     assert len(chosen) == (STEPS if case.every in (None, 1) else 3)
 
 

@@ -9,15 +9,15 @@ from tests.peers.steps import GAP, SHAPES, assert_same_steps, gradients, two_par
 PRESETS = {"channel": pykern.ApolloAdamW, "tensor": pykern.ApolloMini}
 
 
-def run_both(shape, rank, *, drawn, scale_type, scale, scale_front, disable_nl, weight_decay=0.1, after=None):
+def run_both(shape, rank, *, drawn, scale_type, scale, scale_front, disable_nl, side="std"):
     theirs, ours = two_parameters(shape)
-    group = {"rank": rank, "update_proj_gap": GAP, "scale": scale, "proj_type": "std"}
+    group = {"rank": rank, "update_proj_gap": GAP, "scale": scale, "proj_type": side}
     peer = PeerApolloAdamW(
         [{"params": [theirs], **group, "proj": "random" if drawn else "svd", "scale_type": scale_type}],
-        lr=0.01, weight_decay=weight_decay, scale_front=scale_front, disable_nl=disable_nl,
+        lr=0.01, weight_decay=0.1, scale_front=scale_front, disable_nl=disable_nl,
     )  # fmt: skip
     optimizer = PRESETS[scale_type](
-        [{"params": [ours], **group}], lr=0.01, weight_decay=weight_decay, parity="apollo_torch",
+        [{"params": [ours], **group}], lr=0.01, weight_decay=0.1, parity="apollo_torch",
         scale_first=scale_front, growth_limit=0.0 if disable_nl else 1.01, **({} if drawn else {"projector": "svd"}),
     )  # fmt: skip
     norms = []
@@ -37,12 +37,20 @@ def run_both(shape, rank, *, drawn, scale_type, scale, scale_front, disable_nl, 
 @pytest.mark.parametrize("drawn", [True, False], ids=["random", "svd"])
 @pytest.mark.parametrize("shape, rank", SHAPES, ids=str)
 def test_nine_steps_over_three_refreshes(shape, rank, drawn, scale_type, scale, scale_front, disable_nl):
-    """The package knows one side, "std": it takes norms along the smaller axis of the gradient whatever the side is."""
+    """On the side "std": the package takes channels along the smaller axis of the gradient whatever the side is."""
     norms = run_both(
         shape, rank, drawn=drawn, scale_type=scale_type, scale=scale, scale_front=scale_front, disable_nl=disable_nl
     )
     limited = [after >= 1.009 * before for before, after in zip(norms, norms[1:])]
     assert disable_nl or any(limited), "the limiter never acted, so it was not compared"
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["random", "svd"])
+@pytest.mark.parametrize("side", ["reverse_std", "left", "right"])
+@pytest.mark.parametrize("shape, rank", SHAPES, ids=str)
+def test_sides_of_the_tensor_scale(shape, rank, side, drawn):
+    """One factor for all fits the gradient on any side; between two bases the package draws none."""
+    run_both(shape, rank, drawn=drawn, scale_type="tensor", scale=2.0, scale_front=False, disable_nl=False, side=side)
 
 
 def test_two_parameters():
