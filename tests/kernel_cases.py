@@ -330,6 +330,50 @@ def lowrank() -> Iterator[Case]:
             yield f"low-rank parts {str(dtype)[6:]} rounding {rounding}", lambda d=dtype, r=rounding: parts(d, r)
 
 
+def low_rank_products() -> Iterator[Case]:
+    """Both sides in one list, and every kernel: widths of the rank, rows that blocks share, roundings, signs."""
+
+    def lists(dtype: torch.dtype, rank: int, n: int) -> dict[str, list[Tensor]]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        sides = [(n, 24), (n, 31)]
+        return {
+            "matrix": [normal(n, 24, dtype=dtype), normal(31, n, dtype=dtype).mT],
+            "grad": [normal(n, 24, dtype=dtype), normal(31, n, dtype=dtype).mT],
+            "basis": [normal(n, rank, dtype=dtype) for _ in sides],
+            "low": [normal(rank, length, dtype=wide) for _, length in sides],
+            "line": [normal(length, dtype=wide) for _, length in sides],
+        }
+
+    def project(dtype: torch.dtype, rank: int, n: int) -> list[Tensor]:
+        given, scale = lists(dtype, rank, n), torch.full((), 2.0)
+        low, squares = given["low"], given["line"]
+        op = torch.ops.pykern.low_rank_project.default
+        op(given["matrix"], given["basis"], scale, low, squares, maximize=True)
+        return [*low, *squares]
+
+    def apply(dtype: torch.dtype, rank: int, rounding: int, up: bool, signs: bool) -> list[Tensor]:
+        given = lists(dtype, rank, 40)
+        weights, low = given["matrix"], given["low"]
+        lost = [torch.zeros_like(weight) for weight in weights] if rounding == 2 else []
+        torch.ops.pykern.low_rank_apply.default(
+            weights, given["basis"] if up else [], low if up else [], given["grad"], given["line"],
+            low if signs else [], lost, [torch.ones(()) for _ in weights], [3, 4],
+            torch.ones(2, dtype=torch.float64), torch.full((), 0.01), None, torch.zeros(()), scale=0.5,
+            weight_decay=0.1, decay_after=False, sign_scale=0.1 if signs else 0.0, rounding=rounding, maximize=False,
+        )  # fmt: skip
+        return [*weights, *lost]
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for rank, n in ((5, 40), (5, 600), (70, 40), (130, 40)):
+            label = f"low_rank_project {n} r{rank} {str(dtype)[6:]}"
+            yield label, lambda d=dtype, r=rank, n=n: project(d, r, n)
+        for rounding, up, signs in ((0, True, True), (1, True, False), (2, True, False), (0, False, False)):
+            label = (
+                f"low_rank_apply rounding {rounding}{' up' if up else ''}{' signs' if signs else ''} {str(dtype)[6:]}"
+            )
+            yield label, lambda d=dtype, r=rounding, u=up, s=signs: apply(d, 5, r, u, s)
+
+
 def quantized() -> Iterator[Case]:
     def train(rows: int, columns: int, options: dict, layer: bool) -> list[Tensor]:
         module = torch.nn.Linear(columns, rows, bias=False)
@@ -416,6 +460,7 @@ FAMILIES = (
     logprobs,
     linear_logprobs,
     lowrank,
+    low_rank_products,
     quantized,
     attention,
     prefix_attention,

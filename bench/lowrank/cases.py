@@ -9,6 +9,7 @@ from torch import Tensor
 import pykern
 from bench.harness import Case
 from bench.lowrank import cases_gpu, cases_parts
+from bench.lowrank.products import product_cases
 from bench.lowrank.quantized import quantized_cases
 from bench.lowrank.steps import make_step
 from pykern.lowrank import ops
@@ -106,4 +107,4 @@ def cases(device: str) -> list[Case]:
             Case("lowrank", "refresh", f"{rows}x{columns} r{rank} bfloat16", partial(make_refresh, rows, columns, rank))
         )
     own = cases_gpu.cases() if large else []
-    return [*listed, *cases_parts.cases(device), *own, *quantized_cases()]
+    return [*listed, *cases_parts.cases(device), *product_cases(device), *own, *quantized_cases()]

@@ -21,11 +21,14 @@ KINDS: dict[str, str] = {
     "attention: prefix_attention_paths_kernel": OTHER,
     "attention: prefix_attention_backward_*_kernel<*": MATRIX,
     "attention: prefix_attention_forward_sm90_kernel<*": MATRIX,
+    "lowrank: apply_kernel<*": MATRIX,
+    "lowrank: project_kernel<*": MATRIX,
     "attention: prefix_attention_join_shares_sm90_kernel<*": MEMORY,
     "attention: prefix_attention_bounds_kernel": OTHER,
     "attention: prefix_attention_work_kernel": OTHER,
     "attention: prefix_attention_order_kernel": OTHER,
     "lowrank: adamw_kernel<*": MEMORY,
+    "lowrank: apply_wide_kernel<*": MEMORY,
     "lowrank: inner_rule_kernel<*": MEMORY,
     "lowrank: inner_rule_8bit_kernel<*": MEMORY,
     "lowrank: column_ratios_kernel<*": MEMORY,
@@ -59,6 +62,10 @@ KINDS: dict[str, str] = {
     "policy: whiten_moments_kernel<*": MEMORY,
     # Few values: a dozen numbers for a matrix; a value per sequence or response.
     "lowrank: resolve_steps_kernel": OTHER,
+    # float32 and float64 beside the vendor's products, whatever the alignment; parts whose places have none.
+    "lowrank: wide_squares_kernel<*": OTHER,
+    "lowrank: wide_factor_kernel<*": OTHER,
+    "lowrank: project_parts_kernel": OTHER,
     # Rows that allow no sixteen-byte accesses, or lie across: each has a sibling that takes packs.
     "lowrank: quantize_tiles_kernel<*": OTHER,
     "lowrank: dequantize_tiles_kernel<*": OTHER,
@@ -91,6 +98,8 @@ KINDS: dict[str, str] = {
 """The kind of every kernel; the first pattern that fits counts."""
 
 WIDE_STORES = (
+    "lowrank: apply_kernel<*",
+    "lowrank: apply_wide_kernel<*",
     "attention: gather_rows_kernel<Pack*",
     "attention: gather_rows_backward_kernel<*, true>",
     "attention: prefix_attention_forward_kernel<*",
@@ -131,6 +140,7 @@ LOCAL_MEMORY: dict[str, str] = {}
 
 DOUBLES: dict[str, str] = {
     "*<double*": "the tensors are float64",
+    "lowrank: apply_*kernel<*": "learning rate, factor and decay of a weight, once per thread",
     "lowrank: resolve_steps_kernel": "a thread per matrix: bias corrections, as torch's optimizers have them",
     "lowrank: column_ratios_kernel<*": "norms of a column, once per column: their difference would cancel in float32",
     "lowrank: residual_limit_kernel<*": "sums over all columns, and the limit made of them",
