@@ -62,4 +62,4 @@ def cases(device: str) -> list[Case]:
         step = partial(make_adamw, size)
         listed.append(Case("lowrank", "adamw_step", f"{millions}M bfloat16", step, bytes=22.0 * size))
     own = cases_gpu.cases() if large else []
-    return [*listed, *product_cases(device), *cases_parts.cases(), *refresh_cases(), *own, *quantized_cases()]
+    return [*listed, *product_cases(device), *cases_parts.cases(device), *refresh_cases(), *own, *quantized_cases()]

@@ -10,7 +10,7 @@ from bench.harness import Case
 from pykern.lowrank import ops
 
 LIMIT = {
-    "scale": 1.0, "removed": 1.0, "per_tensor": False, "amplitude": 1.0, "amplitude_first": False, "growth": 1.01,
+    "scale": 1.0, "removed": 1.0, "per_tensor": False, "amplitude": 1.0, "amplitude_first": False, "growth": 0.0,
     "zero_norm_limits": False, "maximize": False,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def make_rule(rank: int, length: int) -> dict[str, Callable]:
 
 def make_ratios(rank: int, length: int) -> dict[str, Callable]:
     low, direction, squares = torch.randn(rank, length), torch.randn(rank, length), torch.full((length,), 2.0 * rank)
-    ratios, sums = torch.empty(length), torch.empty(1, 3, dtype=torch.float64)
+    lists = [low], [direction], [squares], [], [torch.empty(length)], torch.empty(1, 3, dtype=torch.float64)
 
     def plain() -> tuple[Tensor, ...]:
         norm, own = direction.norm(dim=0), low.norm(dim=0)
@@ -52,27 +52,23 @@ def make_ratios(rank: int, length: int) -> dict[str, Callable]:
         return phi, norm.square().sum(), own.square().sum(), (phi.square() * (squares - own.square())).sum()
 
     return {
-        "pykern": partial(
-            ops.low_rank_ratios, [low], [direction], [squares], [], [ratios], sums, per_tensor=False, removed=1.0
-        ),
+        "pykern": partial(ops.low_rank_ratios, *lists, per_tensor=False, removed=1.0),
         "plain PyTorch": plain,
     }
 
 
 def make_limit(rank: int, length: int) -> dict[str, Callable]:
     low, direction, ratios = torch.randn(rank, length), torch.randn(rank, length), torch.ones(length)
-    sums, norm = torch.ones(1, 3, dtype=torch.float64), torch.ones(())
+    rest = torch.ones(1, 3, dtype=torch.float64), [torch.ones(())], None, None
     return {
-        "pykern": partial(
-            ops.low_rank_limit, [low], [direction], [ratios], sums, [norm], None, None, **{**LIMIT, "growth": 0.0}
-        ),
+        "pykern": partial(ops.low_rank_limit, [low], [direction], [ratios], *rest, **LIMIT),
         "plain PyTorch": lambda: direction.sub_(ratios * low),
     }
 
 
-def cases() -> list[Case]:
+def cases(device: str) -> list[Case]:
     listed = []
-    for rank, length in ((128, 11008), (1024, 4096)):
+    for rank, length in ((128, 11008), (1024, 4096), *([(1024, 65536)] if device == "cuda" else [])):
         low, shape = rank * length, f"r{rank} x {length}"
         # Read the gradient, write the direction, read and write the codes and scales of both moments.
         moved = (2 * 4 + 4 * 1 + 16 / 256) * low

@@ -1,5 +1,7 @@
 """What only a GPU has: steps that the host does not wait for, graphs, and states that change devices."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,6 +10,21 @@ from tests.lowrank.test_optimizer import OPTIMIZERS, matrix, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+STEPS = {
+    "galore": pykern.GaLoreAdamW,
+    "fira": pykern.FiraAdamW,
+    "apollo": pykern.ApolloAdamW,
+    "apollo_mini": pykern.ApolloMini,
+    "adabelief, 8-bit": partial(pykern.LowRankOptimizer, rule="adabelief", state_dtype="8bit"),
+    "lion, sign, stochastic": partial(pykern.LowRankOptimizer, rule="lion", residual="sign", rounding="stochastic"),
+    "momentum, bfloat16, kahan": partial(
+        pykern.LowRankOptimizer, rule="momentum", state_dtype="bfloat16", rounding="kahan"
+    ),
+}
+"""Steps that take every op of the family: the fused one, and the parts."""
+
+every_step = pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
+
 
 def gradients(params, seed):
     generator = torch.Generator(device="cuda").manual_seed(seed)
@@ -15,7 +32,7 @@ def gradients(params, seed):
         param.grad = torch.randn(param.shape, generator=generator, device="cuda", dtype=param.dtype)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
+@every_step
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 def test_steps_between_refreshes_wait_for_nothing(make, tensor_lr):
     params = [matrix(256, 128, torch.bfloat16, device="cuda"), torch.nn.Parameter(torch.ones(77, device="cuda"))]
@@ -32,7 +49,7 @@ def test_steps_between_refreshes_wait_for_nothing(make, tensor_lr):
     assert all(state["step"].item() == 4 for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
+@every_step
 def test_graph_replays_count_their_steps(make):
     ours, other = (matrix(128, 64, device="cuda") for _ in range(2))
     lr = torch.tensor(0.01, dtype=torch.float64, device="cuda")
@@ -52,6 +69,29 @@ def test_graph_replays_count_their_steps(make):
     run(optimizer, [ours], 1, first=9)
     run(eager, [other], 1, first=9)
     assert torch.equal(ours, other)
+
+
+@every_step
+def test_a_replay_reads_what_the_scaler_found(make):
+    """found_inf and the scale lie on the device: a captured step sees what they are when it runs."""
+    ours, other = (matrix(128, 64, device="cuda") for _ in range(2))
+    optimizer, plain = (make([param], 0.01, rank=8, refresh_every=100) for param in (ours, other))
+    for one, param in ((optimizer, ours), (plain, other)):
+        run(one, [param], 2)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0, device="cuda"), torch.zeros(1, device="cuda")
+    ours.grad.mul_(4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    plain.step()
+    torch.testing.assert_close(ours, other)
+    before = {name: value.clone() for name, value in optimizer.state[ours].items()}
+    optimizer.found_inf.fill_(1)
+    weight = ours.detach().clone()
+    graph.replay()
+    assert torch.equal(ours, weight)
+    assert all(torch.equal(value, before[name]) for name, value in optimizer.state[ours].items())
 
 
 def test_graph_before_the_first_step_is_refused():
