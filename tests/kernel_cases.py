@@ -374,6 +374,16 @@ def low_rank_products() -> Iterator[Case]:
             yield label, lambda d=dtype, r=rounding, u=up, s=signs: apply(d, 5, r, u, s)
 
 
+def sltrain() -> Iterator[Case]:
+    def both(dtype: torch.dtype) -> list[Tensor]:
+        layer = pykern.SLTrainLinear(37, 70, 3, 0.2, dtype=dtype)
+        layer(normal(5, 37, dtype=dtype)).square().sum().backward()
+        return [param.grad for param in layer.parameters()]
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        yield f"SLTrainLinear {str(dtype)[6:]}", lambda d=dtype: both(d)
+
+
 def quantized() -> Iterator[Case]:
     def train(rows: int, columns: int, options: dict, layer: bool) -> list[Tensor]:
         module = torch.nn.Linear(columns, rows, bias=False)
@@ -462,6 +472,7 @@ FAMILIES = (
     lowrank,
     low_rank_products,
     quantized,
+    sltrain,
     attention,
     prefix_attention,
     offload,

@@ -10,6 +10,7 @@ import pykern
 from bench.harness import Case
 from bench.lowrank import cases_gpu, cases_parts
 from bench.lowrank.cases_refresh import refresh_cases
+from bench.lowrank.cases_sltrain import sltrain_cases
 from bench.lowrank.products import product_cases
 from bench.lowrank.quantized import quantized_cases
 from bench.lowrank.steps import make_step
@@ -62,4 +63,12 @@ def cases(device: str) -> list[Case]:
         step = partial(make_adamw, size)
         listed.append(Case("lowrank", "adamw_step", f"{millions}M bfloat16", step, bytes=22.0 * size))
     own = cases_gpu.cases() if large else []
-    return [*listed, *product_cases(device), *cases_parts.cases(device), *refresh_cases(), *own, *quantized_cases()]
+    return [
+        *listed,
+        *product_cases(device),
+        *cases_parts.cases(device),
+        *refresh_cases(),
+        *own,
+        *quantized_cases(),
+        *sltrain_cases(device),
+    ]

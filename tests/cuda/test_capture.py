@@ -114,6 +114,8 @@ def test_every_op_has_a_case():
         "low_rank_limit": "lowrank/limit",
         "low_rank_apply": "lowrank/apply[",
         "adamw_step": "lowrank/adamw_step",
+        "sparse_rows_add": "sltrain_linear",
+        "sparse_rows_take": "sltrain_linear",
         "prefix_attention_tiles": "prefix_attention_tiles",
         "prefix_attention_forward": "prefix_attention forward bfloat16",
         "prefix_attention_backward": "prefix_attention backward bfloat16",

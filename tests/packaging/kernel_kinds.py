@@ -71,6 +71,7 @@ KINDS: dict[str, str] = {
     "lowrank: dequantize_tiles_kernel<*": OTHER,
     "lowrank: int8_weights_kernel<false>": OTHER,
     "lowrank: residual_limit_kernel<*": OTHER,
+    "lowrank: sparse_rows_kernel<*": OTHER,
     "policy: count_sequences_kernel": OTHER,
     # Reads bits alone; see WIDE_STORES.
     "policy: policy_loss_token_weights_kernel<*": OTHER,
