@@ -13,7 +13,7 @@ class Residual:
     """One residual rule, as the ops' numbers and flags.
 
     Attributes:
-        fused: its number in low_rank_adam_step, or None where the parts do it.
+        fused: its number in low_rank_adamw_step, or None where the parts do it.
         measured: its factors on G's columns come from low_rank_ratios and low_rank_limit.
         per_tensor: one factor for all columns.
         up: the direction is projected up; False where only scaled columns of G are the update.
@@ -85,7 +85,7 @@ def removed(group: dict) -> float | None:
 
 
 def limit_options(group: dict) -> dict:
-    """The keywords of low_rank_limit that low_rank_adam_step shares."""
+    """The keywords of low_rank_limit that low_rank_adamw_step shares."""
     apollo = not RESIDUALS[group["residual"]].up
     return {
         "scale": group["scale"],
