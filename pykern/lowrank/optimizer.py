@@ -23,15 +23,17 @@ from .stepping import step_low_rank, step_plain
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
-    r"""AdamW whose moments live in a low-rank subspace of each weight's gradient.
+    r"""A rule such as AdamW whose moments live in a low-rank subspace of each weight's gradient.
 
-    For a weight W [rows, columns] with gradient G and an orthonormal basis P, at step t = 1, 2, ...::
+    The parts are keywords: what chooses the subspace and when, the rule inside it, what becomes of the rest, how state
+    is kept and weights are rounded. As it begins: for a weight W [rows, columns] with gradient G and an orthonormal
+    basis P, at step t = 1, 2, ...::
 
-        R = G P                                     (right side, P is [columns, rank])
+        R = P^T G^T                                 (right side, P is [columns, rank])
         R = P^T G                                   (left side, P is [rows, rank])
         m = beta1 m + (1 - beta1) R                 v = beta2 v + (1 - beta2) R^2
         N = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-        D = scale * up(N)                           up(X) = X P^T, or P X
+        D = scale * up(N)                           up(X) = (P X)^T, or P X
         W = (1 - lr * weight_decay) W - lr * D
 
     `residual="fira"` adds to D what the subspace misses, with the subspace's own step length::
@@ -44,12 +46,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
     is kept (at first: P = 0, so only decay acts), and the next step tries again. The step itself is taken as
     other optimizers take it, so a NaN in the gradient reaches the weights.
 
-    A group without `rank`, and a parameter that is not a matrix, gets plain AdamW (the same lines with R = G,
-    D = N). Ranks above min(rows, columns) are cut to it. On the CPU one kernel call per parameter projects, updates
-    the moments, projects up and updates the weights, with no temporary of the weight's size. On CUDA the two
-    projections are PyTorch's matrix products, in the weight's dtype and under its TF32 setting, with kernels between
-    and after them, and up(N) is one temporary of the weight's size. Results don't depend on the number of threads
-    and repeat bit for bit.
+    A group without `rank`, and a parameter of fewer than two axes, gets plain AdamW (the same lines with R = G,
+    D = N). A weight of more axes, as a convolution has, is a matrix of shape[0] rows. Ranks above min(rows, columns)
+    are cut to it. All weights of a group are stepped together: where AdamW, float32 moments, nearest rounding and
+    the residuals "none", "fira" or APOLLO's are asked for, by one op (low_rank_adamw_step), else by its parts one
+    after the other. On the CPU, and on CUDA for bfloat16 and float16, there is no temporary of a weight's size; on
+    CUDA float32 and float64 have PyTorch's matrix products, under its TF32 setting, and one such temporary. A
+    gradient whose unit stride is along another axis than its weight's is copied. On the CPU results don't depend on
+    the number of threads, and everywhere they repeat bit for bit.
 
     On CUDA a step waits for the device only where it chooses P, and when it first reads a loaded state. It can be
     captured in a graph after one ordinary step; in a graph P stays, so step outside it every `refresh_every` steps,
@@ -134,8 +138,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     projector (the parameter's dtype) or projector_indices, next_refresh and refreshes (on the CPU, as refresh_gap and
     refresh_similarity of "lazy" are), residual_norm (Fira and APOLLO; negative until known), exp_avg_sq_row and
     exp_avg_sq_col ("adafactor"), error (feedback; the parameter's size and dtype). In few bits projector and error are
-    three tensors each, as in projector_codes, projector_scale and projector_zero. It
-    survives torch.load(weights_only=True), and load_state_dict keeps its dtypes.
+    three tensors each, as in projector_codes, projector_scale and projector_zero. Moments are [rank, length], where
+    length is the axis that is not compressed. All of it survives torch.load(weights_only=True), and load_state_dict
+    keeps its dtypes.
 
     Weights in 8 bits are those of `Int8Linear`: they need a rank and a residual of "none" or "error_feedback", and
     are rounded stochastically whatever `rounding` is.
