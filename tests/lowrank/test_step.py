@@ -133,7 +133,9 @@ def test_rows_with_gaps_are_neither_read_nor_written(device, dtype, right, resid
     rows, view = with_gaps(problem.param)
     arguments, keywords = problem.arguments()
     ops.low_rank_adamw_step([view], [problem.grad], *arguments[2:], **keywords)
-    assert torch.equal(view, expected)
+    # The kernels of CUDA have the vendor's products for float32 and float64, whose sums depend on addresses.
+    rounding = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(view, expected, rtol=rounding, atol=rounding)
     assert rows[:, width:].isnan().all()
     hold(problem, {dtype: 5e-3 if dtype == torch.bfloat16 else 1e-5})
 
