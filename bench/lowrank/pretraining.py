@@ -48,9 +48,9 @@ def contestants(steps: int) -> dict[str, Contestant]:
     return {
         "AdamW": Contestant(pykern.LowRankAdamW, (5e-4, 1e-3, 2e-3), 34.06, {"rank": None}),
         "GaLore": Contestant(pykern.GaLoreAdamW, (5e-3, 1e-2, 2e-2), 34.88, {"scale": 0.25, **gap}),
-        "Fira": Contestant(pykern.FiraAdamW, (5e-3, 1e-2), 31.06, {"scale": 0.25, **gap}),
-        "APOLLO": Contestant(pykern.ApolloAdamW, (5e-3, 1e-2), 31.55, dict(gap)),
-        "DCT": Contestant(pykern.DCTAdamW, (1e-3, 2e-3), None, {}),
+        "Fira": Contestant(pykern.FiraAdamW, (5e-3, 1e-2, 2e-2), 31.06, {"scale": 0.25, **gap}),
+        "APOLLO": Contestant(pykern.ApolloAdamW, (2.5e-3, 5e-3, 1e-2), 31.55, dict(gap)),
+        "DCT": Contestant(pykern.DCTAdamW, (1e-3, 2e-3, 4e-3), None, {}),
     }
 
 
