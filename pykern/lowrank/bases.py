@@ -118,6 +118,7 @@ class Indices:
         return (after[:, None] == before).to(torch.promote_types(job.param.dtype, torch.float32))
 
     def columns(self, indices: Tensor, job: Job) -> Tensor:
+        """P [n, rank] of these rows; each matrix has its own way."""
         raise NotImplementedError
 
 
