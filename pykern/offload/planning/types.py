@@ -1,7 +1,7 @@
 """What a planner works on and returns: plain data, without tensors.
 
-Words: `devices` ranks each hold `chunks` stages of the model; a stage is one piece of the model, numbered over the whole
-pipeline; a block is what one stage saves for the backward of one microbatch. Times are seconds, sizes bytes.
+Words: `devices` ranks each hold `chunks` stages of the model; a stage is one piece of the model, numbered over the
+whole pipeline; a block is what one stage saves for the backward of one microbatch. Times are seconds, sizes bytes.
 """
 
 from dataclasses import dataclass
