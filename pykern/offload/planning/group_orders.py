@@ -26,14 +26,16 @@ def least_group(devices: int) -> int:
 def smallest_group(devices: int, times: Times) -> int:
     """The smallest group for which stages of unequal times still keep the pipeline filled, at most `devices`.
 
-    A group has to keep its slowest stage busy for as long as a microbatch needs to pass one chunk on all ranks, forward
-    or backward: group * max(forward + backward) >= max over chunks (sum over ranks of the forwards, or the backwards).
+    A group has to keep its slowest stage busy for as long as a microbatch needs to pass one chunk on all ranks:
+    group * max(forward + backward) >= max over chunks (sum of the forwards, sum of the backwards of the input).
     """
-    chunks = [range(first, first + devices) for first in range(0, len(times.forward), devices)]
-    backward = [a + b for a, b in zip(times.backward_input, times.backward_weight, strict=True)]
-    slowest = max((a + b for a, b in zip(times.forward, backward, strict=True)), default=0.0)
-    passing = max((sum(values[stage] for stage in chunk) for chunk in chunks for values in (times.forward, backward)),
-                  default=0.0)  # fmt: skip
+    wholes = map(sum, zip(times.forward, times.backward_input, times.backward_weight, strict=True))
+    slowest = max(wholes, default=0.0)
+    passing = max(
+        (sum(values[first : first + devices]) for values in (times.forward, times.backward_input)
+         for first in range(0, len(values), devices)),
+        default=0.0,
+    )  # fmt: skip
     group = least_group(devices)
     while group < devices and group * slowest < passing:
         group += 1
@@ -67,6 +69,12 @@ def _in_groups(
     return tuple(ranks)
 
 
+def too_small(group: int, devices: int) -> tuple[str]:
+    return (
+        f"group={group} cannot keep {devices} devices busy: taken as {least_group(devices)}, half of the devices",
+    )
+
+
 def _remainder(microbatches: int, group: int) -> tuple[str, ...]:
     if microbatches % group == 0:
         return ()
@@ -84,13 +92,9 @@ def gis(
     Rank i runs group * (chunks - 1) + devices - i forwards before its first backward, and holds at most as many blocks.
     The weights' backward follows that of the input at once. (PipeOffload, arXiv 2503.01328.)
     """
-    notes: tuple[str, ...] = ()
     asked = devices if group is None else group
     group = max(asked, least_group(devices))
-    if group != asked:
-        notes = (
-            f"group={asked} cannot keep {devices} devices busy: taken as {group}, half of the devices rounded up",
-        )
+    notes = too_small(asked, devices) if group != asked else ()
     ranks = _in_groups(devices, chunks, microbatches, group, lambda rank: group * (chunks - 1) + devices - rank,
                        split_backward is not False)  # fmt: skip
     return Order("gis", devices, chunks, microbatches, ranks, notes=notes + _remainder(microbatches, group))

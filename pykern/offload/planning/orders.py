@@ -3,52 +3,64 @@
 import math
 from collections.abc import Callable
 
-from .group_orders import fuse, gis, gis_h, least_group, one_f_one_b, one_f_one_b_interleaved
+from .group_orders import fuse, gis, gis_h, least_group, one_f_one_b, one_f_one_b_interleaved, too_small
 from .types import Action, Order
 from .v_orders import v_half, v_min, zb_v
+
+
+Slot = tuple[int, Action]
+
+
+def pipe_offload_slots(devices: int, chunks: int, microbatches: int, rank: int, group: int) -> list[Slot]:
+    """The grid that `pipe_offload` takes its order from: a slot of equal time for every action, sorted.
+
+    Every 3 * chunks slots a microbatch begins, and its forwards (backwards) of one chunk lie 3 * group slots after
+    those of the chunk before (after).
+    """
+    # Every `collision` chunks the distance comes back to a slot of the period that is taken: a microbatch's one further.
+    collision = chunks // math.gcd(chunks, group)
+
+    def offset(chunk: int) -> int:
+        return 3 * (group * chunk + chunk // collision)
+
+    # Ranks start later than their input arrives, by one slot each, as far as the next chunk's input leaves room.
+    late = min([rank, *(offset(chunk) - offset(chunk - 1) - devices for chunk in range(1, chunks))])
+    first_backward = offset(chunks - 1) + rank + 3 * (devices - 1 - rank) + 1
+    slots = []
+    for microbatch in range(microbatches):
+        start = 3 * chunks * microbatch + late
+        for chunk in range(chunks):
+            backward = start + first_backward + offset(chunks - 1 - chunk)
+            slots += [
+                (start + offset(chunk) + rank, Action("F", chunk, microbatch)),
+                (backward, Action("I", chunk, microbatch)),
+                (backward + 1, Action("W", chunk, microbatch)),
+            ]
+    return sorted(slots, key=lambda slot: slot[0])
 
 
 def pipe_offload(
     devices: int, chunks: int, microbatches: int, *, group: int | None = None, split_backward: bool | None = None
 ) -> Order:
-    """PipeOffload's order: a microbatch's chunks are spread evenly over time, so that lifespans fall by chunk and
+    """PipeOffload's order: a microbatch's chunks are spread evenly over time, so that lifespans fall by chunk, and
     offloading the first half of the chunks leaves a quarter of the memory (arXiv 2503.01328).
 
-    Made on a grid of slots of equal times, where every 3 * chunks slots a microbatch begins, and forwards of one chunk
-    follow those of the chunk before by 3 * ceil(devices / 2) slots; read in that order, ranks run it without waiting
-    for the grid.
+    The order of a grid of equal times; ranks run it without waiting for the grid. `group`: how many microbatches' time
+    lies between two chunks, half of the devices by default.
     """
     if devices == 1:
-        # On one device the grid would only overlap microbatches, for more memory and no time gained.
+        # The grid would only overlap microbatches: more memory, and no time gained.
         order = gis(1, chunks, microbatches, group=1, split_backward=split_backward)
         note = "one device has no pipeline to fill: each microbatch's backward follows its forward"
         return Order("po", 1, chunks, microbatches, order.ranks, notes=(note,))
-    period = 3 * chunks
-    step = 3 * least_group(devices)
-    collision = chunks // math.gcd(chunks, least_group(devices))
-
-    def offset(chunk: int) -> int:
-        # Every `collision` chunks the step comes back to a slot of the period that is taken: one slot further.
-        return step * chunk + 3 * (chunk // collision)
-
-    # Ranks start later than their input arrives, by one slot each, as far as the next chunk's input leaves room.
-    shift = min([devices - 1, *(offset(c) - offset(c - 1) - devices for c in range(1, chunks))])
+    asked = group or least_group(devices)
+    group = max(asked, least_group(devices))
+    notes = too_small(asked, devices) if group != asked else ()
     ranks = []
     for rank in range(devices):
-        late = min(rank, shift)
-        first_backward = offset(chunks - 1) + rank + 3 * (devices - 1 - rank) + 1
-        slots = []
-        for microbatch in range(microbatches):
-            for chunk in range(chunks):
-                start = period * microbatch + late
-                forward = start + offset(chunk) + rank
-                backward = start + first_backward + offset(chunks - 1 - chunk)
-                slots.append((forward, Action("F", chunk, microbatch)))
-                slots.append((backward, Action("I", chunk, microbatch)))
-                slots.append((backward + 1, Action("W", chunk, microbatch)))
-        actions = tuple(action for _, action in sorted(slots, key=lambda slot: slot[0]))
+        actions = tuple(action for _, action in pipe_offload_slots(devices, chunks, microbatches, rank, group))
         ranks.append(fuse(actions) if split_backward is False else actions)
-    return Order("po", devices, chunks, microbatches, tuple(ranks))
+    return Order("po", devices, chunks, microbatches, tuple(ranks), notes=notes)
 
 
 SCHEDULES: dict[str, Callable[..., Order]] = {
@@ -65,7 +77,8 @@ SCHEDULES: dict[str, Callable[..., Order]] = {
 }
 """By name, f(devices, chunks, microbatches, *, group=None, split_backward=None) -> Order. po_h and po_f are po, with
 half or all of the chunks offloaded. split_backward=None is what the schedule was published with: whole backwards for
-1F1B, split ones for the others. Only GIS looks at `group`."""
+1F1B, split ones for the others. `group` is for
+GIS and PO."""
 
 
 def make_order(

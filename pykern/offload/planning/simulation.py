@@ -120,7 +120,8 @@ def bubbles(order: Order, spans: Spans) -> tuple[float, ...]:
 
 def table_blocks(schedule: str, devices: int, chunks: int, rank: int, group: int | None = None) -> int:
     """Most blocks that a rank holds without offloading, by Table 1 of PipeOffload (arXiv 2503.01328), for the schedules
-    that have a closed form: 1f1b (`chunks` blocks per forward), 1f1b_interleaved, gis, gis_h."""
+    that have a closed form: 1f1b (with stages of `chunks` blocks), 1f1b_interleaved, gis, gis_h. Fewer if there are
+    fewer microbatches."""
     if schedule == "1f1b":
         return chunks * (devices - rank)
     if schedule == "1f1b_interleaved":
@@ -137,16 +138,23 @@ def table_bubble(
     backward_weight: float = 1.0,
     group: int | None = None,
 ) -> float:
-    """Seconds that a rank idles, by the same table; the times are those of one chunk."""
+    """Seconds that a rank idles, for the same schedules, with one chunk's times and whole groups of microbatches.
+
+    The table's (devices - group) * (chunks - 1) * (forward + backward_input - backward_weight) of GIS is exact where the
+    group is half of the devices, or all, or both halves of a backward take equally long; between, ranks that run as
+    soon as they can idle less. What stands here is exact as long as group * (forward + backward_input + backward_weight)
+    covers devices * max(forward, backward_input), and backward_weight <= forward + backward_input.
+    """
     whole = forward + backward_input + backward_weight
     if schedule == "1f1b":
         return chunks * (devices - 1) * whole
     if schedule == "1f1b_interleaved":
         return (devices - 1) * whole
-    short = devices - _group(schedule, devices, group)
-    return (devices - 1) * (forward + backward_input) + short * (chunks - 1) * (
-        forward + backward_input - backward_weight
-    )
+    group = _group(schedule, devices, group)
+    # Between two chunks of one group: until the first forward is through all ranks, and the first backward.
+    gap = max(0, devices - group) * forward
+    gap += max(0.0, devices * backward_input - group * (backward_input + backward_weight))
+    return (devices - 1) * (forward + backward_input) + (chunks - 1) * gap
 
 
 def _group(schedule: str, devices: int, group: int | None) -> int:
