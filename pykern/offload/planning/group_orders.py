@@ -70,9 +70,7 @@ def _in_groups(
 
 
 def too_small(group: int, devices: int) -> tuple[str]:
-    return (
-        f"group={group} cannot keep {devices} devices busy: taken as {least_group(devices)}, half of the devices",
-    )
+    return (f"group={group} cannot keep {devices} devices busy: taken as {least_group(devices)}, half of the devices",)
 
 
 def _remainder(microbatches: int, group: int) -> tuple[str, ...]:
@@ -129,6 +127,9 @@ def one_f_one_b_interleaved(
         order = one_f_one_b(devices, 1, microbatches, split_backward=split_backward)
         note = "interleaved 1F1B needs several chunks per device: with one it is planned as 1F1B"
         return Order(order.schedule, devices, 1, microbatches, order.ranks, notes=(note, *order.notes))
-    ranks = _in_groups(devices, chunks, microbatches, devices,
-                       lambda rank: devices * (chunks - 1) + 2 * (devices - rank) - 1, split_backward is True)  # fmt: skip
+
+    def first(rank: int) -> int:
+        return devices * (chunks - 1) + 2 * (devices - rank) - 1
+
+    ranks = _in_groups(devices, chunks, microbatches, devices, first, split_backward is True)
     return Order("1f1b_interleaved", devices, chunks, microbatches, ranks, notes=_remainder(microbatches, devices))

@@ -17,7 +17,7 @@ def pipe_offload_slots(devices: int, chunks: int, microbatches: int, rank: int, 
     Every 3 * chunks slots a microbatch begins, and its forwards (backwards) of one chunk lie 3 * group slots after
     those of the chunk before (after).
     """
-    # Every `collision` chunks the distance comes back to a slot of the period that is taken: a microbatch's one further.
+    # After so many chunks the distance comes back to a slot of the period that is taken: one microbatch's further.
     collision = chunks // math.gcd(chunks, group)
 
     def offset(chunk: int) -> int:

@@ -140,10 +140,10 @@ def table_bubble(
 ) -> float:
     """Seconds that a rank idles, for the same schedules, with one chunk's times and whole groups of microbatches.
 
-    The table's (devices - group) * (chunks - 1) * (forward + backward_input - backward_weight) of GIS is exact where the
-    group is half of the devices, or all, or both halves of a backward take equally long; between, ranks that run as
-    soon as they can idle less. What stands here is exact as long as group * (forward + backward_input + backward_weight)
-    covers devices * max(forward, backward_input), and backward_weight <= forward + backward_input.
+    Exact as long as group * (forward + backward_input + backward_weight) covers devices * max(forward, backward_input),
+    and backward_weight <= forward + backward_input. For GIS the table says (devices - group) * (chunks - 1) * (forward +
+    backward_input - backward_weight) beside the first term, which is the same for half of the devices, for all of them,
+    and where both halves of a backward take equally long; between, ranks that don't wait for a grid idle less.
     """
     whole = forward + backward_input + backward_weight
     if schedule == "1f1b":

@@ -1,11 +1,13 @@
 """Schedules of two chunks laid out in a V: the second chunk goes back over the ranks, so the last one holds the two
 middle stages, and the first one both ends (arXiv 2405.15362)."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from .group_orders import fuse, gis, gis_h
-from .types import Action, Order
+from .types import Action, Kind, Order
 
 
 def _zb_v(devices: int, microbatches: int) -> list[list[Action]]:
@@ -14,31 +16,39 @@ def _zb_v(devices: int, microbatches: int) -> list[list[Action]]:
     Made for the 2 * devices - 1 microbatches at least that fill the pipeline; those beyond the last are left out.
     """
     total = max(microbatches, 2 * devices - 1)
+    first, second = (("F", 0), ("I", 0), ("W", 0)), (("F", 1), ("I", 1), ("W", 1))
+    forward, backward_input, backward_weight = zip(first, second, strict=True)
     ranks = []
     for rank in range(devices):
-        actions: list[Action] = []
-        counts: dict[tuple[str, int], int] = {}
-
-        def add(*kinds: tuple[str, int], actions=actions, counts=counts) -> None:
-            for kind, chunk in kinds:
-                number = counts.get((kind, chunk), 0)
-                if number < total:
-                    actions.append(Action(kind, chunk, number))
-                    counts[kind, chunk] = number + 1
-
-        # Until the first microbatch is back at this rank.
-        add(*[("F", 0)] * (2 * (devices - rank) - 1))
-        add(*[("F", 1), ("F", 0)] * rank)
-        # Until its first backward of the second chunk is back.
-        add(*[("F", 1), ("I", 1), ("W", 1)] * (devices - rank))
-        while counts["F", 1] < total:
-            add(("F", 0), ("I", 0), ("W", 0), ("F", 1), ("I", 1), ("W", 1))
-        # What the others wait for goes first, and the backwards of the weights fill the gaps.
-        add(*[("I", 0), ("I", 1)] * rank)
-        add(*[("I", 0), ("W", 0)] * (devices - rank))
-        add(*[("W", 1), ("W", 0)] * total)
-        ranks.append([action for action in actions if action.microbatch < microbatches])
+        kinds = (
+            # Until the first microbatch is back at this rank.
+            forward[:1] * (2 * (devices - rank) - 1)
+            + forward[::-1] * rank
+            # Until the backward of the second chunk has been through the ranks before this one.
+            + second * (devices - rank)
+            + (first + second) * (total - devices)
+            # What others wait for goes first, and the backwards of the weights fill the gaps.
+            + backward_input * rank
+            + (backward_input[:1] + backward_weight[:1]) * (devices - rank)
+            + backward_weight[::-1] * rank
+        )
+        counts: Counter[tuple[Kind, int]] = Counter()
+        actions = []
+        for kind in kinds:
+            if counts[kind] < microbatches:
+                actions.append(Action(*kind, counts[kind]))
+            counts[kind] += 1
+        ranks.append(actions)
     return ranks
+
+
+class _Pattern(NamedTuple):
+    """One microbatch in slots of equal time; the next begins six slots later."""
+
+    slots: Callable[[int, int], tuple[int, int, int, int]]
+    """Of (devices, rank): where its forwards of chunks 0 and 1 lie, its backwards of the input of chunks 1 and 0."""
+    blocks: Callable[[int], int]
+    """Of devices: how many blocks a rank may hold."""
 
 
 def _v_min_slots(devices: int, rank: int) -> tuple[int, int, int, int]:
@@ -51,34 +61,60 @@ def _v_half_slots(devices: int, rank: int) -> tuple[int, int, int, int]:
     return 2 * rank, 3 * devices - 2 - rank, 3 * devices + late + 2 * rank - 1, 6 * devices + late - 2 - rank
 
 
-def _repeat(devices: int, microbatches: int, slots) -> list[list[Action]]:
-    """Every six slots of equal time a microbatch begins: a rank's two forwards and two backwards of the input lie at
-    `slots(devices, rank)`, and backwards of the weights take the first free slots after theirs of the input."""
-    ranks = []
+_V_MIN = _Pattern(_v_min_slots, lambda devices: 2 * ((devices + 1) // 3 + 1))
+_V_HALF = _Pattern(_v_half_slots, lambda devices: 2 * (devices // 2 + 1))
+
+
+def _repeat(pattern: _Pattern, devices: int, microbatches: int) -> list[list[Action]]:
+    """Forwards and backwards of the input in the pattern's order, each as soon as it can run. Backwards of the weights
+    run while a rank would otherwise idle, or hold too many blocks."""
+    sequences = []
     for rank in range(devices):
-        first, second, second_backward, first_backward = slots(devices, rank)
-        pattern = [(first, "F", 0), (second, "F", 1), (second_backward, "I", 1), (first_backward, "I", 0)]
-        timed = sorted(
-            (slot + 6 * microbatch, kind, chunk, microbatch)
-            for microbatch in range(microbatches)
-            for slot, kind, chunk in pattern
-        )
-        waiting: deque[tuple[int, int]] = deque()
-        actions = []
-        clock = 0
-        for slot, kind, chunk, microbatch in timed:
-            while waiting and clock < slot:
-                actions.append(Action("W", *waiting.popleft()))
-                clock += 1
-            clock = slot + 1
-            actions.append(Action(kind, chunk, microbatch))
-            if kind == "I":
-                waiting.append((chunk, microbatch))
-        ranks.append(actions + [Action("W", *item) for item in waiting])
+        first, second, second_backward, first_backward = pattern.slots(devices, rank)
+        kinds = ((first, "F", 0), (second, "F", 1), (second_backward, "I", 1), (first_backward, "I", 0))
+        slots = [(slot + 6 * n, Action(kind, chunk, n)) for n in range(microbatches) for slot, kind, chunk in kinds]
+        sequences.append(deque(action for _, action in sorted(slots)))
+    most = pattern.blocks(devices)
+    stage = Order("", devices, 2, microbatches, (), placement="v").stage
+    ended: set[tuple[str, int, int]] = set()
+    weights: list[deque[Action]] = [deque() for _ in range(devices)]
+    live = [0] * devices
+    ranks: list[list[Action]] = [[] for _ in range(devices)]
+    while any(sequences) or any(weights):
+        ending = []
+        for rank, (sequence, waiting) in enumerate(zip(sequences, weights, strict=True)):
+            action = None
+            if sequence:
+                kind, chunk, microbatch = sequence[0]
+                own, last = stage(rank, chunk), 2 * devices - 1
+                before = own - 1 if kind == "F" else own + 1
+                arrived = before in (-1, last + 1) or (kind, before, microbatch) in ended
+                if arrived and not (kind == "F" and live[rank] >= most and waiting):
+                    action = sequence.popleft()
+                    ending.append((kind, own, microbatch))
+                    if kind == "F":
+                        live[rank] += 1
+                    else:
+                        waiting.append(Action("W", chunk, microbatch))
+            if action is None and waiting:
+                action = waiting.popleft()
+                live[rank] -= 1
+            if action is not None:
+                ranks[rank].append(action)
+        ended.update(ending)
     return ranks
 
 
-def _in_v(name: str, title: str, otherwise, devices: int, chunks: int, microbatches: int, ranks, split_backward) -> Order:
+def _in_v(
+    name: str,
+    title: str,
+    otherwise: Callable[..., Order],
+    devices: int,
+    chunks: int,
+    microbatches: int,
+    ranks: Callable[[], list[list[Action]]],
+    split_backward: bool | None,
+) -> Order:
     if chunks != 2:
         order = otherwise(devices, chunks, microbatches, split_backward=split_backward)
         note = f"{title} has two chunks per device, not {chunks}: planned as {order.schedule}, chunks in a loop"
@@ -92,7 +128,7 @@ def _in_v(name: str, title: str, otherwise, devices: int, chunks: int, microbatc
 def zb_v(
     devices: int, chunks: int, microbatches: int, *, group: int | None = None, split_backward: bool | None = None
 ) -> Order:
-    """ZB-V: no bubble when the three computations take equally long, with as many bytes as 1F1B."""
+    """ZB-V: no bubble where all computations take equally long; 2 * devices blocks, the memory of 1F1B."""
     return _in_v("zb_v", "ZB-V", gis, devices, chunks, microbatches,
                  lambda: _zb_v(devices, microbatches), split_backward)  # fmt: skip
 
@@ -102,7 +138,7 @@ def v_half(
 ) -> Order:
     """V-Half: half of 1F1B's memory, half of its bubble."""
     return _in_v("v_half", "V-Half", gis_h, devices, chunks, microbatches,
-                 lambda: _repeat(devices, microbatches, _v_half_slots), split_backward)  # fmt: skip
+                 lambda: _repeat(_V_HALF, devices, microbatches), split_backward)  # fmt: skip
 
 
 def v_min(
@@ -110,4 +146,4 @@ def v_min(
 ) -> Order:
     """V-Min: a third of 1F1B's memory, two thirds of its bubble."""
     return _in_v("v_min", "V-Min", gis_h, devices, chunks, microbatches,
-                 lambda: _repeat(devices, microbatches, _v_min_slots), split_backward)  # fmt: skip
+                 lambda: _repeat(_V_MIN, devices, microbatches), split_backward)  # fmt: skip
