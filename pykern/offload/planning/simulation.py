@@ -141,9 +141,9 @@ def table_bubble(
     """Seconds that a rank idles, for the same schedules, with one chunk's times and whole groups of microbatches.
 
     Exact as long as group * (forward + backward_input + backward_weight) covers devices * max(forward, backward_input),
-    and backward_weight <= forward + backward_input. For GIS the table says (devices - group) * (chunks - 1) * (forward +
-    backward_input - backward_weight) beside the first term, which is the same for half of the devices, for all of them,
-    and where both halves of a backward take equally long; between, ranks that don't wait for a grid idle less.
+    and backward_weight <= forward + backward_input. The table has (devices - group) * (chunks - 1) * (forward +
+    backward_input - backward_weight) for what is beyond GIS with the largest group. That is the same for half of the
+    devices, and where both halves of a backward take equally long; between, ranks that wait for no grid idle less.
     """
     whole = forward + backward_input + backward_weight
     if schedule == "1f1b":
