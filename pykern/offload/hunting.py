@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import _native  # noqa: F401  (registers the ops)
 from .host_arena import map_pages
-
-_pack = torch.ops.pykern.offload_pack.default
 
 POISON_FRESH, POISON_FREED = 0xA5, 0xDD
 """What memory holds that was allocated and not written yet, and that was freed."""
@@ -156,7 +153,12 @@ class HuntingDevice:
 
     def pack(self, parts: Sequence[Tensor], offsets: Sequence[int], block: Tensor) -> None:
         parts, offsets = list(parts), list(offsets)
-        self._put(self.current, "packing", lambda: _pack(parts, offsets, [0] * len(parts), block), parts, [block])
+
+        def run() -> None:
+            for part, offset in zip(parts, offsets, strict=True):
+                block[offset : offset + part.numel()].copy_(part)
+
+        self._put(self.current, "packing", run, parts, [block])
 
     def allocate_host(self, nbytes: int) -> Tensor:
         if self._host_left is not None:

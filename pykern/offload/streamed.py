@@ -14,7 +14,7 @@ from .staging import ALIGNMENT
 from .streams import Point, Stream, StreamDevice
 
 PACKED_BELOW = 1 << 20
-"""Neighbouring parts smaller than this are packed into one staging block on the device and copied at once."""
+"""Bytes that a copy moves in the time in which it starts, about; larger parts are not worth a copy on the device."""
 
 
 class _Item:
@@ -73,6 +73,7 @@ class StreamedEngine:
     it grows as needed, up to `capacity`.
     queue_bytes: device memory that copies under way may hold, or one larger item; beyond it the computing stream waits
     for the oldest. None: `settle` alone lets parts go.
+    packed_below: neighbouring parts smaller than this are packed into one block on the device, and copied at once.
     file: where the oldest items go when there is no slot left.
 
     Not for use from within itself; calls from many threads are taken one at a time.
@@ -86,9 +87,10 @@ class StreamedEngine:
         capacity: int | None = None,
         growth: int = GROWTH,
         queue_bytes: int | None = None,
+        packed_below: int = PACKED_BELOW,
         file: Engine | None = None,
     ) -> None:
-        self._device = device
+        self._device, self._packed_below = device, packed_below
         try:
             self._arena = HostArena(device, slot_bytes, capacity, growth)
         except MemoryError as error:
@@ -152,7 +154,7 @@ class StreamedEngine:
 
     def _copy_out(self, item: _Item, parts: Sequence[Tensor], offsets: Sequence[int]) -> None:
         device = self._device
-        for begin, size, neighbours in _runs(parts, offsets):
+        for begin, size, neighbours in _runs(parts, offsets, self._packed_below):
             if len(neighbours) == 1:
                 item.held.append((begin, neighbours[0][1]))
                 continue
@@ -291,19 +293,22 @@ class StreamedEngine:
         """The block's memory returns to the stream it came from, after the copy into it and all that used it."""
         if item.block is None:
             return
-        device, home = self._device, item.block_home
-        if home not in item.users:
-            device.wait(home, item.arrived.event)
-        for stream in item.users:
-            if stream != home:
-                device.wait(home, self._point(stream).event)
+        self._order_drop_of_block(item)
         # A forwarded source is let go as a source: after it was copied out, too.
         if not item.held or item.block is not item.held[0][1]:
-            device.free(item.block, home)
+            self._device.free(item.block, item.block_home)
         item.block = item.block_home = item.arrived = None
         item.users = {}
         if item.held and item not in self._writing:
             self._drop_sources(item)
+
+    def _order_drop_of_block(self, item: _Item) -> None:
+        home = item.block_home
+        if home not in item.users:
+            self._device.wait(home, item.arrived.event)
+        for stream in item.users:
+            if stream != home:
+                self._device.wait(home, self._point(stream).event)
 
     def release(self, item: int) -> None:
         """The item is not needed any more. May be called from anywhere, also from a garbage collection."""
@@ -529,12 +534,14 @@ def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -
         raise ValueError(f"nbytes: expected room for the parts, which end at {end}, and at least 1, got {nbytes}")
 
 
-def _runs(parts: Sequence[Tensor], offsets: Sequence[int]) -> list[tuple[int, int, list[tuple[int, Tensor]]]]:
+def _runs(
+    parts: Sequence[Tensor], offsets: Sequence[int], packed_below: int
+) -> list[tuple[int, int, list[tuple[int, Tensor]]]]:
     """Begin and size of what one copy moves, and its parts: small neighbours together, each large part by itself."""
     runs: list[list[tuple[int, Tensor]]] = []
     joins = False
     for offset, part in zip(offsets, parts, strict=True):
-        small = part.numel() < PACKED_BELOW
+        small = part.numel() < packed_below
         if small and joins and offset - (runs[-1][-1][0] + runs[-1][-1][1].numel()) < ALIGNMENT:
             runs[-1].append((offset, part))
         elif part.numel():

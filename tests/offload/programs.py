@@ -9,8 +9,9 @@ from pykern.offload.streamed import StreamedEngine
 class Block:
     """What one (chunk, microbatch) saves: parts, each with a byte value of its own; an item, if it was stored."""
 
-    def __init__(self, key, parts, offsets, values, nbytes):
-        self.key, self.parts, self.offsets, self.values, self.nbytes = key, parts, offsets, values, nbytes
+    def __init__(self, key, parts, offsets, sizes, values):
+        self.key, self.parts, self.offsets, self.sizes, self.values = key, parts, offsets, sizes, values
+        self.nbytes = offsets[-1] + sizes[-1]
         self.item = -1
         self.reservations = self.uses = 0
 
@@ -18,17 +19,21 @@ class Block:
 class Program:
     """Stores the blocks of a few chunks and microbatches, brings them back, and computes with them."""
 
-    def __init__(self, seed, engine_class=StreamedEngine, directions=None, blocks=12):
+    def __init__(self, seed, engine_class=StreamedEngine, device_class=HuntingDevice, directions=None, blocks=12):
         self.random = random.Random(seed)
-        self.device = HuntingDevice(seed, directions=directions or self.random.choice((1, 2)))
+        self.device = device_class(seed, directions=directions or self.random.choice((1, 2)))
         self.slots = [self.random.choice((1024, 2048, 4096)) for _ in range(self.random.randint(2, 6))]
         self.names_slots = self.random.random() < 0.4
-        queue_bytes = self.random.choice((None, 0, 1500, 5000))
         if self.names_slots or self.random.random() < 0.5:
-            self.engine = engine_class(self.device, slot_bytes=self.slots, queue_bytes=queue_bytes)
+            arena = {"slot_bytes": self.slots}
         else:
-            capacity = 4096 * self.random.randint(2, 12)
-            self.engine = engine_class(self.device, capacity=capacity, growth=8192, queue_bytes=queue_bytes)
+            arena = {"capacity": 4096 * self.random.randint(2, 12), "growth": 8192}
+        self.engine = engine_class(
+            self.device,
+            queue_bytes=self.random.choice((None, 0, 1500, 5000)),
+            packed_below=self.random.choice((0, 256, 1 << 20)),
+            **arena,
+        )
         chunks = self.random.choice((1, 2, 3))
         self.todo = [(chunk, microbatch) for microbatch in range(blocks // chunks) for chunk in range(chunks)]
         self.live = []
@@ -57,12 +62,11 @@ class Program:
             begin += size
             end = -(-(end + size) // 256) * 256 + self.random.choice((0, 0, 256))
         values = [self.random.randrange(128) for _ in sizes]
-        nbytes = offsets[-1] + sizes[-1]
-        block = Block(key, parts, offsets, values, nbytes)
+        block = Block(key, parts, offsets, sizes, values)
         self.device.launch(f"forward {key}", writes=list(zip(parts, values)))
         slot = self.random.randrange(len(self.slots)) if self.names_slots else None
         block.home = self.device.current
-        block.item = self.engine.store(parts, offsets, nbytes, slot)
+        block.item = self.engine.store(parts, offsets, block.nbytes, slot)
         if block.item >= 0:
             self.stored += 1
             block.parts = None
@@ -100,7 +104,7 @@ class Program:
         else:
             data = self.engine.load(block.item)
             assert data.numel() == block.nbytes
-            parts = [data[o : o + s] for o, s in zip(block.offsets, self.sizes(block))]
+            parts = [data[o : o + s] for o, s in zip(block.offsets, block.sizes)]
             self.device.launch(name, reads=list(zip(parts, block.values)))
         block.uses += 1
         if block.uses == 2:
@@ -111,10 +115,6 @@ class Program:
                 self.device.wait(block.home, self.device.record(self.device.current))
                 for part in block.parts:
                     self.device.free(part, block.home)
-
-    def sizes(self, block):
-        ends = [*block.offsets[1:], block.nbytes]
-        return [min(end - offset, 1) for offset, end in zip(block.offsets, ends)]
 
     def change_stream(self):
         old, new = self.device.streams[:2]
