@@ -27,7 +27,7 @@ class _Copy(Copy):
 
     def move(self, engine: Engine) -> bool:
         """Hands the bytes to the engine; False if it has no room."""
-        item = engine.store(self.resident)
+        item = engine.store([self.resident], [0], self.resident.numel())
         if item < 0:
             return False
         self.engine, self.item = engine, item
