@@ -37,6 +37,7 @@ class Program:
         chunks = self.random.choice((1, 2, 3))
         self.todo = [(chunk, microbatch) for microbatch in range(blocks // chunks) for chunk in range(chunks)]
         self.live = []
+        self.gone = []
         self.stored = 0
 
     def run(self):
@@ -45,7 +46,7 @@ class Program:
             if self.todo and len(self.live) < most and (not self.live or self.random.random() < 0.5):
                 self.forward(self.todo.pop(0))
             else:
-                self.random.choice((self.backward, self.prefetch, self.settle, self.change_stream))()
+                self.random.choice((self.backward, self.prefetch, self.settle, self.change_stream, self.use_gone))()
         self.engine.close()
         self.device.finish()
         return self.stored
@@ -111,10 +112,24 @@ class Program:
             self.live.remove(block)
             if block.item >= 0:
                 self.engine.release(block.item)
+                self.gone.append(block.item)
             else:
                 self.device.wait(block.home, self.device.record(self.device.current))
                 for part in block.parts:
                     self.device.free(part, block.home)
+
+    def use_gone(self):
+        """A released item stays released, however often it is, and never becomes another."""
+        if not self.gone:
+            return
+        item = self.random.choice(self.gone)
+        try:
+            self.engine.load(item)
+        except RuntimeError as error:
+            assert "released before its use" in str(error)
+        else:
+            raise AssertionError(f"item {item} was released, and is handed out again")
+        self.engine.release(item)
 
     def change_stream(self):
         old, new = self.device.streams[:2]
