@@ -31,8 +31,8 @@ class Arena : public Medium {
     return "";
   }
 
-  std::string write(int64_t offset, const void* source, int64_t bytes) override {
-    std::memcpy(base_ + offset, source, bytes);
+  std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t) override {
+    for (const Piece& piece : pieces) std::memcpy(base_ + offset + piece.offset, piece.data, piece.bytes);
     return "";
   }
 

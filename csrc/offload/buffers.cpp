@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "offload/medium.h"
@@ -15,7 +16,7 @@ BufferPool::~BufferPool() {
 }
 
 std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
-  const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  const int64_t capacity = std::max<int64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
   char* data = nullptr;
   {
     const std::lock_guard<std::mutex> guard(mutex_);

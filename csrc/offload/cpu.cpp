@@ -1,6 +1,7 @@
 // The engine's ops. They have no fake kernel and no autograd formula on purpose: they move bytes in
 // and out of a store that outlives every graph, are called from saved-tensor hooks alone, which run
-// beside traced code and never in it, and their effect has no shape for a tracer to know.
+// beside traced code and never in it, and their effect has no shape for a tracer to know. All of them
+// are composite: a block may have no parts, and then no tensor tells the dispatcher a device.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
@@ -45,7 +46,7 @@ std::shared_ptr<Engine> engine(int64_t handle) {
   const std::lock_guard<std::mutex> guard(registry().mutex);
   const auto found = registry().engines.find(handle);
   if (found == registry().engines.end() || !found->second.engine) {
-    throw std::runtime_error("ActivationOffload: closed before its saved tensors were used");
+    throw std::runtime_error("offload: closed before its saved tensors were used");
   }
   return found->second.engine;
 }
@@ -86,13 +87,30 @@ void close_engine(int64_t handle) {
   if (closed.process != getpid()) new std::shared_ptr<Engine>(std::move(closed.engine));
 }
 
-int64_t store(int64_t handle, const Tensor& source) {
-  check_cpu(source, "source");
-  check_dim(source, 1, "source");
-  check_type(source, ScalarType::Byte, "source");
-  check_contiguous(source, "source");
-  return engine(handle)->store(source);
+int64_t store(int64_t handle, std::vector<Tensor> parts, std::vector<int64_t> offsets, int64_t bytes) {
+  STD_TORCH_CHECK(parts.size() == offsets.size(), "offsets: expected one per part (", parts.size(), "), got ",
+                  offsets.size());
+  STD_TORCH_CHECK(bytes >= 0, "nbytes: expected at least 0, got ", bytes);
+  std::vector<Piece> pieces;
+  for (size_t index = 0; index < parts.size(); ++index) {
+    const Tensor& part = parts[index];
+    check_cpu(part, "parts");
+    check_dim(part, 1, "parts");
+    check_type(part, ScalarType::Byte, "parts");
+    check_contiguous(part, "parts");
+    STD_TORCH_CHECK(offsets[index] >= 0 && offsets[index] <= bytes - part.numel(), "offsets: part ", index, " of ",
+                    part.numel(), " bytes at ", offsets[index], " does not fit into a block of ", bytes);
+    if (part.numel() > 0) pieces.push_back({offsets[index], part.numel(), input<char>(part)});
+  }
+  std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.offset < b.offset; });
+  for (size_t index = 1; index < pieces.size(); ++index) {
+    STD_TORCH_CHECK(pieces[index - 1].end() <= pieces[index].offset, "offsets: the parts at ",
+                    pieces[index - 1].offset, " and ", pieces[index].offset, " overlap");
+  }
+  return engine(handle)->store(std::move(parts), std::move(pieces), bytes);
 }
+
+bool settle(int64_t handle, int64_t item) { return engine(handle)->settle(item); }
 
 Tensor load(int64_t handle, int64_t item) { return engine(handle)->load(item); }
 void reserve(int64_t handle, int64_t item) { engine(handle)->reserve(item); }
@@ -135,6 +153,8 @@ STABLE_TORCH_LIBRARY_IMPL(pykern, CompositeExplicitAutograd, m) {
   m.impl("offload_open", TORCH_BOX(&open_engine));
   m.impl("offload_error", TORCH_BOX(&opening_error));
   m.impl("offload_close", TORCH_BOX(&close_engine));
+  m.impl("offload_store", TORCH_BOX(&store));
+  m.impl("offload_settle", TORCH_BOX(&settle));
   m.impl("offload_load", TORCH_BOX(&load));
   m.impl("offload_reserve", TORCH_BOX(&reserve));
   m.impl("offload_unreserve", TORCH_BOX(&unreserve));
@@ -146,7 +166,5 @@ STABLE_TORCH_LIBRARY_IMPL(pykern, CompositeExplicitAutograd, m) {
   m.impl("offload_counters", TORCH_BOX(&counters));
   m.impl("offload_reset_counters", TORCH_BOX(&reset_counters));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(pykern, CPU, m) { m.impl("offload_store", TORCH_BOX(&store)); }
 
 }  // namespace pykern

@@ -13,6 +13,9 @@ using torch::stable::Tensor;
 
 namespace {
 
+// All bits set are NaN in every floating-point type: whoever reads what is undefined shows it.
+constexpr char kPoison = '\xff';
+
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
@@ -53,9 +56,8 @@ std::string Engine::preallocate(int64_t bytes) {
   return error;
 }
 
-int64_t Engine::store(const Tensor& source) {
+int64_t Engine::store(std::vector<Tensor> sources, std::vector<Piece> pieces, int64_t bytes) {
   drop_finished();
-  const int64_t bytes = source.numel();
   Lock lock(mutex_);
   const auto has_room = [&] { return queued_bytes_ == 0 || queued_bytes_ + bytes <= options_.queue_bytes; };
   if (!has_room()) {
@@ -77,7 +79,8 @@ int64_t Engine::store(const Tensor& source) {
   const auto item = std::make_shared<Item>();
   item->offset = offset;
   item->bytes = bytes;
-  item->source = source;
+  item->sources = std::move(sources);
+  item->pieces = std::move(pieces);
   const int64_t number = next_item_++;
   items_.emplace(number, item);
   writes_.push_back(item);
@@ -85,6 +88,29 @@ int64_t Engine::store(const Tensor& source) {
   lock.unlock();
   work_arrived_.notify_one();
   return number;
+}
+
+bool Engine::settle(int64_t number) {
+  bool stored;
+  {
+    Lock lock(mutex_);
+    const ItemPointer item = find(number);
+    // Somebody waits for this one: ahead of what was queued before it.
+    if (erase_from(writes_, item)) writes_.push_front(item);
+    const auto settled = [&] { return item->released || item->failed || (item->stored && item->active == 0); };
+    if (!settled()) {
+      const auto begin = Clock::now();
+      work_ended_.wait(lock, settled);
+      store_seconds_ += seconds_since(begin);
+    }
+    stored = item->stored;
+    if (stored && item->held && !item->released) {
+      drop_sources(*item);
+      if (item->reservations > 0 && !item->buffer && !item->reading) start_reading(item);
+    }
+  }
+  drop_finished();
+  return stored;
 }
 
 bool Engine::make_room(int64_t bytes, std::string& error) {
@@ -106,15 +132,17 @@ bool Engine::make_room(int64_t bytes, std::string& error) {
 }
 
 void Engine::reserve(int64_t number) {
-  Lock lock(mutex_);
+  const Lock lock(mutex_);
   const ItemPointer item = find(number);
   ++item->reservations;
-  if (item->source || item->buffer || item->reading) return;
+  if (item->held || item->buffer || item->reading) return;
   item->buffer = item->shared.lock();
-  if (item->buffer) return;
+  if (!item->buffer) start_reading(item);
+}
+
+void Engine::start_reading(const ItemPointer& item) {
   item->reading = true;
   reads_.push_back(item);
-  lock.unlock();
   work_arrived_.notify_one();
 }
 
@@ -122,19 +150,14 @@ void Engine::unreserve(int64_t number) {
   std::shared_ptr<Buffer> buffer;
   {
     const Lock lock(mutex_);
-    const ItemPointer item = find(number);
-    if (--item->reservations == 0) {
-      buffer = std::move(item->buffer);
-      if (item->reading && !item->active && erase_from(reads_, item)) item->reading = false;
-      if (item->stored) drop_source(*item);
-    }
+    buffer = end_reservation(find(number));
   }
   drop_finished();
 }
 
 Tensor Engine::load(int64_t number) {
-  std::shared_ptr<Buffer> buffer;
-  std::optional<Tensor> source;
+  std::shared_ptr<Buffer> buffer, unused;
+  std::optional<Tensor> whole;
   int64_t bytes;
   {
     Lock lock(mutex_);
@@ -143,8 +166,7 @@ Tensor Engine::load(int64_t number) {
     ++item->reservations;
     std::optional<Clock::time_point> begin;
     for (;;) {
-      if (item->source) {
-        source = item->source;
+      if (item->held && (whole = whole_block(*item))) {
         ++forwarded_;
         forwarded_bytes_ += bytes;
         break;
@@ -156,29 +178,33 @@ Tensor Engine::load(int64_t number) {
         // Somebody waits for this one: ahead of what is only expected to be needed.
         reads_.push_front(item);
         work_arrived_.notify_one();
-      } else if (!item->active && erase_from(reads_, item)) {
+      } else if (erase_from(reads_, item)) {
         reads_.push_front(item);
       }
       if (!begin) begin = Clock::now();
       work_ended_.wait(lock);
     }
     if (begin) load_seconds_ += seconds_since(*begin);
-    if (--item->reservations == 0) {
-      item->buffer.reset();
-      if (item->stored) drop_source(*item);
-    }
-    if (!source && !buffer) {
+    unused = end_reservation(item);
+    if (!whole && !buffer) {
       const std::string error = std::move(item->error);
       item->error.clear();
-      throw std::runtime_error("ActivationOffload: " + error);
+      throw std::runtime_error("offload: " + error);
     }
   }
   drop_finished();
-  if (source) return *source;
+  if (whole) return *whole;
   const int64_t size = bytes, stride = 1;
   return torch::stable::from_blob(
       buffer->data(), {&size, 1}, {&stride, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
       torch::headeronly::ScalarType::Byte, [buffer](void*) mutable { buffer.reset(); });
+}
+
+std::optional<Tensor> Engine::whole_block(const Item& item) {
+  for (const Tensor& source : item.sources) {
+    if (source.numel() == item.bytes && item.bytes > 0) return source;
+  }
+  return std::nullopt;
 }
 
 void Engine::release(int64_t number) {
@@ -190,10 +216,10 @@ void Engine::release(int64_t number) {
     items_.erase(found);
     item->released = true;
     item->buffer.reset();
-    if (!item->active) {
-      if (erase_from(writes_, item)) queued_bytes_ -= item->bytes;
-      erase_from(reads_, item);
-      drop_source(*item);
+    if (erase_from(writes_, item)) queued_bytes_ -= item->bytes;
+    erase_from(reads_, item);
+    if (item->active == 0) {
+      drop_sources(*item);
       return_slot(*item);
     }
   }
@@ -234,7 +260,7 @@ void Engine::reset_counters() {
 Engine::ItemPointer Engine::find(int64_t number) const {
   const auto found = items_.find(number);
   if (found == items_.end()) {
-    throw std::runtime_error("ActivationOffload: the saved tensor was released before its use");
+    throw std::runtime_error("offload: the saved tensor was released before its use");
   }
   return found->second;
 }
@@ -242,17 +268,29 @@ Engine::ItemPointer Engine::find(int64_t number) const {
 void Engine::return_slot(Item& item) {
   if (item.offset < 0) return;
   if (options_.delay_seed >= 0) {
-    const std::vector<char> poison(slots_.rounded(item.bytes), '\xff');
-    medium_->write(item.offset, poison.data(), static_cast<int64_t>(poison.size()));
+    const std::vector<char> poison(slots_.rounded(item.bytes), kPoison);
+    const auto bytes = static_cast<int64_t>(poison.size());
+    medium_->write(item.offset, {{0, bytes, poison.data()}}, bytes);
   }
   slots_.give(item.offset, item.bytes);
   item.offset = -1;
 }
 
-void Engine::drop_source(Item& item) {
-  if (!item.source) return;
-  finished_.push_back(std::move(*item.source));
-  item.source.reset();
+void Engine::drop_sources(Item& item) {
+  for (Tensor& source : item.sources) finished_.push_back(std::move(source));
+  item.sources.clear();
+  item.held = false;
+}
+
+void Engine::drop_if_idle(Item& item) {
+  if (item.stored && item.held && item.reservations == 0 && item.active == 0) drop_sources(item);
+}
+
+std::shared_ptr<Buffer> Engine::end_reservation(const ItemPointer& item) {
+  if (--item->reservations > 0) return nullptr;
+  if (erase_from(reads_, item)) item->reading = false;
+  drop_if_idle(*item);
+  return std::move(item->buffer);
 }
 
 void Engine::drop_finished() {
@@ -273,7 +311,7 @@ void Engine::work(int64_t worker) {
     std::deque<ItemPointer>& queue = is_read ? reads_ : writes_;
     const ItemPointer item = std::move(queue.front());
     queue.pop_front();
-    item->active = true;
+    ++item->active;
     ++active_;
     lock.unlock();
     pause(random);
@@ -282,10 +320,12 @@ void Engine::work(int64_t worker) {
     lock.unlock();
     pause(random);
     lock.lock();
-    item->active = false;
+    --item->active;
     --active_;
-    if (item->released) {
-      drop_source(*item);
+    if (!item->released) {
+      drop_if_idle(*item);
+    } else if (item->active == 0) {
+      drop_sources(*item);
       return_slot(*item);
     }
     work_ended_.notify_all();
@@ -293,38 +333,54 @@ void Engine::work(int64_t worker) {
 }
 
 void Engine::run_write(Lock& lock, const ItemPointer& item) {
-  const void* source = item->source->const_data_ptr();
   lock.unlock();
-  const std::string error = medium_->write(item->offset, source, item->bytes);
+  const std::string error = medium_->write(item->offset, item->pieces, item->bytes);
   lock.lock();
   queued_bytes_ -= item->bytes;
   if (error.empty()) {
     item->stored = true;
     ++written_;
     written_bytes_ += item->bytes;
-    if (item->reservations == 0) drop_source(*item);
   } else {
-    // The source stays where it is: nothing is lost, and nothing more is written.
-    write_failed_ = true;
+    // The sources stay where they are: nothing is lost, and nothing more is written.
+    item->failed = write_failed_ = true;
     failure_ = error;
   }
 }
 
 void Engine::run_read(Lock& lock, const ItemPointer& item) {
+  const bool held = item->held;
   lock.unlock();
   std::shared_ptr<Buffer> buffer = buffers_->take(item->bytes);
-  const std::string error = buffer ? medium_->read(item->offset, buffer->data(), item->bytes)
-                                   : "no memory to bring back " + std::to_string(item->bytes) + " bytes";
+  std::string error;
+  if (!buffer) {
+    error = "no memory to bring back " + std::to_string(item->bytes) + " bytes";
+  } else if (held) {
+    for (const Piece& piece : item->pieces) std::memcpy(buffer->data() + piece.offset, piece.data, piece.bytes);
+  } else {
+    error = medium_->read(item->offset, buffer->data(), item->bytes);
+  }
+  if (error.empty()) fill_gaps(*item, buffer->data());
   lock.lock();
   item->reading = false;
   if (error.empty()) {
-    ++read_;
-    read_bytes_ += item->bytes;
+    (held ? forwarded_ : read_) += 1;
+    (held ? forwarded_bytes_ : read_bytes_) += item->bytes;
     item->shared = buffer;
     if (item->reservations > 0) item->buffer = std::move(buffer);
   } else {
     item->error = error;
   }
+}
+
+void Engine::fill_gaps(const Item& item, char* block) const {
+  if (options_.delay_seed < 0) return;
+  int64_t filled = 0;
+  for (const Piece& piece : item.pieces) {
+    std::memset(block + filled, kPoison, piece.offset - filled);
+    filled = piece.end();
+  }
+  std::memset(block + filled, kPoison, item.bytes - filled);
 }
 
 void Engine::pause(std::mt19937_64& random) const {

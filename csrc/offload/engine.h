@@ -21,9 +21,10 @@
 
 namespace pykern {
 
-// The life of an item: queued with its source tensor held -> written, source dropped -> reserved
-// or loaded into a buffer any number of times -> released. While the source is held, a load is
-// answered with it and reads nothing.
+// An item is a block of bytes, gathered from any number of tensors, its sources. Its life: queued
+// with the sources held -> written, sources dropped -> reserved or loaded into a buffer any number
+// of times -> released. While the sources are held, a load is answered from them: with the tensor
+// itself if it is the whole block.
 //
 // Tensors are dropped by callers only, never by a worker: a tensor that Python knows needs the
 // interpreter's lock to die, and a worker that waits for it could wait for ever.
@@ -42,9 +43,13 @@ class Engine {
 
   // Makes room for `bytes` now; an empty string, or why that failed.
   std::string preallocate(int64_t bytes);
-  // Starts writing a contiguous byte tensor; waits while the queue is full. Returns the item's
-  // number, or -1 if there is no room or an earlier write failed: the caller keeps the tensor.
-  int64_t store(const torch::stable::Tensor& source);
+  // Starts writing a block. The pieces lie in the sources, are sorted and don't overlap; what lies
+  // between them comes back undefined. Waits while the queue is full. Returns the item's number, or
+  // -1 if there is no room or an earlier write failed: the caller keeps the tensors.
+  int64_t store(std::vector<torch::stable::Tensor> sources, std::vector<Piece> pieces, int64_t bytes);
+  // Waits until the item is written and drops its sources, whoever reserved it. False if the write
+  // failed: the sources stay, and loads are answered from them.
+  bool settle(int64_t item);
   // Starts reading, so that a later load need not wait, and keeps what was read until unreserve.
   void reserve(int64_t item);
   void unreserve(int64_t item);
@@ -66,11 +71,14 @@ class Engine {
  private:
   struct Item {
     int64_t offset = 0, bytes = 0;
-    std::optional<torch::stable::Tensor> source;
+    std::vector<torch::stable::Tensor> sources;
+    std::vector<Piece> pieces;           // what they point to is gone once the sources are dropped
     std::shared_ptr<Buffer> buffer;      // held for those who reserved
     std::weak_ptr<Buffer> shared;        // the same, or the one that a caller still uses
     int64_t reservations = 0;
-    bool stored = false, reading = false, active = false, released = false;
+    int64_t active = 0;                  // threads at work on it: one may write, and one gather
+    bool held = true;                    // the sources are there
+    bool stored = false, failed = false, reading = false, released = false;
     std::string error;
   };
   using ItemPointer = std::shared_ptr<Item>;
@@ -83,7 +91,15 @@ class Engine {
   ItemPointer find(int64_t item) const;
   bool make_room(int64_t bytes, std::string& error);
   void return_slot(Item& item);
-  void drop_source(Item& item);
+  void drop_sources(Item& item);
+  // The same if the item is written and nobody needs the sources.
+  void drop_if_idle(Item& item);
+  void start_reading(const ItemPointer& item);
+  // Returns the buffer that was held for the last reservation, to be let go without the lock.
+  std::shared_ptr<Buffer> end_reservation(const ItemPointer& item);
+  // The source that is the whole block by itself.
+  static std::optional<torch::stable::Tensor> whole_block(const Item& item);
+  void fill_gaps(const Item& item, char* block) const;
   // Frees the sources of finished writes; call without the lock.
   void drop_finished();
 

@@ -4,8 +4,18 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace pykern {
+
+// A range of a block, and the memory that it is written from.
+struct Piece {
+  int64_t offset;
+  int64_t bytes;
+  const char* data;
+
+  int64_t end() const { return offset + bytes; }
+};
 
 // Calls on disjoint ranges may run at once. Each returns an empty string, or why it failed.
 class Medium {
@@ -14,7 +24,9 @@ class Medium {
   virtual int64_t granularity() const = 0;
   // Makes [0, extent) usable; what was usable before stays so if it fails.
   virtual std::string grow(int64_t extent) = 0;
-  virtual std::string write(int64_t offset, const void* source, int64_t bytes) = 0;
+  // Writes the block of `bytes` at `offset`. Its pieces don't overlap and are sorted; what lies between them is left
+  // as it is, or overwritten with zeros.
+  virtual std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t bytes) = 0;
   // `target` is aligned to kPage and has room for `bytes` rounded up to kPage.
   virtual std::string read(int64_t offset, void* target, int64_t bytes) = 0;
   // "memory", "file, direct", "file, buffered", or "file, in memory" for a file system without a disk.

@@ -6,7 +6,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
       "-> int");
   m.def("offload_error(int engine) -> str");
   m.def("offload_close(int engine) -> ()");
-  m.def("offload_store(int engine, Tensor source) -> int");
+  m.def("offload_store(int engine, Tensor[] parts, int[] offsets, int nbytes) -> int");
+  m.def("offload_settle(int engine, int item) -> bool");
   m.def("offload_reserve(int engine, int item) -> ()");
   m.def("offload_unreserve(int engine, int item) -> ()");
   m.def("offload_load(int engine, int item) -> Tensor");

@@ -25,6 +25,20 @@ AlignedBytes aligned_bytes(int64_t bytes) { return AlignedBytes(static_cast<char
 
 int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
+// The bytes [begin, begin + bytes) of a block, with zeros where no piece lies.
+void compose(const std::vector<Piece>& pieces, int64_t begin, int64_t bytes, char* target) {
+  const int64_t end = begin + bytes;
+  int64_t filled = begin;
+  for (const Piece& piece : pieces) {
+    const int64_t first = std::max(piece.offset, begin), last = std::min(piece.end(), end);
+    if (first >= last) continue;
+    std::memset(target + (filled - begin), 0, first - filled);
+    std::memcpy(target + (first - begin), piece.data + (first - piece.offset), last - first);
+    filled = last;
+  }
+  std::memset(target + (filled - begin), 0, end - filled);
+}
+
 class SpillFile : public Medium {
  public:
   SpillFile(int file, std::string folder) : file_(file), folder_(std::move(folder)) {}
@@ -57,15 +71,20 @@ class SpillFile : public Medium {
     return "";
   }
 
-  std::string write(int64_t offset, const void* source, int64_t bytes) override {
-    if (!direct_) return write_all(offset, static_cast<const char*>(source), bytes);
+  std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t bytes) override {
+    if (!direct_) {
+      for (const Piece& piece : pieces) {
+        const std::string error = write_all(offset + piece.offset, piece.data, piece.bytes);
+        if (!error.empty()) return error;
+      }
+      return "";
+    }
     thread_local AlignedBytes staging;
     if (!staging) staging = aligned_bytes(kRequest);
     if (!staging) return "no memory for a write of " + std::to_string(kRequest) + " bytes";
     for (int64_t done = 0; done < bytes; done += kRequest) {
       const int64_t part = std::min(kRequest, bytes - done);
-      std::memcpy(staging.get(), static_cast<const char*>(source) + done, part);
-      std::memset(staging.get() + part, 0, whole_pages(part) - part);
+      compose(pieces, done, whole_pages(part), staging.get());
       const std::string error = write_all(offset + done, staging.get(), whole_pages(part));
       if (!error.empty()) return error;
     }

@@ -13,6 +13,7 @@ _open = torch.ops.pykern.offload_open.default
 _error = torch.ops.pykern.offload_error.default
 _close = torch.ops.pykern.offload_close.default
 _store = torch.ops.pykern.offload_store.default
+_settle = torch.ops.pykern.offload_settle.default
 _reserve = torch.ops.pykern.offload_reserve.default
 _unreserve = torch.ops.pykern.offload_unreserve.default
 _load = torch.ops.pykern.offload_load.default
@@ -76,9 +77,20 @@ class Engine:
     def close(self) -> None:
         self._closing()
 
-    def store(self, source: Tensor) -> int:
-        """Starts writing a 1-D uint8 tensor; the item's number, or -1 if the tensor must stay where it is."""
-        return _store(self.handle, source)
+    def store(self, parts: list[Tensor], offsets: list[int], nbytes: int) -> int:
+        """Starts writing a block of `nbytes` that consists of 1-D uint8 tensors, each at its offset.
+
+        The parts are copied from where they lie, and held until the block is written or released. Returns the item's
+        number, or -1 if there is no room, or writing has failed: the caller keeps the parts.
+        """
+        return _store(self.handle, parts, offsets, nbytes)
+
+    def settle(self, item: int) -> bool:
+        """Waits until the item is written, and drops its parts.
+
+        False if the write failed: the item then keeps its parts, and loads are answered from them.
+        """
+        return _settle(self.handle, item)
 
     def reserve(self, item: int) -> None:
         """Starts reading the item and keeps what was read until `unreserve`."""
@@ -88,7 +100,7 @@ class Engine:
         _unreserve(self.handle, item)
 
     def load(self, item: int) -> Tensor:
-        """The item's bytes, uint8; waits for them if need be."""
+        """The block's bytes, uint8 [nbytes]; waits for them if need be. What lies between the parts is undefined."""
         return _load(self.handle, item)
 
     def release(self, item: int) -> None:
