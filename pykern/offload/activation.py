@@ -217,7 +217,8 @@ class ActivationOffload:
           subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory", "file, direct", "file, buffered" or "file, in memory".
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; or, for a folder that
+          is no disk, "file, in memory".
         """
         with self._lock:
             return {
