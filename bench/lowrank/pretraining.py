@@ -111,13 +111,13 @@ def train(run: Run, text: Tensor) -> dict:
     averaged = AveragedGradients(optimizer.param_groups[0]["params"], setting.average) if setting.average else None
     blocks = [param for param in model.blocks.parameters() if param.dim() == 2]
     cut = len(text) * 19 // 20
-    curve, seen, tenth = [], [], max(1, run.steps // 10)
+    curve, seen, before, tenth = [], [], [], max(1, run.steps // 10)
     title = f"{run.setting}, rate {run.rate:g}, seed {run.seed}, {run.steps} x {run.rows} rows"
     for step, rows in enumerate(tqdm(batches(text[:cut], run.steps, run.rows, run.seed), title, total=run.steps)):
         loss = loss_of(model, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if run.setting == "AdamW" and (step + 1) % tenth == 0:
+        if run.setting == "AdamW" and before and (step + 1) % tenth == 0:
             seen.append((step + 1, gradients.seen([param.grad for param in blocks], before, RANK)))
         before = [param.grad for param in blocks]
         if averaged is not None:
@@ -219,6 +219,25 @@ def sizes_table(records: list[dict]) -> list[str]:
     return lines
 
 
+def gradients_table(records: list[dict], steps: int) -> list[str]:
+    """What subspaces see of the gradients of AdamW's best run, first of the seeds that measured it."""
+    rate = best(records, "AdamW", steps)["rate"]
+    runs = [run for run in of(records, setting="AdamW", rate=rate, steps=steps, rows=ROWS) if "gradients" in run]
+    if not runs:
+        return []
+    seen = runs[0]["gradients"][::3]
+    lines = [
+        "",
+        f"What a subspace of rank {RANK} sees of AdamW's gradients, mean over the blocks' matrices, at step:",
+        "",
+        "| | " + " | ".join(str(step) for step, _ in seen) + " |",
+        "| --- |" + " ---: |" * len(seen),
+    ]
+    for name, words in gradients.WORDS.items():
+        lines.append(f"| {words} | " + " | ".join(f"{values[name]:.3f}" for _, values in seen) + " |")
+    return lines
+
+
 def table(records: list[dict], steps: int) -> str:
     weights = sum(param.numel() for param in Transformer(SHAPE).parameters())
     return "\n".join([
@@ -234,6 +253,7 @@ def table(records: list[dict], steps: int) -> str:
         "The same by batch and by length, first seed.",
         "",
         *sizes_table(records),
+        *gradients_table(records, steps),
     ])  # fmt: skip
 
 
