@@ -1,0 +1,3 @@
+from .types import Action, Copy, Order, Plan, Times, Transfer
+
+__all__ = ["Action", "Copy", "Order", "Plan", "Times", "Transfer"]
