@@ -10,67 +10,24 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .engine import Engine, return_freed_memory
-from .views import View
-
-_KEPT = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
+from .saving import Copy, Flattened, Kept, Packing, Saved
 
 
-def _check_version(current: int, saved: int, tensor: Tensor, size: torch.Size) -> None:
-    # Autograd leaves this check out for tensors that went through hooks.
-    if current != saved:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{tensor.type()} {list(size)}] is at version {current}; expected version {saved} instead. Hint: enable "
-            "anomaly detection to find the operation that failed to compute its gradient, with "
-            "torch.autograd.set_detect_anomaly(True)."
-        )
+class _Copy(Copy):
+    """A copy that is in memory still, or an item of the engine, whose slot goes back when the copy dies."""
 
+    __slots__ = ("engine", "item")
 
-class _Kept:
-    """A saved tensor that stays in memory."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: an output that held its own graph node would never be freed.
-        self.tensor = tensor.detach()
-        self.version = None if tensor.is_inference() else tensor._version
-
-    def unpack(self) -> Tensor:
-        if self.version is not None:
-            _check_version(self.tensor._version, self.version, self.tensor, self.tensor.size())
-        return self.tensor
-
-
-class _Copy:
-    """One byte range of one storage as it was at one version: in memory still, or an item of the engine.
-
-    It lives as long as a saved view needs it; the engine's slot goes back when it dies. Its weak
-    reference keeps the storage's identity from being given to a new storage meanwhile, so the
-    identity can serve as a key where an address, which is reused, could not.
-    """
-
-    __slots__ = ("__weakref__", "begin", "counter", "engine", "item", "resident", "storage", "version")
-
-    def __init__(self, resident: Tensor, begin: int, storage: StorageWeakRef, counter: Tensor, version: int) -> None:
-        self.resident: Tensor | None = resident
-        self.begin = begin
-        self.storage = storage
-        self.counter = counter
-        self.version = version
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
         self.item: int | None = None
         self.engine: Engine | None = None
 
-    def is_current(self, version: int) -> bool:
-        """Whether the storage still holds what was copied, as far as autograd's version counters tell."""
-        return self.version == version == self.counter._version
-
     def move(self, engine: Engine) -> bool:
         """Hands the bytes to the engine; False if it has no room."""
-        item = engine.store(self.resident)
+        item = engine.store([self.resident], [0], self.resident.numel())
         if item < 0:
             return False
         self.engine, self.item = engine, item
@@ -83,25 +40,6 @@ class _Copy:
         return self.engine.load(self.item) if resident is None else resident
 
 
-class _Saved:
-    """What the graph holds instead of a tensor: a view of a copy."""
-
-    __slots__ = ("__weakref__", "copy", "counter", "gathered", "group", "version", "view")
-
-    def __init__(self, copy: _Copy, view: View, counter: Tensor, version: int, gathered: bool) -> None:
-        self.copy = copy
-        self.view = view
-        self.counter = counter
-        self.version = version
-        self.gathered = gathered
-        self.group: _Group | None = None
-
-    def unpack(self) -> Tensor:
-        _check_version(self.counter._version, self.version, self.counter, self.view.size)
-        data = self.copy.data()
-        return self.view.scatter(data) if self.gathered else self.view.restore(data, self.copy.begin)
-
-
 class _Group:
     """The tensors that one graph node saved; the backward needs them together.
 
@@ -112,14 +50,14 @@ class _Group:
 
     def __init__(self, node: int, previous: "_Group | None") -> None:
         self.node = node
-        self._members: list[weakref.ref[_Saved]] = []
+        self._members: list[weakref.ref[Saved]] = []
         self.previous = previous
 
-    def add(self, saved: _Saved) -> None:
+    def add(self, saved: Saved) -> None:
         self._members.append(weakref.ref(saved))
         saved.group = self
 
-    def members(self) -> list[_Saved]:
+    def members(self) -> list[Saved]:
         return [member for member in (reference() for reference in self._members) if member is not None]
 
     def living_previous(self) -> "_Group | None":
@@ -232,14 +170,13 @@ class ActivationOffload:
         if map_allocations and storage == "file":
             return_freed_memory(max(min_bytes, 1 << 16))
 
-        self._min_bytes, self._keep_last, self._prefetch = min_bytes, keep_last, prefetch
-        self._skip = skip
-        self._resident = _list_of_tensors(parameters)
-        self._resident_storages: frozenset[int] = frozenset()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        # Reentrant: a garbage collection inside a guarded block may run any code.
-        self._lock = threading.RLock()
-        self._copies: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
+        self._keep_last, self._prefetch = keep_last, prefetch
+        self._packing = Packing(
+            "ActivationOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, copy_type=_Copy,
+            made=self._on_copy, handed_out=self._on_saved,
+        )  # fmt: skip
+        self._lock = self._packing.lock
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, self._unpack)
         self._last: deque[weakref.ref[_Copy]] = deque()
         self._newest = threading.local()
         self._visited: _Group | None = None
@@ -250,8 +187,7 @@ class ActivationOffload:
     # --- context ------------------------------------------------------------------------------------
 
     def __enter__(self) -> "ActivationOffload":
-        # Anew each time: assigning to `.data` gives a parameter another storage.
-        self._resident_storages = frozenset(tensor.untyped_storage()._cdata for tensor in self._resident())
+        self._packing.find_parameters()
         self._hooks.__enter__()
         return self
 
@@ -277,18 +213,20 @@ class ActivationOffload:
         - forwards, forwarded_bytes: tensors handed back before their memory was given up;
         - deduplicated, deduplicated_bytes: saved tensors that an existing copy served, and the bytes of their own;
         - kept, kept_bytes: by reason: parameter, small, last (of `keep_last`), capacity (no room, or the storage
-          failed), skipped (by `skip`), unsupported (subclasses, sparse and other layouts, lazy conjugates);
+          failed), skipped (by `skip`), unsupported (sparse and other layouts, lazy conjugates,
+          subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory", "file, direct", "file, buffered" or "file, in memory".
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; or, for a folder that
+          is no disk, "file, in memory".
         """
         with self._lock:
             return {
                 **self._engine.counters(),
-                "deduplicated": self._deduplicated,
-                "deduplicated_bytes": self._deduplicated_bytes,
-                "kept": dict(self._kept),
-                "kept_bytes": dict(self._kept_bytes),
+                "deduplicated": self._packing.deduplicated,
+                "deduplicated_bytes": self._packing.deduplicated_bytes,
+                "kept": dict(self._packing.kept),
+                "kept_bytes": dict(self._packing.kept_bytes),
                 "medium": self._engine.description,
             }
 
@@ -296,99 +234,17 @@ class ActivationOffload:
         """Sets all counters to zero and the peaks to what is in use."""
         with self._lock:
             self._engine.reset_counters()
-            self._deduplicated = self._deduplicated_bytes = 0
-            self._kept = dict.fromkeys(_KEPT, 0)
-            self._kept_bytes = dict.fromkeys(_KEPT, 0)
+            self._packing.reset_counters()
 
     # --- forward ------------------------------------------------------------------------------------
 
-    def _pack(self, tensor: Tensor) -> _Kept | _Saved:
-        reason = self._reason_to_keep(tensor)
-        if reason is not None:
-            return self._keep(tensor, reason)
-        with self._lock:
-            view, version = View.of(tensor), tensor._version
-            storage = tensor.untyped_storage()
-            storage_bytes = storage.nbytes()
-            identity = storage._cdata
+    def _on_copy(self, copy: _Copy, small: bool) -> None:
+        if not small:
+            self._packing.count_kept("last", copy.resident.numel())
+            self._last.append(weakref.ref(copy))
+            self._move_oldest()
 
-            region: tuple[int, int] | None = (0, storage_bytes)
-            copy = self._current_copy((identity, region), version)
-            if copy is None:
-                region = view.region(storage_bytes)
-                key = (identity, view if region is None else region)
-                copy = self._current_copy(key, version)
-            if copy is not None:
-                self._deduplicated += 1
-                self._deduplicated_bytes += view.distinct_bytes()
-                return self._saved(copy, view, _counter_of(tensor), version, region is None)
-
-            counter = _counter_of(tensor)
-            if region is None:
-                begin, data = 0, view.gather(tensor)
-            else:
-                begin, end = region
-                data = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,))
-            small = data.numel() < self._min_bytes
-            if small:
-                self._count_kept("small", data.numel())
-                if region is not None:
-                    data = data.clone()
-            copy = self._copies[key] = _Copy(data, begin, StorageWeakRef(storage), counter, version)
-            if not small:
-                self._count_kept("last", data.numel())
-                self._last.append(weakref.ref(copy))
-                self._move_oldest()
-            return self._saved(copy, view, counter, version, region is None)
-
-    def _reason_to_keep(self, tensor: Tensor) -> str | None:
-        if type(tensor) is torch.nn.Parameter:
-            return "parameter"
-        if (
-            type(tensor) is not Tensor
-            or tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.is_conj()
-            or tensor.is_neg()
-            or tensor.is_inference()
-        ):
-            return "unsupported"
-        if tensor.device.type != "cpu":
-            if tensor.device.type == "cuda":
-                raise NotImplementedError(
-                    f"ActivationOffload: got a saved tensor on {tensor.device}; "
-                    "activations on a GPU can't be offloaded yet"
-                )
-            return "unsupported"
-        source = tensor if tensor._base is None else tensor._base
-        if isinstance(source, torch.nn.Parameter) or (source.is_leaf and source.requires_grad):
-            return "parameter"
-        if tensor.numel() == 0:
-            return "small"
-        storage = tensor.untyped_storage()
-        if storage.nbytes() < self._min_bytes:
-            return "small"
-        if storage._cdata in self._resident_storages:
-            return "parameter"
-        if self._skip is not None and self._skip(tensor):
-            return "skipped"
-        return None
-
-    def _keep(self, tensor: Tensor, reason: str) -> _Kept:
-        with self._lock:
-            self._count_kept(reason, tensor.numel() * tensor.element_size())
-        return _Kept(tensor)
-
-    def _count_kept(self, reason: str, bytes_: int, count: int = 1) -> None:
-        self._kept[reason] += count
-        self._kept_bytes[reason] += bytes_
-
-    def _current_copy(self, key: tuple, version: int) -> _Copy | None:
-        copy = self._copies.get(key)
-        return copy if copy is not None and copy.is_current(version) else None
-
-    def _saved(self, copy: _Copy, view: View, counter: Tensor, version: int, gathered: bool) -> _Saved:
-        saved = _Saved(copy, view, counter, version, gathered)
+    def _on_saved(self, saved: Saved) -> None:
         # The number of the next node to be made tells which tensors were saved by the same one.
         node = torch._C._autograd._get_sequence_nr()
         group = getattr(self._newest, "group", None)
@@ -396,7 +252,6 @@ class ActivationOffload:
             group = self._newest.group = _Group(node, group)
             group.living_previous()
         group.add(saved)
-        return saved
 
     def _move_oldest(self) -> None:
         """Offloads all but the last `keep_last` copies that are still needed."""
@@ -404,9 +259,9 @@ class ActivationOffload:
         excess = max(0, len(waiting) - self._keep_last)
         for copy in waiting[:excess]:
             size = copy.resident.numel()
-            self._count_kept("last", -size, -1)
+            self._packing.count_kept("last", -size, -1)
             if not copy.move(self._engine):
-                self._count_kept("capacity", size)
+                self._packing.count_kept("capacity", size)
                 self._report_failure()
         self._last = deque(weakref.ref(copy) for copy in waiting[excess:])
 
@@ -421,12 +276,12 @@ class ActivationOffload:
 
     # --- backward -----------------------------------------------------------------------------------
 
-    def _unpack(self, saved: _Kept | _Saved) -> Tensor:
-        if isinstance(saved, _Saved) and saved.copy.resident is None:
-            self._read_ahead(saved)
-        return saved.unpack()
+    def _unpack(self, packed: Kept | Saved | Flattened) -> Tensor:
+        if isinstance(packed, Saved) and packed.copy.resident is None:
+            self._read_ahead(packed)
+        return packed.unpack(self._unpack) if isinstance(packed, Flattened) else packed.unpack()
 
-    def _read_ahead(self, saved: _Saved) -> None:
+    def _read_ahead(self, saved: Saved) -> None:
         """Reserves the copies of this node and of the next ones in reverse order, and lets the others go."""
         with self._lock:
             if saved.group is self._visited:
@@ -447,32 +302,6 @@ class ActivationOffload:
                 if copy not in wanted:
                     copy.engine.unreserve(copy.item)
             self._window = [weakref.ref(copy) for copy in wanted]
-
-
-def _counter_of(tensor: Tensor) -> Tensor:
-    """An empty tensor that shares the version counter of `tensor`, but not its memory."""
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=tensor.dtype)
-    return counter
-
-
-def _list_of_tensors(parameters: torch.nn.Module | Iterable[Tensor]) -> Callable[[], list[Tensor]]:
-    """A function that tells the tensors given now; it keeps neither the module nor the tensors alive."""
-    if isinstance(parameters, torch.nn.Module):
-        module = weakref.ref(parameters)
-
-        def of_module() -> list[Tensor]:
-            return [] if module() is None else [*module().parameters(), *module().buffers()]
-
-        return of_module
-    if not isinstance(parameters, Iterable) or isinstance(parameters, Tensor):
-        raise TypeError(f"parameters: expected a module or a list of tensors, got {type(parameters).__name__}")
-    references = []
-    for tensor in parameters:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters: expected tensors, got {type(tensor).__name__}")
-        references.append(weakref.ref(tensor))
-    return lambda: [tensor for tensor in (reference() for reference in references) if tensor is not None]
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

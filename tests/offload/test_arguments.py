@@ -41,8 +41,25 @@ def test_refused(arguments, error, message):
 )
 def test_raw_store_takes_bytes_only(tensor):
     offload = pykern.ActivationOffload()
-    with pytest.raises(RuntimeError, match="source: "):
-        offload._engine.store(tensor)
+    with pytest.raises(RuntimeError, match="parts: "):
+        offload._engine.store([tensor], [0], 100)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "nbytes", "message"),
+    [
+        ([0], 100, "offsets: expected one per part (2), got 1"),
+        ([0, 60], 99, "offsets: part 1 of 40 bytes at 60 does not fit into a block of 99"),
+        ([-1, 60], 100, "offsets: part 0 of 60 bytes at -1 does not fit"),
+        ([30, 0], 100, "offsets: the parts at 0 and 30 overlap"),
+        ([0, 60], -1, "nbytes: expected at least 0, got -1"),
+    ],
+)
+def test_raw_store_checks_the_layout(offsets, nbytes, message):
+    offload = pykern.ActivationOffload()
+    parts = [torch.zeros(60, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        offload._engine.store(parts, offsets, nbytes)
 
 
 def test_a_folder_in_memory_is_told(tmp_path, monkeypatch):
