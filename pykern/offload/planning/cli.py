@@ -145,6 +145,8 @@ def _read_stages(path: Path) -> tuple[tuple[tuple[float, ...], ...], tuple[int, 
     times, sizes = [], []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"--stages {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--stages {path}: expected text, one line F,I,W or F,I,W,BYTES per stage") from error
     for number, line in enumerate(lines, start=1):
@@ -166,7 +168,7 @@ def _read_stages(path: Path) -> tuple[tuple[tuple[float, ...], ...], tuple[int, 
 
 
 def make_plan(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
-    """Raises InputError, TypeError or ValueError for what has no meaning, OSError for a file that cannot be read."""
+    """Raises TypeError or ValueError for what has no meaning."""
     given = parser().parse_args(arguments)
     chunks = given.chunks if given.chunks is not None else 1 if given.schedule == "1f1b" else 2
     stages = max(given.devices * chunks, 0)
@@ -219,14 +221,17 @@ def as_json(made: Plan) -> str:
     return json.dumps(content)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(option: str, path: Path, content: bytes) -> None:
     """All of it or nothing."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}") from error
 
 
 def main(arguments: list[str]) -> int:
@@ -237,17 +242,11 @@ def main(arguments: list[str]) -> int:
                 raise InputError(f"--png-inches: expected 1 to 200, got {given.png_inches:g}")
             picture = io.BytesIO()
             draw(made, picture, given.png_inches)
-            _write(given.png, picture.getvalue())
+            _write("--png", given.png, picture.getvalue())
         if given.json is not None:
-            _write(given.json, as_json(made).encode())
+            _write("--json", given.json, as_json(made).encode())
     except (ValueError, TypeError, ImportError) as error:
-        return _refuse(str(error))
-    except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        print(f"pykern plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     print(table(made))
     return 0
-
-
-def _refuse(message: str) -> int:
-    print(f"pykern plan: {' '.join(message.split())}", file=sys.stderr)
-    return 2
