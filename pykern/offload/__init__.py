@@ -1,6 +1,7 @@
 from .activation import ActivationOffload
 from .norms import layer_norm, rms_norm
 from .pointwise import dropout, gated_activation, gelu, swiglu
+from .recompute import recompute_saved
 from .staging import StagingLayout
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "gated_activation",
     "gelu",
     "layer_norm",
+    "recompute_saved",
     "rms_norm",
     "swiglu",
 ]

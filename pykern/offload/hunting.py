@@ -238,7 +238,11 @@ class HuntingDevice:
                         f"{_told(access)} are not in order; {stream.name}, or the host before it, has to wait for an "
                         f"event of {other.stream.name} after the {other.what}"
                     )
-                if begin <= other.begin and other.end <= end and (writes or other.stream is stream and not other.writes):
+                if (
+                    begin <= other.begin
+                    and other.end <= end
+                    and (writes or other.stream is stream and not other.writes)
+                ):
                     continue
             kept.append(other)
         kept.append(access)

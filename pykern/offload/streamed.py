@@ -526,7 +526,9 @@ def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -
     end = 0
     for index, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
         if part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous():
-            raise TypeError(f"parts[{index}]: expected contiguous uint8 of one dimension, got {part.dtype} {part.shape}")
+            raise TypeError(
+                f"parts[{index}]: expected contiguous uint8 of one dimension, got {part.dtype} {part.shape}"
+            )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(f"offsets[{index}]: expected a multiple of {ALIGNMENT} from {end} on, got {offset}")
         end = offset + part.numel()
