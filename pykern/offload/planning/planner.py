@@ -149,24 +149,14 @@ class _Drafts:
         return bases
 
     def best(self) -> _Draft:
-        drafts = []
         for number, basis in enumerate(self._bases()):
             draft = self._within_host_budget(basis, number)
-            drafts.append(draft)
-            complete = not any(choice.late or choice.over_budget is not None for choice in draft.choices)
-            if self.request.insist or (complete and self._is_quick(draft)):
+            if self.request.insist or self._is_quick(draft):
                 return draft
-        quick = [draft for draft in drafts if self._is_quick(draft)] or drafts[-1:]
-        return min(quick, key=self._cost)
+        return draft
 
     def _is_quick(self, draft: _Draft) -> bool:
         return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
-
-    def _cost(self, draft: _Draft) -> tuple[int, int, int]:
-        over = 0
-        if self.request.budget is not None:
-            over = sum(max(0, peak - most) for peak, most in zip(draft.peaks, self.request.budget, strict=True))
-        return over, max(draft.peaks), sum(draft.peaks)
 
     def _within_host_budget(self, basis: _Basis, number: int) -> _Draft:
         housed: list[int | None] = [None] * self.order.devices
@@ -241,7 +231,7 @@ class _Drafts:
         origin = ranks[0].ends[0] if ranks[0].ends else 0.0
         return [
             choose(
-                self.order, rank, blocks, origin + slot * number, slot, sizes=request.sizes,
+                rank, blocks, origin + slot * number, slot,
                 budget=None if request.budget is None else request.budget[rank.rank],
                 insist=request.insist, housed=housed[rank.rank],
             )
