@@ -134,3 +134,16 @@ def in_a_process(code: str) -> str:
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def descriptors(folder: Path) -> list[str]:
+    """Open descriptors of deleted files in the folder."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith(f"{folder}/"):
+            found.append(f"/proc/self/fd/{name}")
+    return found

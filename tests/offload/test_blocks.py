@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from random import Random
 
 import pytest
 import torch
@@ -141,28 +142,28 @@ def test_loads_of_a_block_in_flight_share_one_buffer(folder):
     assert counters["forwards"] + counters["reloads"] == 1
 
 
-@pytest.mark.parametrize("folder", STORAGES, indirect=True)
-def test_many_seeds(folder):
-    """Histories of blocks under random delays and poison; every step against a dictionary."""
+@pytest.mark.parametrize("storage", [*STORAGES, "memory+file"])
+def test_many_seeds(storage, tmp_path):
+    """Histories of blocks under random delays, cut transfers and poison; every step against a dictionary."""
+    contents = bytes_of(50_000)
+    folder = None if storage == "memory" else str(tmp_path)
     for seed in range(200):
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(limit, generator=generator):
-            return int(torch.randint(0, limit, (), generator=generator))
-
-        engine = open_engine(folder, capacity=1 << 18, threads=1 + seed % 3, queue_bytes=1 << 14, delay_seed=seed)
+        random = Random(seed)
+        engine = Engine(
+            folder, 1 << 18, 1 + seed % 3, 1 << 14, seed, memory=1 << 15 if storage == "memory+file" else None,
+        )  # fmt: skip
         expected, reserved = {}, set()
         for _ in range(12):
-            action = draw(7)
+            action = random.randrange(7)
             if action <= 2 or not expected:
-                sizes = [draw(5000) for _ in range(draw(4))]
-                offsets, nbytes = layout(sizes, [draw(3) * draw(4000) for _ in range(len(sizes) + 1)])
-                parts = [bytes_of(size, seed=draw(1000)) for size in sizes]
+                sizes = [random.randrange(5000) for _ in range(random.randrange(4))]
+                offsets, nbytes = layout(sizes, [random.choice([0, 0, random.randrange(8000)]) for _ in range(4)])
+                parts = [contents[random.randrange(45_000) :][:size] for size in sizes]
                 item = engine.store([part.clone() for part in parts], offsets, nbytes)
                 assert item > 0
                 expected[item] = (parts, offsets)
                 continue
-            item = list(expected)[draw(len(expected))]
+            item = random.choice(list(expected))
             if action == 3:
                 assert_parts(engine.load(item), *expected[item])
             elif action == 4:
