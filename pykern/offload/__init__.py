@@ -1,4 +1,17 @@
+from importlib import import_module
+from typing import Any
+
 from .activation import ActivationOffload
+from .pipeline import PipelineOffload
 from .staging import StagingLayout
 
-__all__ = ["ActivationOffload", "StagingLayout"]
+# They need torch.distributed, which not every build of torch has, and which takes its time to import.
+_SCHEDULES = ("ScheduleGIS", "SchedulePipeOffload", "SchedulePlanned", "stages_of_rank")
+
+__all__ = ["ActivationOffload", "PipelineOffload", "StagingLayout"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SCHEDULES:
+        return getattr(import_module(".schedules", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

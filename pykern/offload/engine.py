@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import tempfile
+import warnings
 import weakref
 
 import torch
@@ -42,6 +44,23 @@ def return_freed_memory(threshold: int) -> bool:
     Process-wide. False, and nothing happens, where the library can't, or where the environment decides it.
     """
     return "MALLOC_MMAP_THRESHOLD_" not in os.environ and _map_allocations(threshold)
+
+
+def spill_folder(path: str | os.PathLike | None) -> str:
+    """The folder of a spill file: `path`, which must exist, or the system's temporary folder."""
+    folder = os.fspath(path) if path is not None else tempfile.gettempdir()
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+    return folder
+
+
+def warn_if_in_memory(owner: str, engine: "Engine", folder: str | None, stacklevel: int) -> None:
+    if engine.description == "file, in memory":
+        warnings.warn(
+            f"{owner}: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
+            "pass path= a folder on a disk",
+            stacklevel=stacklevel + 1,
+        )
 
 
 class Engine:
