@@ -1,7 +1,6 @@
 """Activations wait for the backward outside of the model's memory."""
 
 import os
-import tempfile
 import threading
 import warnings
 import weakref
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .engine import Engine, return_freed_memory
+from .engine import Engine, return_freed_memory, spill_folder, warn_if_in_memory
 from .saving import Copy, Packed, Packing, Saved, unpacked
 
 
@@ -153,19 +152,10 @@ class ActivationOffload:
         if skip is not None and not callable(skip):
             raise TypeError(f"skip: expected a function of a tensor, got {type(skip).__name__}")
 
-        folder = None
-        if storage == "file":
-            folder = os.fspath(path) if path is not None else tempfile.gettempdir()
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+        folder = spill_folder(path) if storage == "file" else None
         self.storage = storage
         self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
-        if self._engine.description == "file, in memory":
-            warnings.warn(
-                f"ActivationOffload: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
-                "pass path= a folder on a disk",
-                stacklevel=2,
-            )
+        warn_if_in_memory("ActivationOffload", self._engine, folder, stacklevel=2)
 
         if map_allocations and storage == "file":
             return_freed_memory(max(min_bytes, 1 << 16))
