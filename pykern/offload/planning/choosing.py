@@ -8,11 +8,11 @@ the worst moment.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from statistics import median
 
-from .simulation import live_blocks
-from .transfers import Block, Placed, RankTimes, anchor, place, place_in_file
-from .types import Order
+from .transfers import Block, Placed, RankTimes, peak_bytes, place, place_in_file
 
 
 @dataclass
@@ -68,14 +68,27 @@ def fewest(count: int, enough: Callable[[int], bool]) -> int:
     return bisect_left(range(count), True, key=enough)
 
 
+def lowest(ordered: Sequence[Block], peak: Callable[[int], int]) -> int:
+    """How many of `ordered` give the lowest peak, the fewest such: whole chunks, and parts of the next one.
+
+    Where copies are too slow for all, more blocks make all of them leave later: at some number the peak turns.
+    """
+    starts = [number for number, block in enumerate(ordered) if not number or block.chunk != ordered[number - 1].chunk]
+    bounds = [*starts, len(ordered)]
+    best = min(bounds, key=lambda number: (peak(number), number))
+    place = bounds.index(best)
+    around = {best}
+    for lower, upper in zip(bounds[max(place - 1, 0) :], bounds[max(place, 1) : place + 2], strict=False):
+        around |= {lower + (upper - lower) * part // 4 for part in (1, 2, 3)}
+    return min(around, key=lambda number: (peak(number), number))
+
+
 def choose(
-    order: Order,
     rank: RankTimes,
     asked: Sequence[Block],
     origin: float,
     slot: float,
     *,
-    sizes: Sequence[int],
     budget: int | None = None,
     insist: bool = False,
     housed: int | None = None,
@@ -89,8 +102,8 @@ def choose(
     worthwhile = set(worth)
     choice = Choice([], brief=[block for block in asked if block not in worthwhile])
     if budget is not None:
-        live = live_blocks(order, rank.rank, block_sizes=sizes)
-        over = [number for number, held in enumerate(live) if held > budget]
+        held = list(accumulate(rank.changes))
+        over = [number for number, now in enumerate(held) if now > budget]
         worth = [block for block in worth if bisect_left(over, block.forward) < bisect_left(over, block.last)]
     ordered = by_lifespan(rank, worth)
     if housed is not None and rank.link.file_rate is None and housed < len(ordered):
@@ -100,20 +113,20 @@ def choose(
     def lay_out(count: int) -> tuple[list[Placed], list[Block]]:
         return place(rank, _in_order(ordered[:count]), origin, slot, late="place" if insist else "leave")
 
-    count = len(ordered) if insist else most(len(ordered), lambda count: not lay_out(count)[1])
+    @cache
+    def peak(count: int) -> int:
+        return peak_bytes(rank, lay_out(count)[0])
+
+    count = len(ordered)
     if budget is not None:
-
-        def peak(count: int) -> int:
-            transfers = anchor(rank, lay_out(count)[0])
-            return max(live_blocks(order, rank.rank, transfers, sizes), default=0)
-
-        enough = fewest(count, lambda number: peak(number) <= budget)
-        reached = peak(enough)
-        if reached > budget:
-            choice.over_budget = reached
+        if peak(count) > budget:
+            count = lowest(ordered, peak)
+        count = fewest(count, lambda number: peak(number) <= budget)
+        if peak(count) > budget:
+            choice.over_budget = peak(count)
             choice.late = ordered[count:]
-        ordered, count = ordered[:enough], enough
-    else:
+    elif not insist and lay_out(count)[1]:
+        count = lowest(ordered, peak)
         choice.late = ordered[count:]
     choice.ordered = ordered[:count]
     choice.placed, late = lay_out(count)

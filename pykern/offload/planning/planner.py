@@ -1,7 +1,7 @@
 """Plans a step of a pipeline: the order of a schedule, what leaves each device when, and what is to be expected.
 
-    >>> plan("po", 8, 4, 32, times=(1.0, 1.0, 1.0), bytes=1 << 20, bandwidth=1e6, offload="half").peak_blocks
-    (9, 9, 8, 8, 8, 7, 7, 6)
+>>> plan("po", 8, 4, 32, times=(1.0, 1.0, 1.0), bytes=1 << 20, bandwidth=1e6, offload="half").peak_blocks
+(9, 9, 8, 8, 8, 7, 7, 6)
 """
 
 from collections.abc import Mapping, Sequence
@@ -149,24 +149,14 @@ class _Drafts:
         return bases
 
     def best(self) -> _Draft:
-        drafts = []
         for number, basis in enumerate(self._bases()):
             draft = self._within_host_budget(basis, number)
-            drafts.append(draft)
-            complete = not any(choice.late or choice.over_budget is not None for choice in draft.choices)
-            if self.request.insist or (complete and self._is_quick(draft)):
+            if self.request.insist or self._is_quick(draft):
                 return draft
-        quick = [draft for draft in drafts if self._is_quick(draft)] or drafts[-1:]
-        return min(quick, key=self._cost)
+        return draft
 
     def _is_quick(self, draft: _Draft) -> bool:
         return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
-
-    def _cost(self, draft: _Draft) -> tuple[int, int, int]:
-        over = 0
-        if self.request.budget is not None:
-            over = sum(max(0, peak - most) for peak, most in zip(draft.peaks, self.request.budget, strict=True))
-        return over, max(draft.peaks), sum(draft.peaks)
 
     def _within_host_budget(self, basis: _Basis, number: int) -> _Draft:
         housed: list[int | None] = [None] * self.order.devices
@@ -220,14 +210,18 @@ class _Drafts:
 
     def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
         request = self.request
-        asked = [[b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks]
+        asked = [
+            [b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks
+        ]
         slot = _longest(ranks, asked)
         choices = self._choose_in_slots(ranks, asked, slot, housed)
         # Slots are as long as the longest copy. If not all fit, the longest may not be worth it.
         shorter = _longest(ranks, [choice.ordered for choice in choices])
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
             return choices
-        short = [[block for block in blocks if rank.longest(block.chunk) <= shorter] for rank, blocks in zip(ranks, asked)]
+        short = [
+            [block for block in blocks if rank.longest(block.chunk) <= shorter] for rank, blocks in zip(ranks, asked)
+        ]
         choices = self._choose_in_slots(ranks, short, shorter, housed)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
             among = set(few)
@@ -241,7 +235,7 @@ class _Drafts:
         origin = ranks[0].ends[0] if ranks[0].ends else 0.0
         return [
             choose(
-                self.order, rank, blocks, origin + slot * number, slot, sizes=request.sizes,
+                rank, blocks, origin + slot * number, slot,
                 budget=None if request.budget is None else request.budget[rank.rank],
                 insist=request.insist, housed=housed[rank.rank],
             )
