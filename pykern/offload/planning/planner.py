@@ -202,7 +202,10 @@ class _Drafts:
                     )
                     for copy in copies
                 }
-        run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        if any(transfers):
+            run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        else:
+            run = Run(self.alone, ({},) * order.devices, (0.0,) * order.devices)
         peaks = tuple(
             max(live_blocks(order, rank, transfers[rank], request.sizes), default=0) for rank in range(order.devices)
         )
@@ -322,7 +325,7 @@ def _finish(request: Request, draft: _Draft, alone: float, arguments: Mapping[st
         peak_bytes=draft.peaks,
         stall_seconds=draft.run.stalls,
         file_bytes=tuple(map(sum, file_slot_bytes)),
-        notes=(*order.notes, *tell(request, draft.choices, draft.run.seconds, alone, draft.number)),
+        notes=(*order.notes, *tell(request, draft.choices, draft.peaks, draft.run.seconds, alone, draft.number)),
         file_slot_bytes=tuple(file_slot_bytes),
         staging_bytes=tuple(staging_bytes),
         seconds_alone=alone,
