@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cuda_device import CudaDevice
 from .engine import Engine, return_freed_memory
-from .saving import Copy, Flattened, Kept, Packing, Saved, is_on_cpu
+from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
 from .streamed import StreamedEngine
 from .streams import StreamDevice
 
@@ -234,18 +234,23 @@ class ActivationOffload:
         - offloads, offloaded_bytes; reloads, reloaded_bytes: copies out and back that have ended;
         - forwards, forwarded_bytes: tensors handed back before their memory was given up;
         - deduplicated, deduplicated_bytes: saved tensors that an existing copy served, and the bytes of their own;
+        - recomputed, recomputed_bytes: outputs of pykern's norms and activation functions, which the backward makes
+          again from the tensors that these saved;
         - kept, kept_bytes: by reason: parameter, small, last (of `keep_last`), capacity (no room, or the storage
           failed), skipped (by `skip`), unsupported (sparse and other layouts, lazy conjugates,
           subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory", "file, direct", "file, buffered", "file, in memory", or whose pinned memory.
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; for a folder that
+          is no disk, "file, in memory"; or whose pinned memory.
         """
         with self._lock:
             return {
                 **self._engine.counters(),
                 "deduplicated": self._packing.deduplicated,
                 "deduplicated_bytes": self._packing.deduplicated_bytes,
+                "recomputed": self._packing.recomputed,
+                "recomputed_bytes": self._packing.recomputed_bytes,
                 "kept": dict(self._packing.kept),
                 "kept_bytes": dict(self._packing.kept_bytes),
                 "medium": self._engine.description,
@@ -297,10 +302,10 @@ class ActivationOffload:
 
     # --- backward -----------------------------------------------------------------------------------
 
-    def _unpack(self, packed: Kept | Saved | Flattened) -> Tensor:
+    def _unpack(self, packed: Packed) -> Tensor:
         if isinstance(packed, Saved) and packed.copy.resident is None:
             self._read_ahead(packed)
-        return packed.unpack(self._unpack) if isinstance(packed, Flattened) else packed.unpack()
+        return unpacked(packed, self._unpack)
 
     def _read_ahead(self, saved: Saved) -> None:
         """Reserves the copies of this node and of the next ones in reverse order, and lets the others go."""

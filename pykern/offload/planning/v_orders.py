@@ -30,7 +30,8 @@ def _zb_v(devices: int, microbatches: int) -> list[list[Action]]:
             # What others wait for goes first, and the backwards of the weights fill the gaps.
             + backward_input * rank
             + (backward_input[:1] + backward_weight[:1]) * (devices - rank)
-            + backward_weight[::-1] * rank
+            + backward_weight[1:] * rank
+            + backward_weight[:1] * rank
         )
         counts: Counter[tuple[Kind, int]] = Counter()
         actions = []
