@@ -25,6 +25,8 @@ std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
       data = found->second;
       free_.erase(found);
       cached_ -= capacity;
+    } else {
+      ++allocations_;
     }
   }
   if (!data) {
@@ -33,6 +35,11 @@ std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
     data = static_cast<char*>(mapped);
   }
   return std::make_shared<Buffer>(shared_from_this(), data, capacity);
+}
+
+int64_t BufferPool::allocations() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return allocations_;
 }
 
 void BufferPool::give(char* data, int64_t capacity) {

@@ -51,16 +51,37 @@ std::shared_ptr<Engine> engine(int64_t handle) {
   return found->second.engine;
 }
 
-// An empty folder opens the arena. A handle is returned even if opening fails: `offload_error` then
-// tells why, and `offload_close` ends it.
-int64_t open_engine(std::string folder, int64_t limit, int64_t initial, int64_t growth, int64_t threads,
-                    int64_t queue_bytes, int64_t delay_seed) {
-  MediumResult made = folder.empty() ? make_arena(limit) : make_spill_file(folder);
-  Opened opened{nullptr, made.error, getpid()};
-  if (made.medium) {
-    opened.engine = std::make_shared<Engine>(std::move(made.medium),
-                                             Engine::Options{limit, growth, threads, queue_bytes, delay_seed});
-    if (initial > 0) opened.error = opened.engine->preallocate(initial);
+// The tiers of an engine, memory first; why one of them can't be made.
+std::string make_tiers(const std::vector<int64_t>& memory, const std::string& folder, const std::vector<int64_t>& file,
+                       int64_t delay_seed, std::vector<std::unique_ptr<Tier>>& tiers) {
+  const auto add = [&](MediumResult made, int64_t limit, int64_t growth) {
+    if (made.medium) tiers.push_back(std::make_unique<Tier>(std::move(made.medium), limit, growth));
+    return made.error;
+  };
+  if (!memory.empty()) {
+    // What may be spilled lies as direct writes want it.
+    const std::string error = add(make_arena(memory[0], folder.empty() ? 64 : kPage), memory[0], memory[1]);
+    if (!error.empty()) return error;
+  }
+  if (folder.empty()) return "";
+  const FileTransfers transfers = file[3] ? FileTransfers::best : FileTransfers::threads;
+  return add(make_spill_file(folder, {transfers, delay_seed}), file[0], file[2]);
+}
+
+// memory: limit and growth, or nothing. folder: of the file, or empty for none. file: limit (-1 for none), initial
+// size, growth, and whether io_uring may be used. link: bytes per second out and in, seconds of latency, directions,
+// or nothing. A handle is returned even if opening fails: `offload_error` then tells why, and `offload_close` ends it.
+int64_t open_engine(std::vector<int64_t> memory, std::string folder, std::vector<int64_t> file,
+                    std::vector<int64_t> slots, int64_t threads, int64_t queue_bytes, int64_t buffer_bytes,
+                    std::vector<double> link, int64_t delay_seed) {
+  std::vector<std::unique_ptr<Tier>> tiers;
+  Opened opened{nullptr, make_tiers(memory, folder, file, delay_seed, tiers), getpid()};
+  if (opened.error.empty()) {
+    Engine::Options options{threads, queue_bytes, buffer_bytes, delay_seed, {}};
+    if (!link.empty()) options.link = {link[0], link[1], link[2], static_cast<int64_t>(link[3])};
+    opened.engine = std::make_shared<Engine>(std::move(tiers), options);
+    opened.error = opened.engine->lay_out(slots);
+    if (opened.error.empty() && !folder.empty()) opened.error = opened.engine->preallocate(file[1]);
   }
   const std::lock_guard<std::mutex> guard(registry().mutex);
   const int64_t handle = registry().next++;
@@ -87,7 +108,8 @@ void close_engine(int64_t handle) {
   if (closed.process != getpid()) new std::shared_ptr<Engine>(std::move(closed.engine));
 }
 
-int64_t store(int64_t handle, std::vector<Tensor> parts, std::vector<int64_t> offsets, int64_t bytes) {
+int64_t store(int64_t handle, std::vector<Tensor> parts, std::vector<int64_t> offsets, int64_t bytes,
+              int64_t slot, int64_t tier) {
   STD_TORCH_CHECK(parts.size() == offsets.size(), "offsets: expected one per part (", parts.size(), "), got ",
                   offsets.size());
   STD_TORCH_CHECK(bytes >= 0, "nbytes: expected at least 0, got ", bytes);
@@ -107,7 +129,7 @@ int64_t store(int64_t handle, std::vector<Tensor> parts, std::vector<int64_t> of
     STD_TORCH_CHECK(pieces[index - 1].end() <= pieces[index].offset, "offsets: the parts at ",
                     pieces[index - 1].offset, " and ", pieces[index].offset, " overlap");
   }
-  return engine(handle)->store(std::move(parts), std::move(pieces), bytes);
+  return engine(handle)->store(std::move(parts), std::move(pieces), bytes, slot, tier);
 }
 
 bool settle(int64_t handle, int64_t item) { return engine(handle)->settle(item); }

@@ -2,9 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <stdexcept>
 
 namespace pykern {
@@ -13,29 +11,19 @@ using torch::stable::Tensor;
 
 namespace {
 
-// All bits set are NaN in every floating-point type: whoever reads what is undefined shows it.
-constexpr char kPoison = '\xff';
-
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
-template <class Queue, class Value>
-bool erase_from(Queue& queue, const Value& value) {
-  const auto found = std::find(queue.begin(), queue.end(), value);
-  if (found == queue.end()) return false;
-  queue.erase(found);
-  return true;
-}
-
 }  // namespace
 
-Engine::Engine(std::unique_ptr<Medium> medium, const Options& options)
-    : medium_(std::move(medium)),
+Engine::Engine(std::vector<std::unique_ptr<Tier>> tiers, const Options& options)
+    : tiers_(std::move(tiers)),
       options_(options),
-      buffers_(std::make_shared<BufferPool>(options.queue_bytes, options.delay_seed >= 0)),
-      slots_(medium_->granularity()) {
-  for (int64_t worker = 0; worker < options.threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
+      buffers_(std::make_shared<BufferPool>(options.buffer_bytes, options.delay_seed >= 0)),
+      link_(options.link) {
+  const int64_t threads = std::max<int64_t>(options.threads, link_.has_two_directions() ? 2 : 1);
+  for (int64_t worker = 0; worker < threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
 }
 
 Engine::~Engine() {
@@ -47,47 +35,111 @@ Engine::~Engine() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-std::string Engine::preallocate(int64_t bytes) {
+std::string Engine::lay_out(const std::vector<int64_t>& slot_bytes) {
   const Lock lock(mutex_);
-  const int64_t extent = slots_.rounded(bytes);
-  if (extent <= slots_.extent()) return "";
-  const std::string error = medium_->grow(extent);
-  if (error.empty()) slots_.grow(extent);
-  return error;
+  std::vector<int64_t> offsets;
+  const std::string error = tiers_.front()->lay_out(slot_bytes, offsets);
+  if (!error.empty()) return error;
+  for (size_t slot = 0; slot < offsets.size(); ++slot) planned_.push_back({offsets[slot], slot_bytes[slot], nullptr});
+  return "";
 }
 
-int64_t Engine::store(std::vector<Tensor> sources, std::vector<Piece> pieces, int64_t bytes) {
+std::string Engine::preallocate(int64_t bytes) {
+  const Lock lock(mutex_);
+  return tiers_.back()->preallocate(bytes);
+}
+
+// --- out ------------------------------------------------------------------------------------------
+
+int64_t Engine::store(std::vector<Tensor> sources, std::vector<Piece> pieces, int64_t bytes, int64_t slot,
+                      int64_t tier) {
   drop_finished();
   Lock lock(mutex_);
-  const auto has_room = [&] { return queued_bytes_ == 0 || queued_bytes_ + bytes <= options_.queue_bytes; };
-  if (!has_room()) {
-    const auto begin = Clock::now();
-    while (!has_room()) {
-      work_ended_.wait(lock);
-      lock.unlock();
-      drop_finished();
-      lock.lock();
-    }
-    store_seconds_ += seconds_since(begin);
-  }
-  if (write_failed_) return -1;
-  int64_t offset = slots_.take(bytes);
-  if (offset < 0) {
-    if (!make_room(bytes, failure_)) return -1;
-    offset = slots_.take(bytes);
-  }
   const auto item = std::make_shared<Item>();
-  item->offset = offset;
   item->bytes = bytes;
+  item->slot = slot;
+  wait_for_queue(lock, bytes);
+  if (!find_place(lock, *item, tier)) return -1;
   item->sources = std::move(sources);
   item->pieces = std::move(pieces);
-  const int64_t number = next_item_++;
-  items_.emplace(number, item);
+  item->number = next_item_++;
+  if (slot >= 0) planned_[slot].holder = item;
+  items_.emplace(item->number, item);
   writes_.push_back(item);
   queued_bytes_ += bytes;
-  lock.unlock();
-  work_arrived_.notify_one();
-  return number;
+  start_spills();
+  work_arrived_.notify_all();
+  return item->number;
+}
+
+void Engine::wait_for_queue(Lock& lock, int64_t bytes) {
+  const auto has_room = [&] { return queued_bytes_ == 0 || queued_bytes_ + bytes <= options_.queue_bytes; };
+  if (has_room()) return;
+  const auto begin = Clock::now();
+  while (!has_room()) {
+    work_ended_.wait(lock);
+    lock.unlock();
+    drop_finished();
+    lock.lock();
+  }
+  store_seconds_ += seconds_since(begin);
+}
+
+bool Engine::find_place(Lock& lock, Item& item, int64_t tier) {
+  if (item.slot >= 0) {
+    if (item.slot >= static_cast<int64_t>(planned_.size())) {
+      throw std::runtime_error("offload: there is no slot " + std::to_string(item.slot) + ", only " +
+                               std::to_string(planned_.size()) + " were planned");
+    }
+    PlannedSlot& place = planned_[item.slot];
+    if (item.bytes > place.bytes) {
+      throw std::runtime_error("offload: a block of " + std::to_string(item.bytes) + " bytes does not fit into slot " +
+                               std::to_string(item.slot) + " of " + std::to_string(place.bytes));
+    }
+    vacate(lock, item.slot);
+    item.tier = tiers_.front().get();
+    if (item.tier->failed) return false;
+    item.offset = place.offset;
+    item.tier->slots().account(item.tier->slots().rounded(place.bytes), true);
+    planned_bytes_ += place.bytes;
+    planned_block_bytes_ += item.bytes;
+    return true;
+  }
+  for (int64_t index = 0; index < static_cast<int64_t>(tiers_.size()); ++index) {
+    if ((tier >= 0 && tier != index) || tiers_[index]->failed) continue;
+    item.tier = tiers_[index].get();
+    item.offset = item.tier->take(item.bytes, failure_);
+    if (item.offset >= 0) return true;
+  }
+  return false;
+}
+
+// Once an item is back in a buffer, or was never written, its slot is not needed any more, although
+// the item may live on.
+void Engine::vacate(Lock& lock, int64_t slot) {
+  std::optional<Clock::time_point> begin;
+  while (const ItemPointer holder = planned_[slot].holder) {
+    if (holder->stored && !holder->buffer) holder->buffer = holder->shared.lock();
+    if (holder->active == 0 && holder->failed) {
+      return_place(*holder);
+    } else if (holder->active == 0 && holder->stored && holder->buffer) {
+      drop_sources(*holder);
+      ++holder->reservations;  // for good: the buffer is all there is
+      return_place(*holder);
+    } else {
+      if (holder->reading && erase_from(reads_, holder)) reads_.push_front(holder);
+      if (!holder->released && holder->reservations > 0 && !holder->reading && !holder->buffer) {
+        start_reading(holder, true);
+      }
+      if (!holder->released && holder->reservations == 0 && holder->active == 0) {
+        throw std::runtime_error("offload: slot " + std::to_string(slot) + " still belongs to item " +
+                                 std::to_string(holder->number) + ", which was neither released nor reserved");
+      }
+      if (!begin) begin = Clock::now();
+      work_ended_.wait(lock);
+    }
+  }
+  if (begin) store_seconds_ += seconds_since(*begin);
 }
 
 bool Engine::settle(int64_t number) {
@@ -106,44 +158,29 @@ bool Engine::settle(int64_t number) {
     stored = item->stored;
     if (stored && item->held && !item->released) {
       drop_sources(*item);
-      if (item->reservations > 0 && !item->buffer && !item->reading) start_reading(item);
+      if (item->reservations > 0 && !item->buffer && !item->reading) start_reading(item, false);
     }
   }
   drop_finished();
   return stored;
 }
 
-bool Engine::make_room(int64_t bytes, std::string& error) {
-  const int64_t needed = slots_.extent_for(bytes);
-  if (options_.limit >= 0 && needed > options_.limit) return false;
-  int64_t wanted = std::max(needed, slots_.extent() + options_.growth);
-  if (options_.limit >= 0) wanted = std::min(wanted, options_.limit);
-  std::string why = medium_->grow(wanted);
-  if (!why.empty() && needed < wanted) {
-    wanted = needed;
-    why = medium_->grow(wanted);
-  }
-  if (!why.empty()) {
-    error = why;
-    return false;
-  }
-  slots_.grow(wanted);
-  return true;
-}
+// --- back -----------------------------------------------------------------------------------------
 
 void Engine::reserve(int64_t number) {
   const Lock lock(mutex_);
   const ItemPointer item = find(number);
   ++item->reservations;
+  cancel_spill(item);
   if (item->held || item->buffer || item->reading) return;
   item->buffer = item->shared.lock();
-  if (!item->buffer) start_reading(item);
+  if (!item->buffer) start_reading(item, false);
 }
 
-void Engine::start_reading(const ItemPointer& item) {
+void Engine::start_reading(const ItemPointer& item, bool urgent) {
   item->reading = true;
-  reads_.push_back(item);
-  work_arrived_.notify_one();
+  urgent ? reads_.push_front(item) : reads_.push_back(item);
+  work_arrived_.notify_all();
 }
 
 void Engine::unreserve(int64_t number) {
@@ -164,6 +201,7 @@ Tensor Engine::load(int64_t number) {
     const ItemPointer item = find(number);
     bytes = item->bytes;
     ++item->reservations;
+    cancel_spill(item);
     std::optional<Clock::time_point> begin;
     for (;;) {
       if (item->held && (whole = whole_block(*item))) {
@@ -174,10 +212,8 @@ Tensor Engine::load(int64_t number) {
       if (!item->reading) {
         buffer = item->buffer ? item->buffer : item->shared.lock();
         if (buffer || !item->error.empty()) break;
-        item->reading = true;
         // Somebody waits for this one: ahead of what is only expected to be needed.
-        reads_.push_front(item);
-        work_arrived_.notify_one();
+        start_reading(item, true);
       } else if (erase_from(reads_, item)) {
         reads_.push_front(item);
       }
@@ -208,6 +244,7 @@ std::optional<Tensor> Engine::whole_block(const Item& item) {
 }
 
 void Engine::release(int64_t number) {
+  std::shared_ptr<Buffer> buffer;
   {
     const Lock lock(mutex_);
     const auto found = items_.find(number);
@@ -215,12 +252,13 @@ void Engine::release(int64_t number) {
     const ItemPointer item = std::move(found->second);
     items_.erase(found);
     item->released = true;
-    item->buffer.reset();
+    buffer = std::move(item->buffer);
+    cancel_spill(item);
     if (erase_from(writes_, item)) queued_bytes_ -= item->bytes;
     erase_from(reads_, item);
     if (item->active == 0) {
       drop_sources(*item);
-      return_slot(*item);
+      return_place(*item);
     }
   }
   work_ended_.notify_all();
@@ -230,32 +268,68 @@ void Engine::release(int64_t number) {
 void Engine::synchronize() {
   {
     Lock lock(mutex_);
-    work_ended_.wait(lock, [&] { return writes_.empty() && reads_.empty() && active_ == 0; });
+    work_ended_.wait(lock, [&] { return writes_.empty() && reads_.empty() && spills_.empty() && active_ == 0; });
   }
   drop_finished();
 }
+
+// --- what is told ---------------------------------------------------------------------------------
 
 std::string Engine::take_failure() {
   const Lock lock(mutex_);
   return std::exchange(failure_, "");
 }
 
+std::string Engine::description() const {
+  std::string text = tiers_.front()->medium().description();
+  if (tiers_.size() > 1) text += ", then " + tiers_.back()->medium().description();
+  return text;
+}
+
 std::vector<double> Engine::counters() {
   const Lock lock(mutex_);
+  int64_t slots = 0, peak_slots = 0, slot_bytes = 0, peak_slot_bytes = 0, extent = 0, growths = 0;
+  for (const auto& tier : tiers_) {
+    slots += tier->slots().count();
+    peak_slots += tier->slots().peak_count();
+    slot_bytes += tier->slots().used_bytes();
+    peak_slot_bytes += tier->slots().peak_bytes();
+    extent += tier->slots().extent();
+    growths += tier->growths();
+  }
+  const int64_t file_bytes = tiers_.back()->medium().address(0) ? 0 : tiers_.back()->slots().used_bytes();
   const auto as_double = [](int64_t value) { return static_cast<double>(value); };
-  return {as_double(written_),           as_double(written_bytes_),     as_double(read_),
-          as_double(read_bytes_),        as_double(forwarded_),         as_double(forwarded_bytes_),
-          load_seconds_,                 store_seconds_,                as_double(slots_.count()),
-          as_double(slots_.peak_count()), as_double(slots_.used_bytes()), as_double(slots_.peak_bytes()),
-          as_double(slots_.extent())};
+  return {as_double(written_),
+          as_double(written_bytes_),
+          as_double(read_),
+          as_double(read_bytes_),
+          as_double(forwarded_),
+          as_double(forwarded_bytes_),
+          load_seconds_,
+          store_seconds_,
+          as_double(slots),
+          as_double(peak_slots),
+          as_double(slot_bytes),
+          as_double(peak_slot_bytes),
+          as_double(extent),
+          as_double(growths),
+          as_double(buffers_->allocations()),
+          as_double(spilled_),
+          as_double(spilled_bytes_),
+          as_double(file_bytes),
+          as_double(planned_bytes_),
+          as_double(planned_block_bytes_)};
 }
 
 void Engine::reset_counters() {
   const Lock lock(mutex_);
   written_ = written_bytes_ = read_ = read_bytes_ = forwarded_ = forwarded_bytes_ = 0;
+  spilled_ = spilled_bytes_ = planned_bytes_ = planned_block_bytes_ = 0;
   load_seconds_ = store_seconds_ = 0;
-  slots_.reset_peaks();
+  for (const auto& tier : tiers_) tier->slots().reset_peaks();
 }
+
+// --- items ----------------------------------------------------------------------------------------
 
 Engine::ItemPointer Engine::find(int64_t number) const {
   const auto found = items_.find(number);
@@ -265,14 +339,19 @@ Engine::ItemPointer Engine::find(int64_t number) const {
   return found->second;
 }
 
-void Engine::return_slot(Item& item) {
+void Engine::return_place(Item& item) {
   if (item.offset < 0) return;
-  if (options_.delay_seed >= 0) {
-    const std::vector<char> poison(slots_.rounded(item.bytes), kPoison);
-    const auto bytes = static_cast<int64_t>(poison.size());
-    medium_->write(item.offset, {{0, bytes, poison.data()}}, bytes);
+  Slots& slots = item.tier->slots();
+  if (item.slot >= 0) {
+    PlannedSlot& place = planned_[item.slot];
+    poison(*item.tier, place.offset, place.bytes);
+    slots.account(slots.rounded(place.bytes), false);
+    place.holder.reset();
+  } else {
+    poison(*item.tier, item.offset, item.bytes);
+    item.tier->give(item.offset, item.bytes);
+    if (item.tier == tiers_.back().get()) file_full_ = false;
   }
-  slots_.give(item.offset, item.bytes);
   item.offset = -1;
 }
 
@@ -297,95 +376,6 @@ void Engine::drop_finished() {
   std::vector<Tensor> finished;
   const Lock lock(mutex_);
   finished.swap(finished_);
-}
-
-// --- workers --------------------------------------------------------------------------------------
-
-void Engine::work(int64_t worker) {
-  std::mt19937_64 random(static_cast<uint64_t>(options_.delay_seed) * 1000003u + static_cast<uint64_t>(worker));
-  Lock lock(mutex_);
-  for (;;) {
-    work_arrived_.wait(lock, [&] { return stopping_ || !reads_.empty() || !writes_.empty(); });
-    if (stopping_) return;
-    const bool is_read = !reads_.empty();
-    std::deque<ItemPointer>& queue = is_read ? reads_ : writes_;
-    const ItemPointer item = std::move(queue.front());
-    queue.pop_front();
-    ++item->active;
-    ++active_;
-    lock.unlock();
-    pause(random);
-    lock.lock();
-    is_read ? run_read(lock, item) : run_write(lock, item);
-    lock.unlock();
-    pause(random);
-    lock.lock();
-    --item->active;
-    --active_;
-    if (!item->released) {
-      drop_if_idle(*item);
-    } else if (item->active == 0) {
-      drop_sources(*item);
-      return_slot(*item);
-    }
-    work_ended_.notify_all();
-  }
-}
-
-void Engine::run_write(Lock& lock, const ItemPointer& item) {
-  lock.unlock();
-  const std::string error = medium_->write(item->offset, item->pieces, item->bytes);
-  lock.lock();
-  queued_bytes_ -= item->bytes;
-  if (error.empty()) {
-    item->stored = true;
-    ++written_;
-    written_bytes_ += item->bytes;
-  } else {
-    // The sources stay where they are: nothing is lost, and nothing more is written.
-    item->failed = write_failed_ = true;
-    failure_ = error;
-  }
-}
-
-void Engine::run_read(Lock& lock, const ItemPointer& item) {
-  const bool held = item->held;
-  lock.unlock();
-  std::shared_ptr<Buffer> buffer = buffers_->take(item->bytes);
-  std::string error;
-  if (!buffer) {
-    error = "no memory to bring back " + std::to_string(item->bytes) + " bytes";
-  } else if (held) {
-    for (const Piece& piece : item->pieces) std::memcpy(buffer->data() + piece.offset, piece.data, piece.bytes);
-  } else {
-    error = medium_->read(item->offset, buffer->data(), item->bytes);
-  }
-  if (error.empty()) fill_gaps(*item, buffer->data());
-  lock.lock();
-  item->reading = false;
-  if (error.empty()) {
-    (held ? forwarded_ : read_) += 1;
-    (held ? forwarded_bytes_ : read_bytes_) += item->bytes;
-    item->shared = buffer;
-    if (item->reservations > 0) item->buffer = std::move(buffer);
-  } else {
-    item->error = error;
-  }
-}
-
-void Engine::fill_gaps(const Item& item, char* block) const {
-  if (options_.delay_seed < 0) return;
-  int64_t filled = 0;
-  for (const Piece& piece : item.pieces) {
-    std::memset(block + filled, kPoison, piece.offset - filled);
-    filled = piece.end();
-  }
-  std::memset(block + filled, kPoison, item.bytes - filled);
-}
-
-void Engine::pause(std::mt19937_64& random) const {
-  if (options_.delay_seed < 0) return;
-  std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
 }
 
 }  // namespace pykern

@@ -98,7 +98,11 @@ def product_of(basis: BasisFormat, job: Job, before: Mapping[str, Tensor]) -> Te
 
 
 class Indices:
-    """Which rows of a fixed orthonormal matrix the columns of P are; int64, -1 without a basis."""
+    """Which rows of a fixed orthonormal matrix the columns of P are; int64, -1 without a basis.
+
+    What is chosen again keeps its place among them, so that moments which stay where they are stay with their vector;
+    the others fill the places that become free.
+    """
 
     exact = True
 
@@ -106,7 +110,11 @@ class Indices:
         return {"projector_indices": torch.full((job.rank,), -1, dtype=torch.int64, device=job.param.device)}
 
     def store(self, job, chosen):
-        job.state["projector_indices"].copy_(chosen)
+        indices = job.state["projector_indices"]
+        stays, known = torch.isin(indices, chosen), torch.isin(chosen, indices)
+        # Stable sorts bring the free places, and what is new, to the front: no mask whose count a device must tell.
+        free, new = (taken.to(torch.uint8).sort(stable=True).indices for taken in (stays, known))
+        indices.scatter_(0, free, torch.where(stays[free], indices[free], chosen[new]))
 
     def dense(self, job, state):
         indices = state["projector_indices"]

@@ -74,9 +74,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         refresh: when P is chosen: "every" `refresh_every` steps; "staggered", likewise, but matrix by matrix, spread
             over the steps by the work that each is, after a cheap basis for all in the first step; "lazy", every, and
             the gap doubles while the subspace stays (Q-GaLore); "online", in each step (LDAdam).
-        moments: what becomes of m and v then, with T = P_new^T P_old: "keep"; "rotate", T m and |T v| (DCT-AdamW);
-            "rotate_variance", T m and v by the variance around it (LDAdam); "reset", zero, and the count of steps too
-            (FRUGAL, Grass).
+        moments: what becomes of m and v then, with T = P_new^T P_old: "keep" (indices that are chosen again keep their
+            places, and so theirs); "rotate", T m and |T v| (DCT-AdamW); "rotate_variance", T m and v by the variance
+            around it (LDAdam); "reset", zero, and the count of steps too (FRUGAL, Grass).
         side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns; "full"
             compresses both, R = P^T G Q [rank, rank].
         projector: what chooses P. Of the gradient: "gram", its leading singular vectors, by its Gram matrix (to 0.9999

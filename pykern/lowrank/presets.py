@@ -173,10 +173,12 @@ class ApolloMini(PresetOptimizer):
 class DCTAdamW(PresetOptimizer):
     """DCT-AdamW: AdamW on the columns of a cosine transform that see most of the gradient (arXiv 2505.17967).
 
-    P is `rank` columns of the orthogonal DCT-II, those of the largest absolute sums, chosen anew each step. Choose
-    `moments="rotate"` to move the moments along (the package's rotate_subspace), `residual="error_feedback"` to add
-    what P misses to the next gradient (use_ef). With `refresh_every` above 1 the package refreshes one step earlier
-    than here, where steps 1, k + 1, 2k + 1 do; and its "matmul" setting selects from the inverse transform.
+    P is `rank` columns of the orthogonal DCT-II, those of the largest absolute sums, chosen anew each step. A column
+    that is chosen again keeps its place in P and with it its moments, a new one takes those of the place; the package
+    orders all columns anew, so that moments mix. Choose `moments="rotate"` to begin new columns with none (the
+    package's rotate_subspace), `residual="error_feedback"` to add what P misses to the next gradient (use_ef): the
+    paper's algorithm has both. With `refresh_every` above 1 the package refreshes one step earlier than here, where
+    steps 1, k + 1, 2k + 1 do; and its "matmul" setting selects from the inverse transform.
     Takes LowRankOptimizer's other keywords.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .engine import Engine, return_freed_memory, spill_folder, warn_if_in_memory
-from .saving import Copy, Flattened, Kept, Packing, Saved
+from .saving import Copy, Packed, Packing, Saved, unpacked
 
 
 class _Copy(Copy):
@@ -202,18 +202,23 @@ class ActivationOffload:
         - offloads, offloaded_bytes; reloads, reloaded_bytes: copies out and back that have ended;
         - forwards, forwarded_bytes: tensors handed back before their memory was given up;
         - deduplicated, deduplicated_bytes: saved tensors that an existing copy served, and the bytes of their own;
+        - recomputed, recomputed_bytes: outputs of pykern's norms and activation functions, which the backward makes
+          again from the tensors that these saved;
         - kept, kept_bytes: by reason: parameter, small, last (of `keep_last`), capacity (no room, or the storage
           failed), skipped (by `skip`), unsupported (sparse and other layouts, lazy conjugates,
           subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory", "file, direct", "file, buffered" or "file, in memory".
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; or, for a folder that
+          is no disk, "file, in memory".
         """
         with self._lock:
             return {
                 **self._engine.counters(),
                 "deduplicated": self._packing.deduplicated,
                 "deduplicated_bytes": self._packing.deduplicated_bytes,
+                "recomputed": self._packing.recomputed,
+                "recomputed_bytes": self._packing.recomputed_bytes,
                 "kept": dict(self._packing.kept),
                 "kept_bytes": dict(self._packing.kept_bytes),
                 "medium": self._engine.description,
@@ -265,10 +270,10 @@ class ActivationOffload:
 
     # --- backward -----------------------------------------------------------------------------------
 
-    def _unpack(self, packed: Kept | Saved | Flattened) -> Tensor:
+    def _unpack(self, packed: Packed) -> Tensor:
         if isinstance(packed, Saved) and packed.copy.resident is None:
             self._read_ahead(packed)
-        return packed.unpack(self._unpack) if isinstance(packed, Flattened) else packed.unpack()
+        return unpacked(packed, self._unpack)
 
     def _read_ahead(self, saved: Saved) -> None:
         """Reserves the copies of this node and of the next ones in reverse order, and lets the others go."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .engine import Engine, return_freed_memory, spill_folder, warn_if_in_memory
 from .planning.types import Action, Plan, Transfer
-from .saving import Copy, Flattened, Kept, Packing, Saved, placeholder, plain_tensors
+from .saving import Copy, Packed, Packing, Saved, placeholder, plain_tensors, unpacked
 
 # Parts of a block begin at multiples of this.
 _PART_ALIGNMENT = 256
@@ -456,5 +456,5 @@ class PipelineOffload:
             values.append(seconds)
 
 
-def _unpack(packed: Kept | Saved | Flattened) -> Tensor:
-    return packed.unpack(_unpack) if isinstance(packed, Flattened) else packed.unpack()
+def _unpack(packed: Packed) -> Tensor:
+    return unpacked(packed, _unpack)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .recipes import SavedRecipe, recipe_of
 from .views import View
 
 REASONS = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
@@ -101,6 +102,28 @@ class Flattened:
         return self._type.__tensor_unflatten__(members, self._context, self._size, self._stride).detach()
 
 
+class Recomputed:
+    """What the graph holds instead of a tensor that is made again: how, and which view of what is made."""
+
+    __slots__ = ("_counter", "_recipe", "_version", "_view")
+
+    def __init__(self, tensor: Tensor, recipe: SavedRecipe) -> None:
+        self._recipe, self._view = recipe, View.of(tensor)
+        self._counter, self._version = counter_of(tensor), tensor._version
+
+    def unpack(self, unpack: Callable[[object], Tensor]) -> Tensor:
+        check_version(self._counter._version, self._version, self._counter, self._view.size)
+        return self._view.restore(self._recipe.make(unpack), 0)
+
+
+Packed = Kept | Saved | Flattened | Recomputed
+
+
+def unpacked(packed: Packed, unpack: Callable[[Packed], Tensor]) -> Tensor:
+    """The tensor again; `unpack` brings back what it is made of."""
+    return packed.unpack(unpack) if isinstance(packed, Flattened | Recomputed) else packed.unpack()
+
+
 class Packing:
     """Packs what autograd saves, one copy for each byte range of a storage, however many tensors show it.
 
@@ -149,12 +172,13 @@ class Packing:
         self.deduplicated = self.deduplicated_bytes = 0
         self.kept = dict.fromkeys(REASONS, 0)
         self.kept_bytes = dict.fromkeys(REASONS, 0)
+        self.recomputed = self.recomputed_bytes = 0
 
     def count_kept(self, reason: str, bytes_: int, count: int = 1) -> None:
         self.kept[reason] += count
         self.kept_bytes[reason] += bytes_
 
-    def pack(self, tensor: Tensor) -> Kept | Saved | Flattened:
+    def pack(self, tensor: Tensor) -> Packed:
         """What the graph is to hold instead of the tensor."""
         reason = self._reason_to_keep(tensor)
         if reason is not None:
@@ -163,6 +187,12 @@ class Packing:
             return Kept(tensor)
         if is_traceable_wrapper_subclass(tensor):
             return Flattened(tensor, self.pack)
+        recipe = recipe_of(tensor)
+        if recipe is not None:
+            with self.lock:
+                self.recomputed += 1
+                self.recomputed_bytes += View.of(tensor).distinct_bytes()
+                return Recomputed(tensor, recipe.saved(self.pack))
         with self.lock:
             view, version = View.of(tensor), tensor._version
             storage = tensor.untyped_storage()

@@ -77,7 +77,7 @@ def drop_outputs(stage: _PipelineStageBase, microbatch: int) -> None:
 
 @contextlib.contextmanager
 def without_messages_to_itself(stage: _PipelineStageBase) -> Iterator[None]:
-    """While torch 2.11 connects ranks by messages between all neighbours, also those of one rank, which gloo refuses."""
+    """While torch 2.11 connects ranks by messages between neighbours: also those of one rank, which gloo refuses."""
     connect = getattr(stage, "_get_init_p2p_neighbors_ops", None)
     if connect is None:
         yield

@@ -208,6 +208,18 @@ def test_rotation_of_indices_is_exact(dtype):
             assert torch.equal(after[name][row], expected)
 
 
+@pytest.mark.parametrize("projector", ["rows", "coordinates"])
+def test_kept_moments_stay_with_their_vector(projector):
+    """Whatever the order is in which indices are chosen, one that is chosen again finds its moments."""
+    before, after = moments_after("keep", projector=projector)
+    old, new = before["projector_indices"].tolist(), after["projector_indices"].tolist()
+    stayed = [place for place, index in enumerate(new) if index in old]
+    assert 0 < len(stayed) < 4 and len(set(new)) == 4
+    assert all(old[place] == new[place] for place in stayed)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(before[name], after[name])
+
+
 @pytest.mark.parametrize("moments", ["rotate", "rotate_variance"])
 def test_a_basis_that_stays_keeps_its_moments(moments):
     params, basis = parameters((12, 40)), torch.linalg.qr(torch.randn(12, 4))[0]
