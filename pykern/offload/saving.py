@@ -124,11 +124,16 @@ def unpacked(packed: Packed, unpack: Callable[[Packed], Tensor]) -> Tensor:
     return packed.unpack(unpack) if isinstance(packed, Flattened | Recomputed) else packed.unpack()
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 class Packing:
     """Packs what autograd saves, one copy for each byte range of a storage, however many tensors show it.
 
-    `made` is called with each new copy and whether it is smaller than `min_bytes` (it then stays), `handed_out` with
-    each view of a copy, in the order in which they are saved.
+    `accepts` tells whether a tensor is where copies can be made from. `made` is called with each new copy and whether
+    it is smaller than `min_bytes` (it then stays), `handed_out` with each view of a copy, in the order in which they
+    are saved.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class Packing:
         min_bytes: int,
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
+        accepts: Callable[[Tensor], bool] = is_on_cpu,
         copy_type: type[Copy] = Copy,
         made: Callable[[Copy, bool], None],
         handed_out: Callable[[Saved], None] = lambda saved: None,
@@ -146,6 +152,7 @@ class Packing:
         self._min_bytes = min_bytes
         self._skip = skip
         self._parameters = list_of_tensors(parameters)
+        self._accepts = accepts
         self._copy_type = copy_type
         self._made = made
         self._handed_out = handed_out
@@ -243,10 +250,10 @@ class Packing:
             or tensor.is_inference()
         ):
             return "unsupported"
-        if tensor.device.type != "cpu":
-            if tensor.device.type == "cuda":
+        if not self._accepts(tensor):
+            if tensor.device.type == "cuda" and self._accepts is is_on_cpu:
                 raise NotImplementedError(
-                    f"{self._owner}: got a saved tensor on {tensor.device}; activations on a GPU can't be offloaded yet"
+                    f"{self._owner}: got a saved tensor on {tensor.device}; pass storage='pinned' to offload from there"
                 )
             return "unsupported"
         source = tensor if tensor._base is None else tensor._base

@@ -16,6 +16,9 @@ from .streams import Point, Stream, StreamDevice
 PACKED_BELOW = 1 << 20
 """Bytes that a copy moves in the time in which it starts, about; larger parts are not worth a copy on the device."""
 
+_SPILLED_AHEAD = 4
+"""Items that are written to the file when one must give up its slot."""
+
 
 class _Item:
     """One block on its way. What it owns tells its state:
@@ -34,21 +37,22 @@ class _Item:
     """
 
     __slots__ = (
-        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "held", "home", "nbytes", "number",
-        "ready", "reservations", "slot", "users", "written",
+        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "held", "home", "landing",
+        "nbytes", "number", "ready", "reservations", "slot", "users", "written",
     )  # fmt: skip
 
-    def __init__(self, number: int, nbytes: int, slot: Slot, home: Stream) -> None:
+    def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
         self.number, self.nbytes, self.home = number, nbytes, home
-        self.slot: Slot | None = slot
-        self.generation = slot.generation
-        self.ends: Ends = dict(slot.ends)
+        self.slot = slot
+        self.generation = -1 if slot is None else slot.generation
+        self.ends: Ends = {}
         self.held: list[tuple[int, Tensor]] = []
         self.ready: Point | None = None
         self.written: Point | None = None
         self.block: Tensor | None = None
         self.block_home: Stream | None = None
         self.arrived: Point | None = None
+        self.landing: Tensor | None = None
         self.users: dict[Stream, None] = {}
         self.reservations = 0
         self.file_item: int | None = None
@@ -122,6 +126,8 @@ class StreamedEngine:
         with self._lock:
             self._begin()
             _check_parts(parts, offsets, nbytes)
+            if nbytes == 0:
+                return self._store_nothing()
             place = self._place(nbytes, slot)
             if place is None:
                 return -1
@@ -130,7 +136,7 @@ class StreamedEngine:
             try:
                 self._copy_out(item, parts, offsets)
             except BaseException as error:
-                self._give_up_copy_out(item)
+                self._give_up_copy_out(item, parts)
                 if not isinstance(error, RuntimeError):
                     raise
                 self._failure = f"copying out of {self._device.name} failed: {error}"
@@ -146,11 +152,21 @@ class StreamedEngine:
                     self._settle(self._writing[0])
             return item.number
 
-    def settle(self, item: int) -> None:
-        """The parts are let go; the stream that made them waits for the copy's end before it does anything more."""
+    def _store_nothing(self) -> int:
+        self._next_item += 1
+        item = self._items[self._next_item] = _Item(self._next_item, 0, None, self._device.compute_stream())
+        item.block, item.block_home, item.arrived = self._device.allocate(0), item.home, self._point(item.home)
+        return item.number
+
+    def settle(self, item: int) -> bool:
+        """The parts are let go; the stream that made them waits for the copy's end before it does anything more.
+
+        True: unlike a write to a file, a copy that was started does not fail by itself.
+        """
         with self._lock:
             self._begin()
             self._settle(self._find(item))
+            return True
 
     def _copy_out(self, item: _Item, parts: Sequence[Tensor], offsets: Sequence[int]) -> None:
         device = self._device
@@ -174,10 +190,14 @@ class StreamedEngine:
         for end in item.slot.ends.values():
             self._device.wait(self._device.out_stream, end.event)
 
-    def _give_up_copy_out(self, item: _Item) -> None:
+    def _give_up_copy_out(self, item: _Item, parts: Sequence[Tensor]) -> None:
         """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
         item.written = self._point(self._device.out_stream)
-        self._drop_sources(item)
+        self._order_drop_of_sources(item)
+        kept = {id(part) for part in parts}
+        for _, source in item.held:
+            if id(source) not in kept:
+                self._device.free(source, item.home)
         self._arena.give(item.slot, later_ends(item.slot.ends, {item.written.stream: item.written}))
 
     def _settle(self, item: _Item) -> None:
@@ -243,14 +263,14 @@ class StreamedEngine:
         if item.held:
             self._forward(item)
             return
-        if item.slot is None:
-            self._read_file(item)
         device = self._device
+        # Held until the block is dropped: no slot may hold it.
+        item.landing = self._read_file(item) if item.slot is None else self._memory(item)[: item.nbytes]
         block = device.allocate(item.nbytes)
         item.block, item.block_home = block, device.compute_stream()
         try:
             self._order_copy_in(item, self._point(item.block_home))
-            device.copy(device.back_stream, block, self._memory(item)[: item.nbytes])
+            device.copy(device.back_stream, block, item.landing)
         except BaseException as error:
             item.arrived = self._point(device.back_stream)
             self._drop_block(item)
@@ -297,7 +317,7 @@ class StreamedEngine:
         # A forwarded source is let go as a source: after it was copied out, too.
         if not item.held or item.block is not item.held[0][1]:
             self._device.free(item.block, item.block_home)
-        item.block = item.block_home = item.arrived = None
+        item.block = item.block_home = item.arrived = item.landing = None
         item.users = {}
         if item.held and item not in self._writing:
             self._drop_sources(item)
@@ -358,11 +378,12 @@ class StreamedEngine:
                 f"so {nbytes} bytes stay on {self._device.name}"
             )
             return False
-        for item in self._items.values():
-            fits = item.slot is not None and item.slot.memory.numel() >= nbytes
-            if (fits or not self._arena.is_planned) and item.block is None and self._spill(item):
-                return self._evict(item)
-        return False
+        victims = [item for item in self._items.values() if item.slot is not None and item.block is None]
+        if self._arena.is_planned:
+            victims = [item for item in victims if item.slot.memory.numel() >= nbytes]
+        # The oldest are needed last. Those after the first are written meanwhile.
+        spilling = [item for item in victims[:_SPILLED_AHEAD] if self._spill(item)]
+        return bool(spilling) and self._evict(spilling[0])
 
     def _give_slot(self, item: _Item) -> None:
         self._check_generation(item)
@@ -415,36 +436,32 @@ class StreamedEngine:
 
     def _evict(self, item: _Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
-        self._file.settle(item.file_item)
-        failure = self._file.take_failure()
-        if failure:
+        if not self._file.settle(item.file_item):
             self._file.release(item.file_item)
             item.file_item = None
-            self._stop_spilling(failure)
+            self._stop_spilling()
             return False
         self._give_slot(item)
         return True
 
-    def _stop_spilling(self, failure: str = "") -> None:
+    def _stop_spilling(self) -> None:
         self._can_spill = False
-        self._failure = failure or self._file.take_failure() or "the spill file is full"
+        self._failure = self._file.take_failure() or "the spill file is full"
 
-    def _read_file(self, item: _Item) -> None:
+    def _read_file(self, item: _Item) -> Tensor:
+        """The item's bytes, in a slot again if there is one, from which the copy back is faster."""
         data = self._file.load(item.file_item)
-        slot = self._place(item.nbytes, None)
-        if slot is None:
-            raise RuntimeError(
-                f"ActivationOffload: no slot to bring back {item.nbytes} bytes from the file ({self._failure or 'full'}); "
-                "the bytes are not lost"
-            )
         if item.fetched:
             self._file.unreserve(item.file_item)
             item.fetched = False
+        slot = self._place(item.nbytes, None)
+        if slot is None:
+            return data
         for end in slot.ends.values():
             self._device.synchronize(end.event)
         slot.memory[: item.nbytes].copy_(data)
-        slot.owner, item.slot, item.generation = item, slot, slot.generation
-        item.ends = dict(slot.ends)
+        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
+        return slot.memory[: item.nbytes]
 
     # --- all of it ----------------------------------------------------------------------------------
 
@@ -521,8 +538,8 @@ def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
 
 
 def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:
-    if len(parts) != len(offsets) or not parts:
-        raise ValueError(f"parts, offsets: expected as many of each, at least one, got {len(parts)} and {len(offsets)}")
+    if len(parts) != len(offsets):
+        raise ValueError(f"offsets: expected one per part ({len(parts)}), got {len(offsets)}")
     end = 0
     for index, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
         if part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous():
@@ -532,8 +549,8 @@ def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -
         if offset < end or offset % ALIGNMENT:
             raise ValueError(f"offsets[{index}]: expected a multiple of {ALIGNMENT} from {end} on, got {offset}")
         end = offset + part.numel()
-    if end > nbytes or nbytes == 0:
-        raise ValueError(f"nbytes: expected room for the parts, which end at {end}, and at least 1, got {nbytes}")
+    if end > nbytes:
+        raise ValueError(f"nbytes: expected room for the parts, which end at {end}, got {nbytes}")
 
 
 def _runs(
