@@ -13,7 +13,7 @@ from .pipeline import PipelineOffload
 from .planning.orders import make_order
 from .planning.types import Order, Plan, Times
 from .sends import Step, safe_waits
-from .stages import ReceiveBuffers, Watched, drop_outputs
+from .stages import ReceiveBuffers, Watched, drop_outputs, without_messages_to_itself
 
 _SENDS = ("SEND_F", "SEND_B")
 _WAITS = ("WAIT_SEND_F", "WAIT_SEND_B")
@@ -78,6 +78,12 @@ class SchedulePlanned(_PipelineScheduleRuntime):
         }
         self._prepare_schedule_with_comms(self.pipeline_order)
         self._chunk_of = {stage.stage_index: chunk for chunk, stage in enumerate(stages)}
+
+    def _initialize_stages(self, *arguments: Any, **keywords: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            for stage in self._stages:
+                stack.enter_context(without_messages_to_itself(stage))
+            super()._initialize_stages(*arguments, **keywords)
 
 
 def _stages_of_rank(order: Order, rank: int, chunks: int, schedule: str) -> list[int]:
