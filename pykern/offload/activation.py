@@ -1,7 +1,6 @@
 """Activations wait for the backward outside of the model's memory."""
 
 import os
-import tempfile
 import threading
 import warnings
 import weakref
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cuda_device import CudaDevice
-from .engine import Engine, return_freed_memory
+from .engine import Engine, return_freed_memory, spill_folder, warn_if_in_memory
 from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
 from .streamed import StreamedEngine
 from .streams import StreamDevice
@@ -168,11 +167,7 @@ class ActivationOffload:
         if skip is not None and not callable(skip):
             raise TypeError(f"skip: expected a function of a tensor, got {type(skip).__name__}")
 
-        folder = None
-        if storage == "file" or path is not None:
-            folder = os.fspath(path) if path is not None else tempfile.gettempdir()
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+        folder = spill_folder(path) if storage == "file" or path is not None else None
         self.storage = storage
         accepts = is_on_cpu
         if storage == "pinned":
@@ -182,12 +177,8 @@ class ActivationOffload:
             self._engine = StreamedEngine(device, capacity=capacity, queue_bytes=queue_bytes, file=file)
         else:
             file = self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
-        if file is not None and file.description == "file, in memory":
-            warnings.warn(
-                f"ActivationOffload: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
-                "pass path= a folder on a disk",
-                stacklevel=2,
-            )
+        if file is not None:
+            warn_if_in_memory("ActivationOffload", file, folder, stacklevel=2)
 
         if map_allocations and storage == "file":
             return_freed_memory(max(min_bytes, 1 << 16))
@@ -241,8 +232,8 @@ class ActivationOffload:
           subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; for a folder that
-          is no disk, "file, in memory"; or whose pinned memory.
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; for a folder that is
+          no disk, "file, in memory"; or whose pinned memory.
         """
         with self._lock:
             return {

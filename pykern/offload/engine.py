@@ -3,7 +3,9 @@
 import os
 import shutil
 import statistics
+import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -69,6 +71,23 @@ class Rates(NamedTuple):
 
     out: float
     back: float
+
+
+def spill_folder(path: str | os.PathLike | None) -> str:
+    """The folder of a spill file: `path`, which must exist, or the system's temporary folder."""
+    folder = os.fspath(path) if path is not None else tempfile.gettempdir()
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+    return folder
+
+
+def warn_if_in_memory(owner: str, engine: "Engine", folder: str | None, stacklevel: int) -> None:
+    if engine.description == "file, in memory":
+        warnings.warn(
+            f"{owner}: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
+            "pass path= a folder on a disk",
+            stacklevel=stacklevel + 1,
+        )
 
 
 class Engine:

@@ -13,7 +13,7 @@ from .recipes import SavedRecipe, recipe_of
 from .views import View
 
 REASONS = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
-"""Why a saved tensor stays, by the names of `ActivationOffload.stats`."""
+"""Why a saved tensor stays."""
 
 
 class Kept:
@@ -102,10 +102,6 @@ class Flattened:
         return self._type.__tensor_unflatten__(members, self._context, self._size, self._stride).detach()
 
 
-def is_on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
 class Recomputed:
     """What the graph holds instead of a tensor that is made again: how, and which view of what is made."""
 
@@ -126,6 +122,10 @@ Packed = Kept | Saved | Flattened | Recomputed
 def unpacked(packed: Packed, unpack: Callable[[Packed], Tensor]) -> Tensor:
     """The tensor again; `unpack` brings back what it is made of."""
     return packed.unpack(unpack) if isinstance(packed, Flattened | Recomputed) else packed.unpack()
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 class Packing:
@@ -156,7 +156,7 @@ class Packing:
         self._copy_type = copy_type
         self._made = made
         self._handed_out = handed_out
-        self._resident_storages: frozenset[int] = frozenset()
+        self._resident_storages = self._given = self._leaves = frozenset()
         self._copies: weakref.WeakValueDictionary[tuple, Copy] = weakref.WeakValueDictionary()
         # Reentrant: a garbage collection inside a guarded block may run any code.
         self.lock = threading.RLock()
@@ -165,6 +165,15 @@ class Packing:
     def find_parameters(self) -> None:
         """To be called before each forward: assigning to `.data` gives a parameter another storage."""
         self._resident_storages = frozenset(identities(self._parameters()))
+
+    def begin(self, leaves: Iterable[Tensor] = (), given: Iterable[Tensor] = ()) -> None:
+        """From here on no copy that was made before serves what is saved.
+
+        Leaves that require gradients are parameters, except for `leaves`. Whatever shows a storage of `given` stays,
+        since others hold it.
+        """
+        self._copies = weakref.WeakValueDictionary()
+        self._leaves, self._given = frozenset(identities(leaves)), frozenset(identities(given))
 
     def reset_counters(self) -> None:
         self.deduplicated = self.deduplicated_bytes = 0
@@ -176,24 +185,21 @@ class Packing:
         self.kept[reason] += count
         self.kept_bytes[reason] += bytes_
 
-    def pack(self, tensor: Tensor, leaves: frozenset[int] = frozenset()) -> Packed:
-        """What the graph is to hold instead of the tensor.
-
-        Leaves that require gradients are parameters, except those whose storage's identity is in `leaves`.
-        """
-        reason = self._reason_to_keep(tensor, leaves)
+    def pack(self, tensor: Tensor) -> Packed:
+        """What the graph is to hold instead of the tensor."""
+        reason = self._reason_to_keep(tensor)
         if reason is not None:
             with self.lock:
                 self.count_kept(reason, tensor.numel() * tensor.element_size())
             return Kept(tensor)
         if is_traceable_wrapper_subclass(tensor):
-            return Flattened(tensor, lambda inner: self.pack(inner, leaves))
+            return Flattened(tensor, self.pack)
         recipe = recipe_of(tensor)
         if recipe is not None:
             with self.lock:
                 self.recomputed += 1
                 self.recomputed_bytes += View.of(tensor).distinct_bytes()
-                return Recomputed(tensor, recipe.saved(lambda source: self.pack(source, leaves)))
+                return Recomputed(tensor, recipe.saved(self.pack))
         with self.lock:
             view, version = View.of(tensor), tensor._version
             storage = tensor.untyped_storage()
@@ -231,7 +237,7 @@ class Packing:
         copy = self._copies.get(key)
         return copy if copy is not None and copy.is_current(storage, version) else None
 
-    def _reason_to_keep(self, tensor: Tensor, leaves: frozenset[int]) -> str | None:
+    def _reason_to_keep(self, tensor: Tensor) -> str | None:
         if isinstance(tensor, torch.nn.Parameter):
             return "parameter"
         subclass = type(tensor) is not Tensor
@@ -253,7 +259,7 @@ class Packing:
         source = tensor if tensor._base is None else tensor._base
         if isinstance(source, torch.nn.Parameter):
             return "parameter"
-        if source.is_leaf and source.requires_grad and leaves.isdisjoint(identities([source])):
+        if source.is_leaf and source.requires_grad and self._leaves.isdisjoint(identities([source])):
             return "parameter"
         if tensor.numel() == 0:
             return "small"
@@ -263,6 +269,8 @@ class Packing:
                 return "small"
             if storage._cdata in self._resident_storages:
                 return "parameter"
+            if storage._cdata in self._given:
+                return "skipped"
         if self._skip is not None and self._skip(tensor):
             return "skipped"
         return None
@@ -328,7 +336,10 @@ def placeholder(tensor: Tensor) -> Tensor:
     element = torch.empty((), dtype=tensor.dtype, device=tensor.device)
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
         element.fill_(float("nan"))
-    return element.expand(tensor.size())
+    # Not `expand`: its result would be a view, which autograd treats otherwise.
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        element.untyped_storage(), 0, tensor.size(), (0,) * tensor.dim()
+    )
 
 
 def list_of_tensors(parameters: torch.nn.Module | Iterable[Tensor]) -> Callable[[], list[Tensor]]:

@@ -1,7 +1,7 @@
 """Plans a step of a pipeline: the order of a schedule, what leaves each device when, and what is to be expected.
 
-    >>> plan("po", 8, 4, 32, times=(1.0, 1.0, 1.0), bytes=1 << 20, bandwidth=1e6, offload="half").peak_blocks
-    (9, 9, 8, 8, 8, 7, 7, 6)
+>>> plan("po", 8, 4, 32, times=(1.0, 1.0, 1.0), bytes=1 << 20, bandwidth=1e6, offload="half").peak_blocks
+(9, 9, 8, 8, 8, 7, 7, 6)
 """
 
 from collections.abc import Mapping, Sequence
@@ -202,7 +202,10 @@ class _Drafts:
                     )
                     for copy in copies
                 }
-        run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        if any(transfers):
+            run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        else:
+            run = Run(self.alone, ({},) * order.devices, (0.0,) * order.devices)
         peaks = tuple(
             max(live_blocks(order, rank, transfers[rank], request.sizes), default=0) for rank in range(order.devices)
         )
@@ -210,14 +213,18 @@ class _Drafts:
 
     def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
         request = self.request
-        asked = [[b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks]
+        asked = [
+            [b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks
+        ]
         slot = _longest(ranks, asked)
         choices = self._choose_in_slots(ranks, asked, slot, housed)
         # Slots are as long as the longest copy. If not all fit, the longest may not be worth it.
         shorter = _longest(ranks, [choice.ordered for choice in choices])
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
             return choices
-        short = [[block for block in blocks if rank.longest(block.chunk) <= shorter] for rank, blocks in zip(ranks, asked)]
+        short = [
+            [block for block in blocks if rank.longest(block.chunk) <= shorter] for rank, blocks in zip(ranks, asked)
+        ]
         choices = self._choose_in_slots(ranks, short, shorter, housed)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
             among = set(few)
@@ -318,7 +325,7 @@ def _finish(request: Request, draft: _Draft, alone: float, arguments: Mapping[st
         peak_bytes=draft.peaks,
         stall_seconds=draft.run.stalls,
         file_bytes=tuple(map(sum, file_slot_bytes)),
-        notes=(*order.notes, *tell(request, draft.choices, draft.run.seconds, alone, draft.number)),
+        notes=(*order.notes, *tell(request, draft.choices, draft.peaks, draft.run.seconds, alone, draft.number)),
         file_slot_bytes=tuple(file_slot_bytes),
         staging_bytes=tuple(staging_bytes),
         seconds_alone=alone,

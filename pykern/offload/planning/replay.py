@@ -63,7 +63,9 @@ def _check_rank(plan: Plan, rank: int) -> None:
             size = sizes[order.stage(rank, copy.chunk)]
             _demand(size <= rooms[copy.slot], f"slot {copy.slot} of the {tier} is too small")
         for before, after in _neighbours(among):
-            _demand(before.back_end <= after.out_start + rounding, f"slot {after.slot} of the {tier} is used twice at once")
+            _demand(
+                before.back_end <= after.out_start + rounding, f"slot {after.slot} of the {tier} is used twice at once"
+            )
             freed = positions["reload", before.chunk, before.microbatch]
             asked = positions["offload", after.chunk, after.microbatch]
             _demand(freed < asked, f"slot {after.slot} of the {tier} is asked for before it is due to be freed")
@@ -72,7 +74,9 @@ def _check_rank(plan: Plan, rank: int) -> None:
         link.sort()
         _demand(all(a[1] <= b[0] + rounding for a, b in zip(link, link[1:], strict=False)), "two copies at once")
     held = live_blocks(order, rank, transfers)
-    _demand(max(held, default=0) == plan.peak_blocks[rank], f"a peak of {max(held, default=0)} blocks, not as predicted")
+    _demand(
+        max(held, default=0) == plan.peak_blocks[rank], f"a peak of {max(held, default=0)} blocks, not as predicted"
+    )
     held = live_blocks(order, rank, transfers, sizes)
     _demand(min(held, default=0) >= 0, "a block is dropped twice")
     _demand(max(held, default=0) == plan.peak_bytes[rank], f"a peak of {max(held, default=0)} bytes, not as predicted")

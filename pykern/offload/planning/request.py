@@ -117,7 +117,9 @@ def _times(order: Order, value: object) -> Times:
         name = f"times: {name}"
         if not _is_sequence(entry):
             entry = [entry] * (order.devices * order.chunks)
-        entries.append(tuple(_number(name, seconds, "seconds", least=0.0) for seconds in _per_stage(name, entry, order)))
+        entries.append(
+            tuple(_number(name, seconds, "seconds", least=0.0) for seconds in _per_stage(name, entry, order))
+        )
     return Times(*entries, transfer)
 
 
