@@ -211,9 +211,11 @@ class StreamedEngine:
         item.ends = {device.out_stream: item.written}
 
     def _order_copy_out(self, item: _Item) -> None:
-        self._device.wait(self._device.out_stream, item.ready.event)
+        stream = self._device.out_stream
+        self._device.wait(stream, item.ready.event)
         for end in item.slot.ends.values():
-            self._device.wait(self._device.out_stream, end.event)
+            if end.stream != stream:
+                self._device.wait(stream, end.event)
 
     def _give_up_copy_out(self, item: _Item, parts: Sequence[Tensor]) -> None:
         """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
@@ -311,8 +313,10 @@ class StreamedEngine:
         self._reloaded_bytes += item.nbytes
 
     def _order_copy_in(self, item: _Item, allocated: Point) -> None:
-        self._device.wait(self._device.back_stream, allocated.event)
-        self._device.wait(self._device.back_stream, item.written.event)
+        stream = self._device.back_stream
+        self._device.wait(stream, allocated.event)
+        if item.written.stream != stream:
+            self._device.wait(stream, item.written.event)
 
     def _order_use(self, item: _Item, stream: Stream) -> None:
         self._device.wait(stream, item.arrived.event, measured=item.arrived.stream == self._device.back_stream)
