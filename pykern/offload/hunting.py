@@ -183,7 +183,7 @@ class HuntingDevice:
     def launch(
         self, what: str, reads: Sequence[tuple[Tensor, int]] = (), writes: Sequence[tuple[Tensor, int]] = ()
     ) -> None:
-        """Work in the stream that computes now. Each tensor has a value beside it: all its bytes must be, or become, it."""
+        """Work in the stream that computes now. Beside each tensor, the value that all its bytes must have, or get."""
 
         def run() -> None:
             for tensor, value in reads:

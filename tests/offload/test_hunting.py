@@ -87,9 +87,9 @@ class SlotGivenAwayUnnoticed(SlotGivenAwayTooEarly):
 class StaleKey(StreamedEngine):
     """Numbers of released items are given again, as addresses are."""
 
-    def store(self, parts, offsets, nbytes, slot=None):
+    def store(self, parts, offsets, nbytes, **place):
         self._next_item = min(set(range(1, 100)) - set(self._items)) - 1
-        return super().store(parts, offsets, nbytes, slot)
+        return super().store(parts, offsets, nbytes, **place)
 
 
 class OneStreamForEver(HuntingDevice):

@@ -2,7 +2,7 @@
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -23,16 +23,31 @@ class Stay(NamedTuple):
 def colour(stays: Iterable[Stay]) -> tuple[list[int], list[int]]:
     """The slot of each stay, and the size of each slot: no slot holds two at once.
 
-    A stay takes the smallest free slot that is large enough, else the largest free one, which grows. Slots are as few
-    as stays are together at most, and none is wasted if all are equally large.
+    Slots are as few as stays are together at most, or as few for each size if that takes fewer bytes.
     """
     stays = list(stays)
+    slots, sizes = _colour(stays, range(len(stays)))
+    of_size: dict[int, list[int]] = {}
+    for position, stay in enumerate(stays):
+        of_size.setdefault(stay.size, []).append(position)
+    if len(of_size) < 2:
+        return slots, sizes
+    apart, apart_sizes = [0] * len(stays), []
+    for positions in of_size.values():
+        some, some_sizes = _colour(stays, positions)
+        for position in positions:
+            apart[position] = len(apart_sizes) + some[position]
+        apart_sizes += some_sizes
+    return (apart, apart_sizes) if sum(apart_sizes) < sum(sizes) else (slots, sizes)
+
+
+def _colour(stays: Sequence[Stay], positions: Iterable[int]) -> tuple[list[int], list[int]]:
+    """A stay takes the smallest free slot that is large enough, else the largest free one, which grows."""
     slots, sizes = [0] * len(stays), []
+    # Slots that are taken, as (end, freed, slot), and those that are free, as (size, slot), sorted.
     leaving: list[tuple[float, int, int]] = []
-    """(end, freed, slot) of slots that are taken."""
     free: list[tuple[int, int]] = []
-    """(size, slot), sorted."""
-    for position in sorted(range(len(stays)), key=lambda position: (stays[position].start, stays[position].asked)):
+    for position in sorted(positions, key=lambda position: (stays[position].start, stays[position].asked)):
         stay = stays[position]
         delayed = []
         while leaving and leaving[0][0] <= stay.start:
@@ -52,13 +67,3 @@ def colour(stays: Iterable[Stay]) -> tuple[list[int], list[int]]:
         slots[position] = slot
         heapq.heappush(leaving, (stay.end, stay.freed, slot))
     return slots, sizes
-
-
-def most_at_once(stays: Iterable[Stay]) -> int:
-    """Bytes that lie in an arena together at most: below that no arena can be."""
-    changes = sorted(change for stay in stays for change in ((stay.start, stay.size), (stay.end, -stay.size)))
-    most = now = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most

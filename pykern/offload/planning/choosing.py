@@ -28,8 +28,6 @@ class Choice:
     """Would go to a file, if that were read in time."""
     unhoused: list[Block] = field(default_factory=list)
     """The host has no room for them."""
-    over_budget: int | None = None
-    """The least possible peak, where it is above the budget."""
 
 
 def by_lifespan(rank: RankTimes, blocks: Sequence[Block]) -> list[Block]:
@@ -123,7 +121,6 @@ def choose(
             count = lowest(ordered, peak)
         count = fewest(count, lambda number: peak(number) <= budget)
         if peak(count) > budget:
-            choice.over_budget = peak(count)
             choice.late = ordered[count:]
     elif not insist and lay_out(count)[1]:
         count = lowest(ordered, peak)

@@ -104,7 +104,7 @@ def run_copies(
     both_directions: bool,
 ) -> Run:
     """Runs an order that `simulation.simulate` accepts with its transfers, `copy_times` by chunk and microbatch."""
-    stages = order.devices * order.chunks
+    microbatches, stages = order.microbatches, order.devices * order.chunks
     seconds = {
         "F": times.forward,
         "I": times.backward_input,
@@ -113,52 +113,53 @@ def run_copies(
     }
     stage_of = [[order.stage(rank, chunk) for chunk in range(order.chunks)] for rank in range(order.devices)]
     rank_of = {stage: rank for rank, row in enumerate(stage_of) for stage in row}
-    ended: dict[tuple[bool, int, int], float] = {}
-    waiting: dict[tuple[bool, int, int], list[int]] = {}
+    # How long results of the stage before, and after, are on their way.
+    hop = [times.transfer if stage and rank_of[stage - 1] != rank_of[stage] else 0.0 for stage in range(stages)] + [0.0]
+    # Ends of forwards, and of backwards of the input, by stage and microbatch; and which rank waits for one.
+    count = stages * microbatches
+    ended: list[float | None] = [None] * (2 * count)
+    waiting: dict[int, int] = {}
     spans: list[list[tuple[float, float]]] = [[] for _ in order.ranks]
-    copies = [_RankCopies(table, both_directions) for table in copy_times]
-    queues = [iter(queue) for queue in transfers]
-    following = [next(queue, None) for queue in queues]
-    free = [0.0] * order.devices
-    computed = [0.0] * order.devices
-    """When the last action ended: `free` is when the rank has also waited for what stands before the next one."""
+    engines = [_RankCopies(table, both_directions) for table in copy_times]
+    following = [0] * order.devices
+    passed = [0.0] * order.devices
+    """When a rank has also waited for what stands before its next action."""
     stalls = [0.0] * order.devices
     ready = list(range(order.devices))
     while ready:
         rank = ready.pop()
-        actions, done, engine = order.ranks[rank], spans[rank], copies[rank]
+        actions, done, engine, queue = order.ranks[rank], spans[rank], engines[rank], transfers[rank]
+        computed = done[-1][1] if done else 0.0
         while len(done) < len(actions):
             kind, chunk, microbatch = actions[len(done)]
             stage = stage_of[rank][chunk]
-            # Not before the next action may start: what is asked for before it, is asked for when the last has ended.
-            while (transfer := following[rank]) is not None and transfer.before <= len(done):
-                free[rank] = engine.perform(transfer, free[rank])
-                following[rank] = next(queues[rank], None)
+            # What stands before an action is asked for when the last one has ended, even if the action must wait.
+            while following[rank] < len(queue) and queue[following[rank]].before <= len(done):
+                passed[rank] = engine.perform(queue[following[rank]], passed[rank])
+                following[rank] += 1
+            start, needed, late = computed, -1, 0.0
             if kind == "F":
-                needed = [(True, stage - 1, microbatch)] if stage else []
-            elif kind == "W":
-                needed = [(False, stage, microbatch)]
-            else:
-                needed = [(True, stage, microbatch)]
-                if stage + 1 < stages:
-                    needed.append((False, stage + 1, microbatch))
-            missing = next((key for key in needed if key not in ended), None)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            start = computed[rank]
-            for key in needed:
-                start = max(start, ended[key] + (times.transfer if rank_of[key[1]] != rank else 0.0))
-            copied = free[rank]
-            if kind in "IB" and (back := engine.back.get((chunk, microbatch))):
+                if stage:
+                    needed, late = (stage - 1) * microbatches + microbatch, hop[stage]
+            elif kind != "W" and stage + 1 < stages:
+                needed, late = count + (stage + 1) * microbatches + microbatch, hop[stage + 1]
+            if needed >= 0:
+                end = ended[needed]
+                if end is None:
+                    waiting[needed] = rank
+                    break
+                start = max(start, end + late)
+            copied = passed[rank]
+            if (kind == "I" or kind == "B") and (back := engine.back.get((chunk, microbatch))):
                 copied = max(copied, back[1])
             if copied > start:
                 stalls[rank] += copied - start
                 start = copied
-            end = free[rank] = computed[rank] = start + seconds[kind][stage]
-            done.append((start, end))
+            computed = passed[rank] = start + seconds[kind][stage]
+            done.append((start, computed))
             if kind != "W":
-                key = (kind == "F", stage, microbatch)
-                ended[key] = end
-                ready += waiting.pop(key, [])
-    return Run(tuple(map(tuple, spans)), tuple(engine.spans() for engine in copies), tuple(stalls))
+                key = stage * microbatches + microbatch + (0 if kind == "F" else count)
+                ended[key] = computed
+                if key in waiting:
+                    ready.append(waiting.pop(key))
+    return Run(tuple(map(tuple, spans)), tuple(engine.spans() for engine in engines), tuple(stalls))

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# By chunk: start, end, microbatch.
+Cells = dict[int, list[tuple[float, float, int]]]
+
 # From the first chunk to the last; white numbers are readable on the darker half.
 SHADES = {
     "F": ("#a9cbee", "#1f5fa8"),
@@ -32,6 +35,7 @@ NAMES = {
     "out": "copy out",
     "back": "copy back",
 }
+IN_FILE = "/////"
 INK, MUTED, IDLE, MEMORY = "#111827", "#6b7280", "#f3f4f6", "#64748b"
 
 # Heights of a rank's rows, in inches.
@@ -86,18 +90,22 @@ class _Picture:
     def __init__(self, plan: Plan, axes: "Axes", inches: float) -> None:
         self.plan, self.axes = plan, axes
         self.scale = inches / plan.seconds if plan.seconds else 0.0
+        self.numbered = False
 
-    def cells(self, kind: str, cells: dict[int, list[tuple[float, float, int]]], top: float, height: float) -> None:
-        """Boxes of a row, by chunk: (start, end, microbatch), with the microbatch's number where it fits."""
+    def cells(self, kind: str, cells: Cells, top: float, height: float, hatch: str | None = None) -> None:
+        """Boxes of a row, with the microbatch's number where it fits."""
         for chunk, boxes in cells.items():
             color = _shade(kind, chunk, self.plan.order.chunks)
             bars = [(start * self.scale, (end - start) * self.scale) for start, end, _ in boxes]
             line = min(0.5, 72 * 0.1 * min(width for _, width in bars))
-            self.axes.broken_barh(bars, (top, height), facecolors=[color], edgecolors="white", linewidths=line)
+            self.axes.broken_barh(
+                bars, (top, height), facecolors=[color], edgecolors="white", linewidths=line, hatch=hatch
+            )
             ink = "white" if 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2] < 0.55 else INK
             for (left, width), (_, _, microbatch) in zip(bars, boxes, strict=True):
                 size = min(8.5, 72 * 0.72 * height, 72 * 0.72 * width / (0.6 * len(str(microbatch))))
                 if size >= 3.5:
+                    self.numbered = True
                     self.axes.text(
                         left + width / 2, top + height / 2, str(microbatch), size=size, color=ink, ha="center",
                         va="center_baseline",
@@ -107,7 +115,16 @@ class _Picture:
         self.axes.text(-0.08, at, text, size=6 if small else 9, color=MUTED if small else INK, ha="right", va="center")
 
 
-def _computations(plan: Plan, rank: int) -> Iterator[tuple[str, dict[int, list[tuple[float, float, int]]]]]:
+def _copies(plan: Plan, rank: int, kind: str, tier: str) -> Cells:
+    cells = defaultdict(list)
+    for copy in plan.copies[rank]:
+        start, end = (copy.out_start, copy.out_end) if kind == "out" else (copy.back_start, copy.back_end)
+        if copy.tier == tier and end > start:
+            cells[copy.chunk].append((start, end, copy.microbatch))
+    return cells
+
+
+def _computations(plan: Plan, rank: int) -> Iterator[tuple[str, Cells]]:
     for kind in ("F", "B", "I", "W"):
         cells = defaultdict(list)
         for action, (start, end) in zip(plan.order.ranks[rank], plan.spans[rank], strict=True):
@@ -153,6 +170,9 @@ def _legend(plan: Plan, axes: "Axes", offset: float) -> None:
     # Two patches: the first chunk's shade and the last one's.
     entries = [(tuple(Patch(color=_shade(kind, chunk, chunks)) for chunk in sorted({0, chunks - 1})), NAMES[kind])
                for kind in kinds]  # fmt: skip
+    if any(copy.tier == "file" for copies in plan.copies for copy in copies):
+        light = _shade("out", 0, chunks)
+        entries.append((Patch(facecolor=light, edgecolor="white", hatch=IN_FILE), "on to the file, and from it"))
     entries.append((Patch(color=MEMORY, alpha=0.35), "memory of the blocks"))
     if any(plan.copies):
         entries.append((Line2D([], [], color=MEMORY, linewidth=0.8, linestyle=(0, (2, 2))), "without copies"))
@@ -202,12 +222,9 @@ def figure(plan: Plan, inches: float | None = None) -> "Figure":
         picture.label(f"rank {rank}", top + COMPUTE / 2)
         top += COMPUTE
         for kind in ("out", "back") * copying:
-            boxes = defaultdict(list)
-            for copy in plan.copies[rank]:
-                start, end = (copy.out_start, copy.out_end) if kind == "out" else (copy.back_start, copy.back_end)
-                boxes[copy.chunk].append((start, end, copy.microbatch))
             top += 0.025
-            picture.cells(kind, boxes, top, COPIES)
+            picture.cells(kind, _copies(plan, rank, kind, "host"), top, COPIES)
+            picture.cells(kind, _copies(plan, rank, kind, "file"), top, COPIES, hatch=IN_FILE)
             picture.label(kind, top + COPIES / 2, small=True)
             top += COPIES
         _curve(picture, rank, top + 0.06 + CURVE, most)
@@ -216,10 +233,10 @@ def figure(plan: Plan, inches: float | None = None) -> "Figure":
     _legend(plan, axes, 1 + 0.12 / height)
     title = {"x": left / size[0], "ha": "left", "va": "top"}
     drawn.text(y=1 - 0.10 / size[1], s=headline(plan), size=10.5, weight="bold", color=INK, **title)
-    reading = "numbers: microbatches, from 0"
+    reading = ["numbers: microbatches, from 0"] * picture.numbered
     if order.chunks > 1:
-        reading += f"; shades: from chunk 0, light, to chunk {order.chunks - 1}, dark"
-    drawn.text(y=1 - 0.34 / size[1], s=reading, size=8, color=MUTED, **title)
+        reading.append(f"shades: from chunk 0, light, to chunk {order.chunks - 1}, dark")
+    drawn.text(y=1 - 0.34 / size[1], s="; ".join(reading), size=8, color=MUTED, **title)
     return drawn
 
 

@@ -5,9 +5,10 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from .advice import advise_group
 from .arena import Stay, colour
 from .choosing import Choice, choose, most
 from .copying import CopySpans, CopyTimes, Key, Run, run_copies
@@ -84,7 +85,8 @@ def plan(
     order = make_order(schedule, devices, chunks, microbatches, group=group, split_backward=split_backward)
     request = read_request(order, arguments)
     drafts = _Drafts(request)
-    return _finish(request, drafts.best(), drafts.alone_seconds, arguments)
+    made = _finish(request, drafts.best(), drafts.alone_seconds, arguments)
+    return made if group is not None else replace(made, notes=made.notes + advise_group(order, request.times))
 
 
 def replan(
@@ -202,7 +204,10 @@ class _Drafts:
                     )
                     for copy in copies
                 }
-        run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        if any(transfers):
+            run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        else:
+            run = Run(self.alone, ({},) * order.devices, (0.0,) * order.devices)
         peaks = tuple(
             max(live_blocks(order, rank, transfers[rank], request.sizes), default=0) for rank in range(order.devices)
         )
@@ -322,7 +327,7 @@ def _finish(request: Request, draft: _Draft, alone: float, arguments: Mapping[st
         peak_bytes=draft.peaks,
         stall_seconds=draft.run.stalls,
         file_bytes=tuple(map(sum, file_slot_bytes)),
-        notes=(*order.notes, *tell(request, draft.choices, draft.run.seconds, alone, draft.number)),
+        notes=(*order.notes, *tell(request, draft.choices, draft.peaks, draft.run.seconds, alone, draft.number)),
         file_slot_bytes=tuple(file_slot_bytes),
         staging_bytes=tuple(staging_bytes),
         seconds_alone=alone,

@@ -18,14 +18,15 @@ def format_bytes(size: float) -> str:
 def time_unit(seconds: float) -> tuple[float, str]:
     """What to multiply seconds with to print times of about this length, and the unit that this gives."""
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1 or seconds == 0:
+        if seconds * factor >= 1 or seconds < 1e-9:
             return factor, unit
     return 1e6, "µs"
 
 
 def format_seconds(seconds: float) -> str:
+    """Four digits and a unit; less than a nanosecond is rounding."""
     factor, unit = time_unit(seconds)
-    return f"{seconds * factor:.4g} {unit}"
+    return f"{seconds * factor if seconds >= 1e-9 else 0.0:.4g} {unit}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -48,18 +49,20 @@ def headline(plan: Plan) -> str:
 
 
 def table(plan: Plan) -> str:
-    """What each rank needs: blocks and bytes at the peak, on the device with and without copies, on the host and in the
-    file; blocks that leave the device; seconds that actions wait for copies, and the share of time without an action.
-    """
+    """What each rank needs: blocks and bytes on the device at the peak, as planned and with nothing moved; blocks that
+    leave it, of all; bytes on the host and in the file; seconds that actions wait for copies; share of time without an
+    action."""
     order = plan.order
-    rows = [("rank", "peak blocks", "of", "peak bytes", "of", "moved", "host bytes", "file bytes", "stalls", "bubble")]
+    titles = "rank|peak blocks|no copies|peak bytes|no copies|moved|host bytes|file bytes|stalls|bubble"
+    rows = [tuple(titles.split("|"))]
+    staging = plan.staging_bytes or (0,) * order.devices
     for rank, idle in enumerate(bubbles(order, plan.spans)):
         whole = max(live_blocks(order, rank), default=0)
         whole_bytes = max(live_blocks(order, rank, block_sizes=plan.block_bytes), default=0)
         rows.append((
             str(rank), str(plan.peak_blocks[rank]), str(whole), format_bytes(plan.peak_bytes[rank]),
             format_bytes(whole_bytes), f"{len(plan.copies[rank])}/{order.chunks * order.microbatches}",
-            format_bytes(plan.host_bytes[rank]), format_bytes(plan.file_bytes[rank]),
+            format_bytes(plan.host_bytes[rank] + staging[rank]), format_bytes(plan.file_bytes[rank]),
             format_seconds(plan.stall_seconds[rank]), f"{idle / plan.seconds if plan.seconds else 0.0:.1%}",
         ))  # fmt: skip
     return "\n".join([headline(plan), "", *_aligned(rows), *([""] if plan.notes else []), *plan.notes])

@@ -6,7 +6,9 @@ from .choosing import Choice
 from .request import Request
 
 
-def tell(request: Request, choices: Sequence[Choice], seconds: float, alone: float, layout: int) -> tuple[str, ...]:
+def tell(
+    request: Request, choices: Sequence[Choice], peaks: Sequence[int], seconds: float, alone: float, layout: int
+) -> tuple[str, ...]:
     """`seconds` and `alone`: of a step with copies and without; `layout`: how many tighter ones were given up."""
     reasons = {
         "brief": f"the device would miss them for less than {request.shortest:g} times their copies out and back",
@@ -30,11 +32,9 @@ def tell(request: Request, choices: Sequence[Choice], seconds: float, alone: flo
             notes.append(f"{_blocks(count)} back late, and computation waits, because {reason}: {where}")
         else:
             notes.append(f"{_blocks(count)} left on the device, because {reason}: {where}")
-    for rank, choice in enumerate(choices):
-        if choice.over_budget is not None:
-            notes.append(
-                f"rank {rank} cannot keep within {request.budget[rank]} bytes of its device: {choice.over_budget} at best"
-            )
+    for rank, (peak, budget) in enumerate(zip(peaks, request.budget or peaks, strict=True)):
+        if peak > budget:
+            notes.append(f"rank {rank} cannot keep its blocks within {budget} bytes of its device: {peak} at best")
     if layout:
         notes.append("the schedule's tightest layout of copies would let computation wait for too long: laid out wider")
     if seconds > alone * (1 + 1e-9) + 1e-12:

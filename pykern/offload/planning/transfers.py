@@ -124,6 +124,8 @@ class RankTimes:
         self.reserve = [times.backward_input[stage] for stage in stages]
         self.out_seconds = [size / link.out_rate for size in self.sizes]
         self.back_seconds = [size / link.back_rate for size in self.sizes]
+        self.unit = max(times.forward + times.backward_input + times.backward_weight) or 1.0
+        """The longest action."""
         self.changes = [0] * (len(self.spans) + 1)
         """Bytes that each action adds to those held during the one before, if nothing leaves."""
         for block in self.blocks:
@@ -166,7 +168,7 @@ def place(
     if rank.link.both_directions:
         out_starts, back_starts = place_apart(ready, deadlines, outs, backs)
     else:
-        out_starts, back_starts = place_in_turn(ready, deadlines, origin, slot)
+        out_starts, back_starts = place_in_turn(ready, deadlines, origin, slot, rank.unit)
     placed, left = [], []
     for block, out_start, out, back_start, back in zip(blocks, out_starts, outs, back_starts, backs, strict=True):
         out_end = out_start + out
@@ -179,30 +181,49 @@ def place(
     return placed, left
 
 
-def _latest_first(deadlines: Sequence[float]) -> list[int]:
-    return sorted(range(len(deadlines)), key=lambda number: deadlines[number], reverse=True)
-
-
 def place_in_turn(
-    ready: Sequence[float], deadlines: Sequence[float], origin: float, slot: float
+    ready: Sequence[float], deadlines: Sequence[float], origin: float, slot: float, unit: float
 ) -> tuple[list[float], list[float]]:
-    """Starts out and back in slots of equal length that alternate."""
-    turn = 2 * slot
-    if not turn:
+    """Starts out and back in slots of equal length that alternate.
+
+    Where times are multiples of each other, forwards end in the very moments in which slots begin, and peaks depend on
+    which of both is held to come first. The published planner adds up slot by slot, and so leaves it to rounding; its
+    peaks come out again if this is done likewise, and in its unit, the length of an action: `unit` seconds.
+    """
+    if not slot or not ready:
         return list(ready), list(deadlines)
-    outs, number = [], 0
-    for moment in ready:
-        # A forward that ends in the very moment in which a slot begins misses it; but the first slot waits for it.
-        wait = (moment - origin) / turn
-        number = max(number, math.ceil(wait + ROUNDING) if wait > ROUNDING else 0)
-        outs.append(origin + turn * number)
-        number += 1
-    backs, number = [0.0] * len(deadlines), math.inf
-    for position in _latest_first(deadlines):
-        number = min(number, math.floor((deadlines[position] - origin) / turn + ROUNDING) - 1)
-        backs[position] = origin + turn * number + slot
-        number -= 1
+
+    def in_units(seconds: float) -> float:
+        return round(seconds / unit, 9)
+
+    slot, begin = max(in_units(slot), 1e-9), in_units(origin)
+    turn = 2 * slot
+    outs = []
+    for moment in map(in_units, ready):
+        begin = _advance(begin, moment, turn)
+        outs.append(begin * unit)
+        begin += turn
+    latest_first = sorted(range(len(deadlines)), key=lambda number: deadlines[number], reverse=True)
+    end = _advance(begin, in_units(deadlines[latest_first[0]]), turn)
+    backs = [0.0] * len(deadlines)
+    for number in latest_first:
+        end = -_advance(-end, -in_units(deadlines[number]), turn)
+        backs[number] = (end - slot) * unit
+        end -= turn
     return outs, backs
+
+
+def _advance(begin: float, moment: float, turn: float) -> float:
+    """The first of begin, begin + turn, begin + turn + turn ... that is not before `moment`."""
+    # Too many to add up one by one; and a turn may be too short to make a difference.
+    steps = math.ceil((moment - begin) / turn)
+    if steps > 1000:
+        begin += (steps - 1000) * turn
+    for _ in range(1001):
+        if begin >= moment:
+            break
+        begin += turn
+    return max(begin, moment) if steps > 1000 else begin
 
 
 def place_apart(
@@ -214,7 +235,7 @@ def place_apart(
         outs.append(max(free, moment))
         free = outs[-1] + seconds
     backs, free = [0.0] * len(deadlines), math.inf
-    for position in _latest_first(deadlines):
+    for position in sorted(range(len(deadlines)), key=lambda number: deadlines[number], reverse=True):
         free = backs[position] = min(free, deadlines[position]) - back_seconds[position]
     return outs, backs
 
@@ -225,7 +246,7 @@ def place_in_file(rank: RankTimes, placed: Sequence[Placed]) -> tuple[list[Place
     seconds = [rank.sizes[copy.block.chunk] / rank.link.file_rate for copy in placed]
     slot = max(seconds, default=0.0)
     ready, deadlines = [copy.out_end for copy in placed], [copy.back_start for copy in placed]
-    writes, reads = place_in_turn(ready, deadlines, min(ready, default=0.0), slot)
+    writes, reads = place_in_turn(ready, deadlines, min(ready, default=0.0), slot, rank.unit)
     kept, late = [], []
     for copy, write, read, length in zip(placed, writes, reads, seconds, strict=True):
         if read < write + length - ROUNDING * slot:

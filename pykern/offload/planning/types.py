@@ -6,6 +6,7 @@ whole pipeline; a block is what one stage saves for the backward of one microbat
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
@@ -113,6 +114,20 @@ class Plan:
     @property
     def host_bytes(self) -> tuple[int, ...]:
         return tuple(sum(slots) for slots in self.slot_bytes)
+
+    @property
+    def host_waste(self) -> tuple[float, ...]:
+        """The part of each rank's arena that is never in use, even when most blocks lie there."""
+        result = []
+        for rank, copies in enumerate(self.copies):
+            changes = []
+            for copy in copies:
+                if copy.tier == "host":
+                    size = self.block_bytes[self.order.stage(rank, copy.chunk)]
+                    changes += [(copy.out_start, size), (copy.back_end, -size)]
+            used = max(accumulate(size for _, size in sorted(changes)), default=0)
+            result.append(1 - used / self.host_bytes[rank] if used else 0.0)
+        return tuple(result)
 
     @property
     def seconds(self) -> float:
