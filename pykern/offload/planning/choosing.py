@@ -91,10 +91,11 @@ def choose(
     insist: bool = False,
     housed: int | None = None,
 ) -> Choice:
-    """Blocks of `asked` and times for their copies, such that each is back in time, or all of them if `insist`.
+    """Blocks of `asked` and times for their copies, such that each is back in time.
 
     budget: no more than are needed to keep the rank's peak within so many bytes. housed: how many blocks the host has
-    room for; the others go on to a file if there is one, and else stay.
+    room for; the others go on to a file if there is one, and else stay. insist: don't look for
+    what is best if not all fit.
     """
     worth = rank.worthwhile(asked, slot)
     worthwhile = set(worth)
@@ -109,7 +110,7 @@ def choose(
         ordered = ordered[:housed]
 
     def lay_out(count: int) -> tuple[list[Placed], list[Block]]:
-        return place(rank, _in_order(ordered[:count]), origin, slot, late="place" if insist else "leave")
+        return place(rank, _in_order(ordered[:count]), origin, slot)
 
     @cache
     def peak(count: int) -> int:
