@@ -135,4 +135,7 @@ def choose(
         choice.unread = [copy.block for copy in unread]
         choice.placed = [copy for copy in choice.placed if copy.block in kept] + to_file
         choice.placed.sort(key=lambda copy: copy.block.forward)
+    if budget is not None and peak_bytes(rank, choice.placed) <= budget:
+        # More need not leave.
+        choice.brief, choice.late, choice.unread, choice.unhoused = [], [], [], []
     return choice
