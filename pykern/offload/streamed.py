@@ -39,7 +39,7 @@ class _Item:
 
     __slots__ = (
         "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
-        "home", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
+        "home", "is_planned", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
     )  # fmt: skip
 
     def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
@@ -57,7 +57,7 @@ class _Item:
         self.users: dict[Stream, None] = {}
         self.reservations = 0
         self.file_item: int | None = None
-        self.fetched = self.goes_to_file = False
+        self.fetched = self.goes_to_file = self.is_planned = False
 
 
 class StreamedEngine:
@@ -162,7 +162,7 @@ class StreamedEngine:
                     raise
                 self._failure = f"copying out of {self._device.name} failed: {error}"
                 return -1
-            item.goes_to_file = tier == "file"
+            item.goes_to_file, item.is_planned = tier == "file", place.index == slot
             place.owner = item
             self._items[item.number] = item
             self._writing.append(item)
@@ -392,6 +392,8 @@ class StreamedEngine:
             slot = self._arena.acquire(nbytes, index)
             while slot is None and self._make_room(nbytes, index):
                 slot = self._arena.acquire(nbytes, index)
+            if slot is None and index >= 0:
+                return self._place(nbytes, -1)
         except MemoryError as error:
             self._failure = str(error)
             self._arena.stop_growing()
@@ -408,6 +410,9 @@ class StreamedEngine:
             if owner.block is not None and not owner.held:
                 self._give_slot(owner)
                 return True
+            if not owner.is_planned:
+                # It found the slot free, and nobody told that it would stay.
+                return False
             raise RuntimeError(
                 f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
                 "released; follow the plan's order"
