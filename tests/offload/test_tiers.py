@@ -52,6 +52,7 @@ def test_a_plan_allocates_nothing_after_its_first_step(folder, delay_seed):
                 engine.reserve(items[slot - 1])
             assert is_there(engine, items[slot], sizes[slot], step + slot)
             engine.release(items[slot])
+        engine.synchronize()
         counters = engine.counters()
         assert counters["slots"] == 0
         seen.append([counters[name] for name in ("growths", "buffer_allocations", "extent_bytes", "peak_slot_bytes")])
@@ -109,6 +110,7 @@ def test_against_the_plan(folder):
         with pytest.raises(RuntimeError, match=message):
             store(engine, size, 0, slot=slot)
     assert is_there(engine, item, 5000, 1)
+    engine.synchronize()
     assert engine.counters()["slots"] == 1
 
 
@@ -207,6 +209,7 @@ def test_activations_in_memory_and_a_file(tmp_path):
     assert 0 < stats["slot_bytes"] - stats["file_bytes"] <= 300_000 < stats["slot_bytes"]
     assert stats["medium"].startswith("memory, then file")
     assert pykern.ActivationOffload("memory+file", path=tmp_path)._engine.tiers == ("host", "file")
+    assert open_engine(str(tmp_path), memory=0).tiers == ("file",)
 
 
 @pytest.mark.parametrize("transfers", ["best", "threads"])
@@ -362,12 +365,17 @@ def test_blocks_of_many_threads_at_once(folder):
     for caller in callers:
         caller.join()
     assert failures == []
+    engine.synchronize()
     assert engine.counters()["slots"] == 0
 
 
 def test_rates_are_measured(folder):
-    rates = open_engine(folder).measure(1 << 20)
-    assert rates.out > 0
-    assert rates.back > 0
+    engine = open_engine(folder, slots=[1 << 20])
+    for slot in (-1, 0):
+        rates = engine.measure(1 << 20, slot=slot)
+        assert rates.out > 0
+        assert rates.back > 0
+        engine.synchronize()
+        assert engine.counters()["slots"] == 0
     with pytest.raises(MemoryError, match="nbytes: no room to measure with 67108864 bytes"):
-        open_engine(folder).measure(64 << 20)
+        engine.measure(64 << 20)
