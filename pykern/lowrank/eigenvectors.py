@@ -29,7 +29,8 @@ _DAMPED = 1.15
 matrix once."""
 
 _LOCKED = 0.75
-"""The part of the wanted vectors that is taken as the last polynomial leaves it."""
+_LOCKING = 128
+"""The part of the wanted vectors that is taken as the last polynomial leaves it, if they are _LOCKING or more."""
 
 
 def iterates(size: int, rank: int) -> bool:
@@ -76,7 +77,7 @@ def leading_eigenvectors(
         vectors = _filtered(matrix, gram, vectors, image, bound, degree)
         if last:
             vectors = _orthonormal(vectors)
-            found = _chosen(gram, vectors, rank, values[:rank].sum(), outside)
+            found = _chosen(gram, vectors, rank, values[:rank].sum())
             if found is not None:
                 basis = polished(found)
                 return orthonormalize(found) if basis is None else basis
@@ -85,28 +86,32 @@ def leading_eigenvectors(
     return None
 
 
-def _chosen(gram: Tensor, vectors: Tensor, rank: int, energy: Tensor, outside: Tensor) -> Tensor | None:
+def _chosen(gram: Tensor, vectors: Tensor, rank: int, energy: Tensor) -> Tensor | None:
     """The wanted ones [n, rank] among filtered orthonormal vectors (rows), if they miss no more than LOST_ENERGY of
     this energy."""
-    locked = int(_LOCKED * rank)
+    locked = int(_LOCKED * rank) if rank >= _LOCKING else 0
     kept = rank - locked
     first, tail = vectors[:locked], vectors[locked:]
     image = multiply_one(gram, tail.mT)
     values, rotation = _eigenvectors(multiply_one(contiguous(image.mT, gram.dtype), tail.mT))
-    tail, image = (multiply_one(rows, rotation[:, :kept]) for rows in (tail, image))
-    residuals = image - values[:kept, None] * tail
-    residuals = residuals - (residuals @ first.mT) @ first
-    lost = _missed(residuals, values[:kept], outside)
-    # What is missing falls with the eigenvalue.
-    share = (lost.sum() + locked * lost[: max(1, kept // 4)].mean()) / energy
-    if not bool(share <= LOST_ENERGY):
+    tail, image = multiply_one(tail, rotation[:, :kept]), multiply_one(image, rotation)
+    shared = image @ first.mT
+    residuals = image[:kept] - values[:kept, None] * tail - shared[:kept] @ first
+    # The eigenvalues that the residuals belong to are at most about the smallest here.
+    lost = _missed(residuals, values[:kept], values[-1])
+    share = lost.sum()
+    if locked:
+        # Those before miss less each, and what they should have exchanged with the vectors that are dropped.
+        share += locked * lost[: max(1, kept // 4)].mean()
+        share += (shared[kept:].square().sum(dim=1) / (values[0] - values[kept:])).sum()
+    if not bool(share <= LOST_ENERGY * energy):
         return None
     return torch.cat([first, tail]).mT.contiguous()
 
 
 def _missed(residuals: Tensor, values: Tensor, outside: Tensor) -> Tensor:
     """The energy that Ritz vectors miss by their residuals, if these lie where eigenvalues are `outside`."""
-    return residuals.square().sum(dim=1) / torch.maximum(values - outside, values / 4)
+    return residuals.square().sum(dim=1) / torch.maximum(values - outside, values / 16)
 
 
 def _block(rank: int) -> int:

@@ -82,12 +82,17 @@ def spill_folder(path: str | os.PathLike | None) -> str:
 
 
 def warn_if_in_memory(owner: str, engine: "Engine", folder: str | None, stacklevel: int) -> None:
-    if engine.description == "file, in memory":
+    if engine.description.endswith("file, in memory"):
         warnings.warn(
             f"{owner}: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
             "pass path= a folder on a disk",
             stacklevel=stacklevel + 1,
         )
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Engine:
@@ -129,7 +134,7 @@ class Engine:
         transfers: Literal["best", "threads"] = "best",
     ) -> None:
         if folder is None:
-            memory = capacity or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = capacity or machine_memory()
             file = []
         else:
             limit = -1 if capacity is None else -(-capacity // _PAGE) * _PAGE

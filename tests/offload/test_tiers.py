@@ -6,9 +6,12 @@ import time
 import pytest
 import torch
 
+import pykern
 from pykern.offload.engine import Engine, Link
 
-from .support import STORAGES, bytes_of, descriptors, file_size_limit, in_a_process
+from .support import (
+    STORAGES, assert_bit_equal, bytes_of, descriptors, file_size_limit, gradients, in_a_process, loss_of, make,
+)  # fmt: skip
 
 PAGE = 4096
 
@@ -188,6 +191,24 @@ def test_named_tiers(tmp_path):
         store(open_engine(None), 10, 0, tier="file")
 
 
+def test_activations_in_memory_and_a_file(tmp_path):
+    model, x = make("transformer")
+    plain = gradients(model, x)
+    offload = pykern.ActivationOffload("memory+file", min_bytes=0, keep_last=0, capacity=300_000, path=tmp_path)
+    for _ in range(3):
+        with offload:
+            loss = loss_of(model, x)
+        offload.synchronize()
+        stats = offload.stats()
+        model.zero_grad()
+        loss.backward()
+        assert_bit_equal([parameter.grad for parameter in model.parameters()], plain)
+    assert stats["kept"]["capacity"] == 0
+    assert 0 < stats["slot_bytes"] - stats["file_bytes"] <= 300_000 < stats["slot_bytes"]
+    assert stats["medium"].startswith("memory, then file")
+    assert pykern.ActivationOffload("memory+file", path=tmp_path)._engine.tiers == ("host", "file")
+
+
 @pytest.mark.parametrize("transfers", ["best", "threads"])
 def test_failed_spills_lose_nothing(tmp_path, transfers):
     engine = open_engine(str(tmp_path), threads=1, memory=1 << 18, transfers=transfers)
@@ -299,6 +320,7 @@ def test_threads_where_io_uring_is_refused():
     """As containers do: the system call gets EPERM from a filter."""
     code = """
 import ctypes, struct, tempfile, torch
+import pykern
 from pykern.offload.engine import Engine
 from tests.offload.support import bytes_of
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # the filter's instructions

@@ -100,7 +100,7 @@ def choose(
     worthwhile = set(worth)
     choice = Choice([], brief=[block for block in asked if block not in worthwhile])
     if budget is not None:
-        held = list(accumulate(rank.changes))
+        held = accumulate(made - before for made, before in zip(rank.made, [0, *rank.dropped], strict=False))
         over = [number for number, now in enumerate(held) if now > budget]
         worth = [block for block in worth if bisect_left(over, block.forward) < bisect_left(over, block.last)]
     ordered = by_lifespan(rank, worth)

@@ -71,7 +71,7 @@ def plan(
         stall: "avoid" leaves blocks on the device that cannot be back in time; "allow" moves all that were asked for,
             and predicts how long computation waits for them.
         slack: with stall="avoid", the part by which copies may lengthen the step: the tightest memory has its price
-            while the pipeline fills up and runs dry. 0 never lets an action wait.
+            while the pipeline fills up and runs dry. With 0, actions wait only where others wait for longer.
         shortest: blocks stay if the device would miss them for less than so many times their copies, out and back.
         lone_speedup: how much faster copies out are before the first of a pair's copies back.
 
@@ -225,7 +225,8 @@ class _Drafts:
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
             return choices
         short = [
-            [block for block in blocks if rank.longest(block.chunk) <= shorter] for rank, blocks in zip(ranks, asked)
+            [block for block in blocks if rank.longest(block.chunk) <= shorter]
+            for rank, blocks in zip(ranks, asked, strict=True)
         ]
         choices = self._choose_in_slots(ranks, short, shorter, housed)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
@@ -284,17 +285,19 @@ class _Stays(NamedTuple):
 
 
 def _stays(copies: Mapping[Key, CopySpans], transfers: Sequence[Transfer], sizes: Sequence[int]) -> _Stays:
-    position = {(step.kind, step.chunk, step.microbatch): number for number, step in enumerate(transfers)}
+    position: dict[Key, dict[str, int]] = {}
+    for number, step in enumerate(transfers):
+        position.setdefault((step.chunk, step.microbatch), {})[step.kind] = number
     stays = _Stays({}, {}, [])
     for key, spans in copies.items():
-        asked, freed, size = position["offload", *key], position["reload", *key], sizes[key[0]]
-        whole = Stay(spans.out[0], spans.back[1], asked, freed, size)
-        if ("spill", *key) not in position:
+        at, size = position[key], sizes[key[0]]
+        whole = Stay(spans.out[0], spans.back[1], at["offload"], at["reload"], size)
+        if "spill" not in at:
             stays.host[key] = whole
             continue
         stays.file[key] = whole
-        stays.staging.append(Stay(spans.out[0], spans.write[1], asked, position["spill", *key], size))
-        stays.staging.append(Stay(spans.read[0], spans.back[1], position["fetch", *key], freed, size))
+        stays.staging.append(Stay(spans.out[0], spans.write[1], at["offload"], at["spill"], size))
+        stays.staging.append(Stay(spans.read[0], spans.back[1], at["fetch"], at["reload"], size))
     return stays
 
 
