@@ -43,6 +43,7 @@ from pykern.train.model import Transformer, causal_attention
 
 WARM_UP = 0.1
 LAST_RATE = 0.1
+MEAN_OF = 5
 
 
 def batches(text: Tensor, steps: int, rows: int = ROWS, seed: int = 0):
@@ -102,7 +103,9 @@ class AveragedGradients:
 
 
 def train(run: Run, text: Tensor) -> dict:
-    """Held-out losses by step, bytes of the optimizer's state; of AdamW also what subspaces see of the gradients."""
+    """Held-out losses by step, training losses MEAN_OF steps each, bytes of the optimizer's state; of AdamW also what
+    subspaces see of the gradients.
+    """
     setting = settings(run.steps)[run.setting]
     torch.manual_seed(run.seed)
     model = Transformer(SHAPE).to(setting.dtype)
@@ -111,11 +114,12 @@ def train(run: Run, text: Tensor) -> dict:
     averaged = AveragedGradients(optimizer.param_groups[0]["params"], setting.average) if setting.average else None
     blocks = [param for param in model.blocks.parameters() if param.dim() == 2]
     cut = len(text) * 19 // 20
-    curve, seen, before, tenth = [], [], [], max(1, run.steps // 10)
+    curve, losses, seen, before, tenth = [], [], [], [], max(1, run.steps // 10)
     title = f"{run.setting}, rate {run.rate:g}, seed {run.seed}, {run.steps} x {run.rows} rows"
     for step, rows in enumerate(tqdm(batches(text[:cut], run.steps, run.rows, run.seed), title, total=run.steps)):
         loss = loss_of(model, rows)
         loss.backward()
+        losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if run.setting == "AdamW" and before and (step + 1) % tenth == 0:
             seen.append((step + 1, gradients.seen([param.grad for param in blocks], before, RANK)))
@@ -129,8 +133,9 @@ def train(run: Run, text: Tensor) -> dict:
             curve.append((step + 1, held_out_loss(model, text[cut:])))
     tensors = (value for state in optimizer.state.values() for value in state.values())
     state_bytes = sum(value.numel() * value.element_size() for value in tensors)
-    measured = {"gradients": seen} if seen else {}
-    return {**asdict(run), "curve": curve, "loss": curve[-1][1], "state_bytes": state_bytes, **measured}
+    means = [round(statistics.fmean(losses[first : first + MEAN_OF]), 4) for first in range(0, run.steps, MEAN_OF)]
+    return {**asdict(run), "curve": curve, "loss": curve[-1][1], "state_bytes": state_bytes, "training": means,
+            **({"gradients": seen} if seen else {})}  # fmt: skip
 
 
 def plan(records: list[dict], steps: int, seeds: int):

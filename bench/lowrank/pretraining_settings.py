@@ -64,7 +64,7 @@ def settings(steps: int) -> dict[str, Setting]:
         "DCT": dct,
         "AdamW without momentum": changed("AdamW", (5e-4, 1e-3), adamw, options={"betas": (0.0, 0.999)}),
         "APOLLO on averaged gradients": changed(
-            "APOLLO", (1.25e-3, 2.5e-3), apollo, average=0.9, options={"betas": (0.0, 0.999)}
+            "APOLLO", (6e-4, 2.5e-3), apollo, average=0.9, options={"betas": (0.0, 0.999)}
         ),
         "APOLLO, all channels seen": changed(
             "APOLLO", (2.5e-3, 5e-3), apollo, rank=SHAPE.width, options={"projector": "coordinates"}

@@ -13,7 +13,8 @@ std::tuple<Tensor, Tensor, Tensor> norm(Tensor x, std::optional<Tensor> weight, 
                                         bool centred) {
   check_norm(x, weight, bias, cuda::check_device);
   const cuda::DeviceGuard guard(x);
-  const int64_t rows = x.size(0), columns = x.size(1);
+  const NormShape shape(x);
+  const int64_t rows = shape.rows, columns = shape.columns;
   Tensor y = cuda::empty(x, x.sizes(), x.scalar_type()), rstd = cuda::empty(x, {rows}, ScalarType::Float);
   Tensor mean = cuda::empty(x, {centred ? rows : 0}, ScalarType::Float);
   if (rows == 0) return {y, mean, rstd};
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(Tensor grad, Tensor x, std::opt
                                                  Tensor rstd, bool with_weight, bool with_bias) {
   check_norm_backward(grad, x, weight, mean, rstd, cuda::check_device);
   const cuda::DeviceGuard guard(x);
-  const int64_t rows = x.size(0), columns = x.size(1);
+  const NormShape shape(x);
+  const int64_t rows = shape.rows, columns = shape.columns;
   Tensor grad_x = cuda::empty(x, x.sizes(), x.scalar_type());
   if (x.numel() == 0) {
     return {grad_x, cuda::new_zeros(x, {with_weight ? columns : 0}), cuda::new_zeros(x, {with_bias ? columns : 0})};

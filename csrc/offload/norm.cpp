@@ -74,7 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> norm(Tensor x, std::optional<Tensor> weight, 
                                         bool centred) {
   check_norm(x, weight, bias, check_cpu);
   const DataType type = data_type(x, "x");
-  const int64_t rows = x.size(0), columns = x.size(1);
+  const NormShape shape(x);
+  const int64_t rows = shape.rows, columns = shape.columns;
   Tensor y = torch::stable::empty_like(x), rstd = new_empty(x, {rows}, statistics_type(x));
   Tensor mean = new_empty(x, {centred ? rows : 0}, statistics_type(x));
   if (rows == 0) return {y, mean, rstd};
@@ -97,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(Tensor grad, Tensor x, std::opt
                                                  Tensor rstd, bool with_weight, bool with_bias) {
   check_norm_backward(grad, x, weight, mean, rstd, check_cpu);
   const DataType type = data_type(x, "x");
-  const int64_t rows = x.size(0), columns = x.size(1);
+  const NormShape shape(x);
+  const int64_t rows = shape.rows, columns = shape.columns;
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_weight = new_zeros(x, {with_weight ? columns : 0}), grad_bias = new_zeros(x, {with_bias ? columns : 0});
   if (x.numel() == 0) return {grad_x, grad_weight, grad_bias};

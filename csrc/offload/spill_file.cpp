@@ -107,13 +107,13 @@ class SpillFile : public Medium {
   template <class Requests>
   std::string run(bool write, int64_t base, Requests requests) {
     std::unique_ptr<Lane> lane = take_lane();
-    if (!lane) return "no memory to gather " + std::to_string(kDepth * kRequest) + " bytes for the spill file";
+    if (!lane) return "no memory to gather " + std::to_string(kDepth * kGathered) + " bytes for the spill file";
     Channel::Transfer transfers[kDepth];
     int in_flight = 0;
     std::string error;
     const auto start_next = [&](int number) {
       Request request;
-      if (!error.empty() || !requests.next(lane->staging.get() + number * kRequest, request)) return;
+      if (!error.empty() || !requests.next(lane->staging.get() + number * kGathered, request)) return;
       transfers[number] = {write, base + request.offset, request.data, request.bytes};
       ++in_flight;
       lane->channel->start(number, transfers[number]);
@@ -163,7 +163,13 @@ class SpillFile : public Medium {
         return lane;
       }
     }
-    return make_lane(uring_);
+    auto lane = std::make_unique<Lane>();
+    lane->staging = aligned_bytes(kDepth * kGathered);
+    if (!lane->staging) return nullptr;
+    if (uring_) lane->channel = make_uring_channel(file_, lane->staging.get());
+    if (!lane->channel) lane->channel = make_blocking_channel(file_);
+    add_faults(*lane);
+    return lane;
   }
 
   void give_lane(std::unique_ptr<Lane> lane) {
@@ -171,17 +177,10 @@ class SpillFile : public Medium {
     lanes_.push_back(std::move(lane));
   }
 
-  std::unique_ptr<Lane> make_lane(bool uring) {
-    auto lane = std::make_unique<Lane>();
-    lane->staging = aligned_bytes(kDepth * kRequest);
-    if (!lane->staging) return nullptr;
-    if (uring) lane->channel = make_uring_channel(file_, lane->staging.get());
-    if (!lane->channel) lane->channel = make_blocking_channel(file_);
-    if (options_.fault_seed >= 0) {
-      const std::lock_guard<std::mutex> guard(mutex_);
-      lane->channel = make_faulty_channel(std::move(lane->channel), options_.fault_seed + made_lanes_++);
-    }
-    return lane;
+  void add_faults(Lane& lane) {
+    if (options_.fault_seed < 0) return;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    lane.channel = make_faulty_channel(std::move(lane.channel), options_.fault_seed * 1000003 + made_lanes_++);
   }
 
   // Direct I/O keeps spilled bytes out of the page cache, which would only be memory again. Some
@@ -201,11 +200,14 @@ class SpillFile : public Medium {
     const int64_t told = memory_alignment(file_);
     alignment_ = told < kPage && moves(*blocking, true, pages.get() + told) ? told : kPage;
     if (options_.transfers == FileTransfers::threads) return;
-    // The kernel may have the ring and refuse its operations, or the container either.
-    const std::unique_ptr<Lane> lane = std::make_unique<Lane>();
-    lane->staging = aligned_bytes(kDepth * kRequest);
+    // A container refuses the ring, or a kernel has it and refuses its operations.
+    auto lane = std::make_unique<Lane>();
+    lane->staging = aligned_bytes(kDepth * kGathered);
     if (lane->staging) lane->channel = make_uring_channel(file_, lane->staging.get());
     uring_ = lane->channel && moves(*lane->channel, true, pages.get()) && moves(*lane->channel, false, pages.get());
+    if (!uring_) return;
+    add_faults(*lane);
+    give_lane(std::move(lane));
   }
 
   static bool moves(Channel& channel, bool write, char* page) {

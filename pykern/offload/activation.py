@@ -1,7 +1,6 @@
 """Activations wait for the backward outside of the model's memory."""
 
 import os
-import tempfile
 import threading
 import warnings
 import weakref
@@ -11,8 +10,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .engine import Engine, return_freed_memory
-from .saving import Copy, Flattened, Kept, Packing, Saved
+from .cuda_device import CudaDevice
+from .engine import Engine, machine_memory, return_freed_memory, spill_folder, warn_if_in_memory
+from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
+from .streamed import StreamedEngine
+from .streams import StreamDevice
+
+_QUEUE_BYTES = {"memory": 32 << 20, "file": 32 << 20, "memory+file": 32 << 20, "pinned": 512 << 20}
+"""How much may be on its way out, by storage, unless told otherwise."""
 
 
 class _Copy(Copy):
@@ -23,9 +28,9 @@ class _Copy(Copy):
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
         self.item: int | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine | StreamedEngine | None = None
 
-    def move(self, engine: Engine) -> bool:
+    def move(self, engine: Engine | StreamedEngine) -> bool:
         """Hands the bytes to the engine; False if it has no room."""
         item = engine.store([self.resident], [0], self.resident.numel())
         if item < 0:
@@ -94,29 +99,37 @@ class ActivationOffload:
     context in each).
 
     Args:
-        storage: "memory", a second arena of ordinary memory, stand-in for pinned host memory; or "file", an unnamed
-            file written and read around the page cache where the file system allows. "pinned" needs CUDA.
+        storage: where to. CPU tensors go to "memory", a second arena of ordinary memory, stand-in for pinned host
+            memory; or to "file", an unnamed file written and read around the page cache where the file system allows;
+            or to "memory+file", the file behind an arena: above seven eighths of its capacity the oldest are spilled.
+            CUDA tensors go to "pinned" host memory: copies run on streams beside the computation, which waits for
+            them by events; the host waits for nothing.
         min_bytes: smaller saved tensors stay. A small view of a large storage is copied, to free the storage.
         keep_last: this many of the most recently saved storages stay, since the backward begins with them.
         prefetch: graph nodes whose tensors are read ahead in the backward.
         capacity: bytes of the arena or file. What no longer fits stays in memory, and is counted. By default the
-            storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts.
-        path: folder of the file; the system's temporary folder by default.
+            storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts. With
+            storage="memory+file", of the arena, by default half of the machine's memory; the file grows.
+        path: folder of the file; the system's temporary folder by default. With storage="pinned", a file is made
+            only if a path is given: the oldest tensors go there when the host's memory has no room for more.
+        device: with storage="pinned", the CUDA device whose tensors are offloaded; by default the current one. Or
+            any StreamDevice, such as a SimulatedDevice.
         parameters: a module, or tensors, whose storages stay. Parameters are known without it, except by detached
             views of them; buffers are not.
         skip: called with each remaining tensor; True keeps it.
         threads: threads that copy.
         queue_bytes: bytes of tensors whose writing has not ended, at most (or one larger tensor); the forward waits
-            for the storage beyond that.
-        map_allocations: with storage="file", set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
+            for the storage beyond that. By default 32 MiB; 512 MiB of device memory with storage="pinned".
+        map_allocations: with a file, set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
             for good. Otherwise its heap keeps most of the memory that the activations gave up. An environment that
             sets MALLOC_MMAP_THRESHOLD_ has precedence.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        NotImplementedError: `storage="pinned"`, or a CUDA tensor is saved: only CPU tensors can be offloaded so far.
+        NotImplementedError: a CUDA tensor is saved, and `storage` is not "pinned".
         OSError: the file can't be made or preallocated.
-        RuntimeError: from the backward, if a read fails. A failed write keeps the tensor, and warns once.
+        RuntimeError: `storage="pinned"` without a CUDA device; from the backward, if a read fails. A failed write
+            keeps the tensor, and warns once.
     """
 
     def __init__(
@@ -131,16 +144,15 @@ class ActivationOffload:
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
-        queue_bytes: int = 32 << 20,
+        queue_bytes: int | None = None,
         map_allocations: bool = True,
+        device: torch.device | str | StreamDevice | None = None,
         debug_delays: int | None = None,
     ) -> None:
-        if storage == "pinned":
-            raise NotImplementedError(
-                "storage: 'pinned' needs CUDA, and activations on a GPU can't be offloaded yet; use 'memory' or 'file'"
-            )
-        if storage not in ("memory", "file"):
-            raise ValueError(f"storage: expected 'memory', 'file' or 'pinned', got {storage!r}")
+        if storage not in _QUEUE_BYTES:
+            raise ValueError(f"storage: expected 'memory', 'file', 'memory+file' or 'pinned', got {storage!r}")
+        if queue_bytes is None:
+            queue_bytes = _QUEUE_BYTES[storage]
         for name, value, least in (
             ("min_bytes", min_bytes, 0), ("keep_last", keep_last, 0), ("prefetch", prefetch, 0),
             ("threads", threads, 1), ("queue_bytes", queue_bytes, 1),
@@ -148,32 +160,38 @@ class ActivationOffload:
             _check_integer(name, value, least)
         if capacity is not None:
             _check_integer("capacity", capacity, 1)
-        if path is not None and storage != "file":
-            raise ValueError(f"path: only storage='file' has a folder, got storage={storage!r}; leave path out")
+        if path is not None and storage == "memory":
+            raise ValueError("path: storage='memory' has no folder; leave path out")
+        if storage != "pinned" and device is not None:
+            raise ValueError(f"device: only storage='pinned' has one, got storage={storage!r}; leave device out")
+        if storage == "pinned" and debug_delays is not None:
+            raise ValueError("debug_delays: storage='pinned' has none; pass device=HuntingDevice(seed)")
         if skip is not None and not callable(skip):
             raise TypeError(f"skip: expected a function of a tensor, got {type(skip).__name__}")
 
-        folder = None
-        if storage == "file":
-            folder = os.fspath(path) if path is not None else tempfile.gettempdir()
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+        folder = spill_folder(path) if storage.endswith("file") or path is not None else None
         self.storage = storage
-        self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
-        if self._engine.description == "file, in memory":
-            warnings.warn(
-                f"ActivationOffload: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
-                "pass path= a folder on a disk",
-                stacklevel=2,
-            )
+        accepts = is_on_cpu
+        if storage == "pinned":
+            device = device if hasattr(device, "compute_stream") else CudaDevice(device)
+            accepts = device.accepts
+            file = None if folder is None else Engine(folder, None, threads, queue_bytes, None)
+            self._engine = StreamedEngine(device, capacity=capacity, queue_bytes=queue_bytes, file=file)
+        elif storage == "memory+file":
+            memory = capacity or machine_memory() // 2
+            file = self._engine = Engine(folder, None, threads, queue_bytes, debug_delays, memory=memory)
+        else:
+            file = self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
+        if file is not None:
+            warn_if_in_memory("ActivationOffload", file, folder, stacklevel=2)
 
-        if map_allocations and storage == "file":
+        if map_allocations and storage.endswith("file"):
             return_freed_memory(max(min_bytes, 1 << 16))
 
         self._keep_last, self._prefetch = keep_last, prefetch
         self._packing = Packing(
-            "ActivationOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, copy_type=_Copy,
-            made=self._on_copy, handed_out=self._on_saved,
+            "ActivationOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, accepts=accepts,
+            copy_type=_Copy, made=self._on_copy, handed_out=self._on_saved,
         )  # fmt: skip
         self._lock = self._packing.lock
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, self._unpack)
@@ -212,19 +230,24 @@ class ActivationOffload:
         - offloads, offloaded_bytes; reloads, reloaded_bytes: copies out and back that have ended;
         - forwards, forwarded_bytes: tensors handed back before their memory was given up;
         - deduplicated, deduplicated_bytes: saved tensors that an existing copy served, and the bytes of their own;
+        - recomputed, recomputed_bytes: outputs of pykern's norms and activation functions, which the backward makes
+          again from the tensors that these saved;
         - kept, kept_bytes: by reason: parameter, small, last (of `keep_last`), capacity (no room, or the storage
           failed), skipped (by `skip`), unsupported (sparse and other layouts, lazy conjugates,
           subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; or, for a folder that
-          is no disk, "file, in memory".
+        - spills, spilled_bytes: copies from memory to the file behind it; file_bytes: of the slots in use, the file's;
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; for a folder that is
+          no disk, "file, in memory"; "memory, then" one of these; or whose pinned memory.
         """
         with self._lock:
             return {
                 **self._engine.counters(),
                 "deduplicated": self._packing.deduplicated,
                 "deduplicated_bytes": self._packing.deduplicated_bytes,
+                "recomputed": self._packing.recomputed,
+                "recomputed_bytes": self._packing.recomputed_bytes,
                 "kept": dict(self._packing.kept),
                 "kept_bytes": dict(self._packing.kept_bytes),
                 "medium": self._engine.description,
@@ -276,10 +299,10 @@ class ActivationOffload:
 
     # --- backward -----------------------------------------------------------------------------------
 
-    def _unpack(self, packed: Kept | Saved | Flattened) -> Tensor:
+    def _unpack(self, packed: Packed) -> Tensor:
         if isinstance(packed, Saved) and packed.copy.resident is None:
             self._read_ahead(packed)
-        return packed.unpack(self._unpack) if isinstance(packed, Flattened) else packed.unpack()
+        return unpacked(packed, self._unpack)
 
     def _read_ahead(self, saved: Saved) -> None:
         """Reserves the copies of this node and of the next ones in reverse order, and lets the others go."""

@@ -3,7 +3,9 @@
 import os
 import shutil
 import statistics
+import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -71,6 +73,28 @@ class Rates(NamedTuple):
     back: float
 
 
+def spill_folder(path: str | os.PathLike | None) -> str:
+    """The folder of a spill file: `path`, which must exist, or the system's temporary folder."""
+    folder = os.fspath(path) if path is not None else tempfile.gettempdir()
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+    return folder
+
+
+def warn_if_in_memory(owner: str, engine: "Engine", folder: str | None, stacklevel: int) -> None:
+    if engine.description.endswith("file, in memory"):
+        warnings.warn(
+            f"{owner}: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
+            "pass path= a folder on a disk",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Engine:
     """A C++ engine: one or two media, their slots, and the threads that copy.
 
@@ -110,7 +134,7 @@ class Engine:
         transfers: Literal["best", "threads"] = "best",
     ) -> None:
         if folder is None:
-            memory = capacity or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = capacity or machine_memory()
             file = []
         else:
             limit = -1 if capacity is None else -(-capacity // _PAGE) * _PAGE

@@ -1,4 +1,4 @@
-"""A device on which a race is an error: what runs when is drawn by a seed, and every access is checked for its order."""
+"""A device on which a race is an error: a seed draws what runs when, and every access is checked for its order."""
 
 import random
 from collections import deque
@@ -69,7 +69,8 @@ class HuntingDevice:
 
     Two independent nets. The order of any two accesses to the same bytes, one of which writes, must follow from streams
     and events; that is checked when they are put into their streams, so a missing wait is found on every seed,
-    whatever happens first. And memory that was not written yet, or was freed, holds poison, so what `launch` reads shows it.
+    whatever happens first. And memory that was not written yet, or was freed, holds poison: `launch` compares what it
+    reads.
 
     lags: the host runs ahead of the computing streams, whose work is given by `launch`, and freeing memory is work that
     takes its place in the stream that allocated it, as a caching allocator has it. Without, the tensors of a running
@@ -182,7 +183,7 @@ class HuntingDevice:
     def launch(
         self, what: str, reads: Sequence[tuple[Tensor, int]] = (), writes: Sequence[tuple[Tensor, int]] = ()
     ) -> None:
-        """Work in the stream that computes now: every byte read must have the value beside it, and those written get theirs."""
+        """Work in the stream that computes now. Beside each tensor, the value that all its bytes must have, or get."""
 
         def run() -> None:
             for tensor, value in reads:
@@ -238,7 +239,11 @@ class HuntingDevice:
                         f"{_told(access)} are not in order; {stream.name}, or the host before it, has to wait for an "
                         f"event of {other.stream.name} after the {other.what}"
                     )
-                if begin <= other.begin and other.end <= end and (writes or other.stream is stream and not other.writes):
+                if (
+                    begin <= other.begin
+                    and other.end <= end
+                    and (writes or other.stream is stream and not other.writes)
+                ):
                     continue
             kept.append(other)
         kept.append(access)

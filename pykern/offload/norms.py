@@ -1,5 +1,7 @@
 """RMS norm and layer norm whose outputs the backward makes again."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,13 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @torch.library.register_fake("pykern::norm")
 def _(x, weight, bias, eps, centred):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.shape[0]
+    rows = math.prod(x.shape[:-1])
     return torch.empty_like(x), x.new_empty(rows if centred else 0, dtype=dtype), x.new_empty(rows, dtype=dtype)
 
 
 @torch.library.register_fake("pykern::norm_backward")
 def _(grad, x, weight, mean, rstd, with_weight, with_bias):
-    columns = x.shape[1]
+    columns = x.shape[-1]
     lines = (x.new_empty(columns if wanted else 0) for wanted in (with_weight, with_bias))
     return torch.empty_like(x), *lines
 
@@ -63,9 +65,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, centred):
         ctx.set_materialize_grads(False)
-        y, mean, rstd = _norm(_rows(x), weight, bias, eps, centred)
+        y, mean, rstd = _norm(x.contiguous(), weight, bias, eps, centred)
         ctx.save_for_backward(x, weight, mean, rstd)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -74,10 +76,10 @@ class _Norm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         _, with_weight, with_bias = ctx.needs_input_grad[:3]
         grad_x, grad_weight, grad_bias = _norm_backward(
-            _rows(grad), _rows(x), weight, mean, rstd, with_weight, with_bias
+            grad.contiguous(), x.contiguous(), weight, mean, rstd, with_weight, with_bias
         )
         return (
-            grad_x.view(x.shape), grad_weight if with_weight else None, grad_bias if with_bias else None, None, None
+            grad_x, grad_weight if with_weight else None, grad_bias if with_bias else None, None, None
         )  # fmt: skip
 
 
@@ -109,11 +111,7 @@ def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ce
     def again(x: Tensor, *lines: Tensor) -> Tensor:
         given = iter(lines)
         weight_again, bias_again = (None if line is None else next(given) for line in (weight, bias))
-        return _norm(_rows(x), weight_again, bias_again, float(eps), centred)[0].view(x.shape)
+        return _norm(x.contiguous(), weight_again, bias_again, float(eps), centred)[0]
 
     recipes.attach(y, again, x, *(line for line in (weight, bias) if line is not None))
     return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1]).contiguous()

@@ -1,5 +1,6 @@
 """Tensors that are made again in the backward instead of being kept or moved."""
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -16,42 +17,42 @@ class Recipe:
     find it too. The inputs must be tensors that the graph keeps anyway, since it keeps them alive.
     """
 
-    __slots__ = ("function", "inputs", "input_versions", "version", "_saved", "__weakref__")
+    __slots__ = ("__weakref__", "_saved", "function", "input_versions", "inputs", "version")
 
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], version: int) -> None:
         self.function = function
-        # Detached, or a recipe would hold the graph that holds it.
-        self.inputs = tuple(tensor.detach() for tensor in inputs)
+        # Detached, so that an output that outlives its graph doesn't hold the graph before it. Leaves have none, and
+        # must be known as parameters.
+        self.inputs = tuple(tensor if tensor.is_leaf else tensor.detach() for tensor in inputs)
         self.input_versions = tuple(tensor._version for tensor in inputs)
         self.version = version
         self._saved: weakref.ref[SavedRecipe] | None = None
 
-    def saved(self, pack: Callable[[Tensor], object], unpack: Callable[[object], Tensor]) -> "SavedRecipe":
-        """What a graph holds instead of the tensor; the same object for all that save it at once."""
+    def saved(self, pack: Callable[[Tensor], object]) -> "SavedRecipe":
+        """What graphs hold instead of the tensor; the same object for all that save it at once."""
         saved = None if self._saved is None else self._saved()
         if saved is None:
-            saved = SavedRecipe(self.function, [pack(tensor) for tensor in self.inputs], unpack)
+            saved = SavedRecipe(self.function, [pack(tensor) for tensor in self.inputs])
             self._saved = weakref.ref(saved)
         return saved
 
 
 class SavedRecipe:
-    """A recipe whose inputs have been packed."""
+    """A recipe whose inputs have been packed. Once made, the tensor stays until the last that saved it has let go."""
 
-    __slots__ = ("_function", "_inputs", "_made", "_unpack", "__weakref__")
+    __slots__ = ("__weakref__", "_function", "_inputs", "_lock", "_made")
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list, unpack: Callable[[object], Tensor]) -> None:
-        self._function, self._inputs, self._unpack = function, inputs, unpack
-        self._made: weakref.ref[Tensor] | None = None
+    def __init__(self, function: Callable[..., Tensor], inputs: list) -> None:
+        self._function, self._inputs = function, inputs
+        self._made: Tensor | None = None
+        self._lock = threading.Lock()
 
-    def make(self) -> Tensor:
-        """The whole tensor. Those who ask while somebody still uses it share it."""
-        made = None if self._made is None else self._made()
-        if made is None:
-            with torch.no_grad():
-                made = self._function(*map(self._unpack, self._inputs))
-            self._made = weakref.ref(made)
-        return made
+    def make(self, unpack: Callable[[object], Tensor]) -> Tensor:
+        with self._lock:
+            if self._made is None:
+                with torch.no_grad():
+                    self._made = self._function(*map(unpack, self._inputs))
+            return self._made
 
 
 def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .recipes import SavedRecipe, recipe_of
 from .views import View
 
 REASONS = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
-"""Why a saved tensor stays, by the names of `ActivationOffload.stats`."""
+"""Why a saved tensor stays."""
 
 
 class Kept:
@@ -101,11 +102,38 @@ class Flattened:
         return self._type.__tensor_unflatten__(members, self._context, self._size, self._stride).detach()
 
 
+class Recomputed:
+    """What the graph holds instead of a tensor that is made again: how, and which view of what is made."""
+
+    __slots__ = ("_counter", "_recipe", "_version", "_view")
+
+    def __init__(self, tensor: Tensor, recipe: SavedRecipe) -> None:
+        self._recipe, self._view = recipe, View.of(tensor)
+        self._counter, self._version = counter_of(tensor), tensor._version
+
+    def unpack(self, unpack: Callable[[object], Tensor]) -> Tensor:
+        check_version(self._counter._version, self._version, self._counter, self._view.size)
+        return self._view.restore(self._recipe.make(unpack), 0)
+
+
+Packed = Kept | Saved | Flattened | Recomputed
+
+
+def unpacked(packed: Packed, unpack: Callable[[Packed], Tensor]) -> Tensor:
+    """The tensor again; `unpack` brings back what it is made of."""
+    return packed.unpack(unpack) if isinstance(packed, Flattened | Recomputed) else packed.unpack()
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 class Packing:
     """Packs what autograd saves, one copy for each byte range of a storage, however many tensors show it.
 
-    `made` is called with each new copy and whether it is smaller than `min_bytes` (it then stays), `handed_out` with
-    each view of a copy, in the order in which they are saved.
+    `accepts` tells whether a tensor is where copies can be made from. `made` is called with each new copy and whether
+    it is smaller than `min_bytes` (it then stays), `handed_out` with each view of a copy, in the order in which they
+    are saved.
     """
 
     def __init__(
@@ -115,6 +143,7 @@ class Packing:
         min_bytes: int,
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
+        accepts: Callable[[Tensor], bool] = is_on_cpu,
         copy_type: type[Copy] = Copy,
         made: Callable[[Copy, bool], None],
         handed_out: Callable[[Saved], None] = lambda saved: None,
@@ -123,10 +152,11 @@ class Packing:
         self._min_bytes = min_bytes
         self._skip = skip
         self._parameters = list_of_tensors(parameters)
+        self._accepts = accepts
         self._copy_type = copy_type
         self._made = made
         self._handed_out = handed_out
-        self._resident_storages: frozenset[int] = frozenset()
+        self._resident_storages = self._given = self._leaves = frozenset()
         self._copies: weakref.WeakValueDictionary[tuple, Copy] = weakref.WeakValueDictionary()
         # Reentrant: a garbage collection inside a guarded block may run any code.
         self.lock = threading.RLock()
@@ -136,27 +166,40 @@ class Packing:
         """To be called before each forward: assigning to `.data` gives a parameter another storage."""
         self._resident_storages = frozenset(identities(self._parameters()))
 
+    def begin(self, leaves: Iterable[Tensor] = (), given: Iterable[Tensor] = ()) -> None:
+        """From here on no copy that was made before serves what is saved.
+
+        Leaves that require gradients are parameters, except for `leaves`. Whatever shows a storage of `given` stays,
+        since others hold it.
+        """
+        self._copies = weakref.WeakValueDictionary()
+        self._leaves, self._given = frozenset(identities(leaves)), frozenset(identities(given))
+
     def reset_counters(self) -> None:
         self.deduplicated = self.deduplicated_bytes = 0
         self.kept = dict.fromkeys(REASONS, 0)
         self.kept_bytes = dict.fromkeys(REASONS, 0)
+        self.recomputed = self.recomputed_bytes = 0
 
     def count_kept(self, reason: str, bytes_: int, count: int = 1) -> None:
         self.kept[reason] += count
         self.kept_bytes[reason] += bytes_
 
-    def pack(self, tensor: Tensor, leaves: frozenset[int] = frozenset()) -> Kept | Saved | Flattened:
-        """What the graph is to hold instead of the tensor.
-
-        Leaves that require gradients are parameters, except those whose storage's identity is in `leaves`.
-        """
-        reason = self._reason_to_keep(tensor, leaves)
+    def pack(self, tensor: Tensor) -> Packed:
+        """What the graph is to hold instead of the tensor."""
+        reason = self._reason_to_keep(tensor)
         if reason is not None:
             with self.lock:
                 self.count_kept(reason, tensor.numel() * tensor.element_size())
             return Kept(tensor)
         if is_traceable_wrapper_subclass(tensor):
-            return Flattened(tensor, lambda inner: self.pack(inner, leaves))
+            return Flattened(tensor, self.pack)
+        recipe = recipe_of(tensor)
+        if recipe is not None:
+            with self.lock:
+                self.recomputed += 1
+                self.recomputed_bytes += View.of(tensor).distinct_bytes()
+                return Recomputed(tensor, recipe.saved(self.pack))
         with self.lock:
             view, version = View.of(tensor), tensor._version
             storage = tensor.untyped_storage()
@@ -194,7 +237,7 @@ class Packing:
         copy = self._copies.get(key)
         return copy if copy is not None and copy.is_current(storage, version) else None
 
-    def _reason_to_keep(self, tensor: Tensor, leaves: frozenset[int]) -> str | None:
+    def _reason_to_keep(self, tensor: Tensor) -> str | None:
         if isinstance(tensor, torch.nn.Parameter):
             return "parameter"
         subclass = type(tensor) is not Tensor
@@ -207,16 +250,16 @@ class Packing:
             or tensor.is_inference()
         ):
             return "unsupported"
-        if tensor.device.type != "cpu":
-            if tensor.device.type == "cuda":
+        if not self._accepts(tensor):
+            if tensor.device.type == "cuda" and self._accepts is is_on_cpu:
                 raise NotImplementedError(
-                    f"{self._owner}: got a saved tensor on {tensor.device}; activations on a GPU can't be offloaded yet"
+                    f"{self._owner}: got a saved tensor on {tensor.device}; pass storage='pinned' to offload from there"
                 )
             return "unsupported"
         source = tensor if tensor._base is None else tensor._base
         if isinstance(source, torch.nn.Parameter):
             return "parameter"
-        if source.is_leaf and source.requires_grad and leaves.isdisjoint(identities([source])):
+        if source.is_leaf and source.requires_grad and self._leaves.isdisjoint(identities([source])):
             return "parameter"
         if tensor.numel() == 0:
             return "small"
@@ -226,6 +269,8 @@ class Packing:
                 return "small"
             if storage._cdata in self._resident_storages:
                 return "parameter"
+            if storage._cdata in self._given:
+                return "skipped"
         if self._skip is not None and self._skip(tensor):
             return "skipped"
         return None
@@ -291,7 +336,10 @@ def placeholder(tensor: Tensor) -> Tensor:
     element = torch.empty((), dtype=tensor.dtype, device=tensor.device)
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
         element.fill_(float("nan"))
-    return element.expand(tensor.size())
+    # Not `expand`: its result would be a view, which autograd treats otherwise.
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        element.untyped_storage(), 0, tensor.size(), (0,) * tensor.dim()
+    )
 
 
 def list_of_tensors(parameters: torch.nn.Module | Iterable[Tensor]) -> Callable[[], list[Tensor]]:

@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .streams import Point, Stream, StreamDevice
 
 PACKED_BELOW = 1 << 20
 """Bytes that a copy moves in the time in which it starts, about; larger parts are not worth a copy on the device."""
+
+_SPILLED_AHEAD = 4
+"""Items that are written to the file when one must give up its slot."""
 
 
 class _Item:
@@ -34,25 +38,26 @@ class _Item:
     """
 
     __slots__ = (
-        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "held", "home", "nbytes", "number",
-        "ready", "reservations", "slot", "users", "written",
+        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
+        "home", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
     )  # fmt: skip
 
-    def __init__(self, number: int, nbytes: int, slot: Slot, home: Stream) -> None:
+    def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
         self.number, self.nbytes, self.home = number, nbytes, home
-        self.slot: Slot | None = slot
-        self.generation = slot.generation
-        self.ends: Ends = dict(slot.ends)
+        self.slot = slot
+        self.generation = -1 if slot is None else slot.generation
+        self.ends: Ends = {}
         self.held: list[tuple[int, Tensor]] = []
         self.ready: Point | None = None
         self.written: Point | None = None
         self.block: Tensor | None = None
         self.block_home: Stream | None = None
         self.arrived: Point | None = None
+        self.landing: Tensor | None = None
         self.users: dict[Stream, None] = {}
         self.reservations = 0
         self.file_item: int | None = None
-        self.fetched = False
+        self.fetched = self.goes_to_file = False
 
 
 class StreamedEngine:
@@ -105,6 +110,7 @@ class StreamedEngine:
         self._lock = threading.Lock()
         self._next_item = self._next_point = 0
         self._failure = ""
+        self.tiers = ("host",) if file is None else ("host", "file")
         self._can_spill = file is not None
         self._stalled_before = 0.0
         self.description = f"pinned memory of {device.name}"
@@ -113,15 +119,36 @@ class StreamedEngine:
 
     # --- out ----------------------------------------------------------------------------------------
 
-    def store(self, parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int, slot: int | None = None) -> int:
+    def store(
+        self,
+        parts: Sequence[Tensor],
+        offsets: Sequence[int],
+        nbytes: int,
+        *,
+        slot: int = -1,
+        tier: Literal["host", "file"] | None = None,
+    ) -> int:
         """Starts copying parts out, to `offsets` of a block of `nbytes`; the item's number.
 
-        parts: uint8, one dimension, on the device. offsets: ascending multiples of 256. slot: of the plan.
         Returns -1 if there is no room, or copying can't be started: the caller keeps the parts.
+
+        parts: uint8, one dimension, on the device. offsets: ascending multiples of 256.
+        slot: of the plan. It may hold the block of an item that is being copied back: that item then keeps its block
+            on the device until it is released.
+        tier: "file": goes on to the file once it is settled.
+
+        Raises:
+            ValueError: this engine has no such tier.
+            RuntimeError: `slot` against the plan: there is no such slot, the block is larger, or the slot's last item
+                has been neither reserved nor released.
         """
         with self._lock:
             self._begin()
             _check_parts(parts, offsets, nbytes)
+            if tier is not None and tier not in self.tiers:
+                raise ValueError(f"tier: expected {' or '.join(map(repr, self.tiers))}, got {tier!r}; pass file=")
+            if nbytes == 0:
+                return self._store_nothing()
             place = self._place(nbytes, slot)
             if place is None:
                 return -1
@@ -130,27 +157,41 @@ class StreamedEngine:
             try:
                 self._copy_out(item, parts, offsets)
             except BaseException as error:
-                self._give_up_copy_out(item)
+                self._give_up_copy_out(item, parts)
                 if not isinstance(error, RuntimeError):
                     raise
                 self._failure = f"copying out of {self._device.name} failed: {error}"
                 return -1
+            item.goes_to_file = tier == "file"
             place.owner = item
             self._items[item.number] = item
             self._writing.append(item)
             self._writing_bytes += nbytes
             self._offloads += 1
             self._offloaded_bytes += nbytes
+            if slot >= 0:
+                self._planned_bytes += place.memory.numel()
+                self._needed_bytes += nbytes
             if self._queue_bytes is not None:
                 while self._writing_bytes > self._queue_bytes and len(self._writing) > 1:
                     self._settle(self._writing[0])
             return item.number
 
-    def settle(self, item: int) -> None:
-        """The parts are let go; the stream that made them waits for the copy's end before it does anything more."""
+    def _store_nothing(self) -> int:
+        self._next_item += 1
+        item = self._items[self._next_item] = _Item(self._next_item, 0, None, self._device.compute_stream())
+        item.block, item.block_home, item.arrived = self._device.allocate(0), item.home, self._point(item.home)
+        return item.number
+
+    def settle(self, item: int) -> bool:
+        """The parts are let go; the stream that made them waits for the copy's end before it does anything more.
+
+        True: unlike a write to a file, a copy that was started does not fail by itself.
+        """
         with self._lock:
             self._begin()
             self._settle(self._find(item))
+            return True
 
     def _copy_out(self, item: _Item, parts: Sequence[Tensor], offsets: Sequence[int]) -> None:
         device = self._device
@@ -170,14 +211,20 @@ class StreamedEngine:
         item.ends = {device.out_stream: item.written}
 
     def _order_copy_out(self, item: _Item) -> None:
-        self._device.wait(self._device.out_stream, item.ready.event)
+        stream = self._device.out_stream
+        self._device.wait(stream, item.ready.event)
         for end in item.slot.ends.values():
-            self._device.wait(self._device.out_stream, end.event)
+            if end.stream != stream:
+                self._device.wait(stream, end.event)
 
-    def _give_up_copy_out(self, item: _Item) -> None:
+    def _give_up_copy_out(self, item: _Item, parts: Sequence[Tensor]) -> None:
         """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
         item.written = self._point(self._device.out_stream)
-        self._drop_sources(item)
+        self._order_drop_of_sources(item)
+        kept = {id(part) for part in parts}
+        for _, source in item.held:
+            if id(source) not in kept:
+                self._device.free(source, item.home)
         self._arena.give(item.slot, later_ends(item.slot.ends, {item.written.stream: item.written}))
 
     def _settle(self, item: _Item) -> None:
@@ -186,6 +233,8 @@ class StreamedEngine:
             self._writing_bytes -= item.nbytes
             if item.block is None:
                 self._drop_sources(item)
+                if item.goes_to_file:
+                    self._spill(item)
 
     def _drop_sources(self, item: _Item) -> None:
         if item.held:
@@ -243,14 +292,14 @@ class StreamedEngine:
         if item.held:
             self._forward(item)
             return
-        if item.slot is None:
-            self._read_file(item)
         device = self._device
+        # Held until the block is dropped: no slot may hold it.
+        item.landing = self._read_file(item) if item.slot is None else self._memory(item)[: item.nbytes]
         block = device.allocate(item.nbytes)
         item.block, item.block_home = block, device.compute_stream()
         try:
             self._order_copy_in(item, self._point(item.block_home))
-            device.copy(device.back_stream, block, self._memory(item)[: item.nbytes])
+            device.copy(device.back_stream, block, item.landing)
         except BaseException as error:
             item.arrived = self._point(device.back_stream)
             self._drop_block(item)
@@ -264,8 +313,10 @@ class StreamedEngine:
         self._reloaded_bytes += item.nbytes
 
     def _order_copy_in(self, item: _Item, allocated: Point) -> None:
-        self._device.wait(self._device.back_stream, allocated.event)
-        self._device.wait(self._device.back_stream, item.written.event)
+        stream = self._device.back_stream
+        self._device.wait(stream, allocated.event)
+        if item.written.stream != stream:
+            self._device.wait(stream, item.written.event)
 
     def _order_use(self, item: _Item, stream: Stream) -> None:
         self._device.wait(stream, item.arrived.event, measured=item.arrived.stream == self._device.back_stream)
@@ -297,7 +348,7 @@ class StreamedEngine:
         # A forwarded source is let go as a source: after it was copied out, too.
         if not item.held or item.block is not item.held[0][1]:
             self._device.free(item.block, item.block_home)
-        item.block = item.block_home = item.arrived = None
+        item.block = item.block_home = item.arrived = item.landing = None
         item.users = {}
         if item.held and item not in self._writing:
             self._drop_sources(item)
@@ -333,7 +384,7 @@ class StreamedEngine:
 
     # --- slots --------------------------------------------------------------------------------------
 
-    def _place(self, nbytes: int, index: int | None) -> Slot | None:
+    def _place(self, nbytes: int, index: int) -> Slot | None:
         try:
             slot = self._arena.acquire(nbytes, index)
             while slot is None and self._make_room(nbytes, index):
@@ -344,25 +395,25 @@ class StreamedEngine:
             return None
         return slot
 
-    def _make_room(self, nbytes: int, index: int | None) -> bool:
+    def _make_room(self, nbytes: int, index: int) -> bool:
         """Takes the slot of an item that has its bytes elsewhere, or can have; False if there is none."""
-        if index is not None:
+        if index >= 0:
             owner = self._arena.planned(index).owner
             if owner.block is not None and not owner.held:
                 self._give_slot(owner)
                 return True
-            if self._spill(owner):
-                return self._evict(owner)
-            self._failure = (
-                f"slot {index} of the plan is still in use: item {owner.number} in it has not come back, "
-                f"so {nbytes} bytes stay on {self._device.name}"
+            if owner.file_item is not None and self._evict(owner):
+                return True
+            raise RuntimeError(
+                f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
+                "released; follow the plan's order"
             )
-            return False
-        for item in self._items.values():
-            fits = item.slot is not None and item.slot.memory.numel() >= nbytes
-            if (fits or not self._arena.is_planned) and item.block is None and self._spill(item):
-                return self._evict(item)
-        return False
+        victims = [item for item in self._items.values() if item.slot is not None and item.block is None]
+        if self._arena.is_planned:
+            victims = [item for item in victims if item.slot.memory.numel() >= nbytes]
+        # The oldest are needed last. Those after the first are written meanwhile.
+        spilling = [item for item in victims[:_SPILLED_AHEAD] if self._spill(item)]
+        return bool(spilling) and self._evict(spilling[0])
 
     def _give_slot(self, item: _Item) -> None:
         self._check_generation(item)
@@ -405,46 +456,45 @@ class StreamedEngine:
         if not self._can_spill or item.slot is None:
             return False
         self._device.synchronize(item.written.event)
+        item.goes_to_file = False
         self._settle(item)
         number = self._file.store([self._memory(item)[: item.nbytes]], [0], item.nbytes)
         if number < 0:
             self._stop_spilling()
             return False
         item.file_item = number
+        self._spills += 1
+        self._spilled_bytes += item.nbytes
         return True
 
     def _evict(self, item: _Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
-        self._file.settle(item.file_item)
-        failure = self._file.take_failure()
-        if failure:
+        if not self._file.settle(item.file_item):
             self._file.release(item.file_item)
             item.file_item = None
-            self._stop_spilling(failure)
+            self._stop_spilling()
             return False
         self._give_slot(item)
         return True
 
-    def _stop_spilling(self, failure: str = "") -> None:
+    def _stop_spilling(self) -> None:
         self._can_spill = False
-        self._failure = failure or self._file.take_failure() or "the spill file is full"
+        self._failure = self._file.take_failure() or "the spill file is full"
 
-    def _read_file(self, item: _Item) -> None:
+    def _read_file(self, item: _Item) -> Tensor:
+        """The item's bytes, in a slot again if there is one, from which the copy back is faster."""
         data = self._file.load(item.file_item)
-        slot = self._place(item.nbytes, None)
-        if slot is None:
-            raise RuntimeError(
-                f"ActivationOffload: no slot to bring back {item.nbytes} bytes from the file ({self._failure or 'full'}); "
-                "the bytes are not lost"
-            )
         if item.fetched:
             self._file.unreserve(item.file_item)
             item.fetched = False
+        slot = self._place(item.nbytes, -1)
+        if slot is None:
+            return data
         for end in slot.ends.values():
             self._device.synchronize(end.event)
         slot.memory[: item.nbytes].copy_(data)
-        slot.owner, item.slot, item.generation = item, slot, slot.generation
-        item.ends = dict(slot.ends)
+        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
+        return slot.memory[: item.nbytes]
 
     # --- all of it ----------------------------------------------------------------------------------
 
@@ -463,7 +513,10 @@ class StreamedEngine:
         return failure
 
     def counters(self) -> dict[str, float]:
-        """As Engine.counters. queue_seconds is 0: parts are waited for in the device's streams, as loads are."""
+        """As Engine.counters. queue_seconds is 0: parts are waited for in the device's streams, as loads are.
+
+        Blocks on the device come from the device's own allocator: buffer_allocations is 0.
+        """
         with self._lock:
             self._forget_released()
             return {
@@ -473,7 +526,10 @@ class StreamedEngine:
                 "stall_seconds": self._device.stall_seconds() - self._stalled_before, "queue_seconds": 0.0,
                 "slots": self._arena.slots, "peak_slots": self._arena.peak_slots,
                 "slot_bytes": self._arena.bytes, "peak_slot_bytes": self._arena.peak_bytes,
-                "extent_bytes": self._arena.extent,
+                "extent_bytes": self._arena.extent, "growths": self._arena.growths, "buffer_allocations": 0,
+                "spills": self._spills, "spilled_bytes": self._spilled_bytes,
+                "file_bytes": 0 if self._file is None else self._file.counters()["slot_bytes"],
+                "waste": 1 - self._needed_bytes / self._planned_bytes if self._planned_bytes else 0.0,
             }  # fmt: skip
 
     def reset_counters(self) -> None:
@@ -484,7 +540,8 @@ class StreamedEngine:
 
     def _count_from_zero(self) -> None:
         self._offloads = self._offloaded_bytes = self._reloads = self._reloaded_bytes = 0
-        self._forwards = self._forwarded_bytes = 0
+        self._forwards = self._forwarded_bytes = self._spills = self._spilled_bytes = 0
+        self._planned_bytes = self._needed_bytes = 0
 
     def close(self) -> None:
         """Waits for the copies under way and gives the memory back; what is still stored is lost."""
@@ -521,17 +578,19 @@ def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
 
 
 def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:
-    if len(parts) != len(offsets) or not parts:
-        raise ValueError(f"parts, offsets: expected as many of each, at least one, got {len(parts)} and {len(offsets)}")
+    if len(parts) != len(offsets):
+        raise ValueError(f"offsets: expected one per part ({len(parts)}), got {len(offsets)}")
     end = 0
     for index, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
         if part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous():
-            raise TypeError(f"parts[{index}]: expected contiguous uint8 of one dimension, got {part.dtype} {part.shape}")
+            raise TypeError(
+                f"parts[{index}]: expected contiguous uint8 of one dimension, got {part.dtype} {part.shape}"
+            )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(f"offsets[{index}]: expected a multiple of {ALIGNMENT} from {end} on, got {offset}")
         end = offset + part.numel()
-    if end > nbytes or nbytes == 0:
-        raise ValueError(f"nbytes: expected room for the parts, which end at {end}, and at least 1, got {nbytes}")
+    if end > nbytes:
+        raise ValueError(f"nbytes: expected room for the parts, which end at {end}, got {nbytes}")
 
 
 def _runs(

@@ -35,6 +35,9 @@ class StreamDevice(Protocol):
     out_stream: Stream
     back_stream: Stream
 
+    def accepts(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in this device's memory."""
+
     def compute_stream(self) -> Stream:
         """The stream that computes at this moment. It changes from call to call: ask, and keep no answer."""
 

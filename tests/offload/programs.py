@@ -65,9 +65,12 @@ class Program:
         values = [self.random.randrange(128) for _ in sizes]
         block = Block(key, parts, offsets, sizes, values)
         self.device.launch(f"forward {key}", writes=list(zip(parts, values)))
-        slot = self.random.randrange(len(self.slots)) if self.names_slots else None
+        slot = self.random.randrange(len(self.slots)) if self.names_slots else -1
         block.home = self.device.current
-        block.item = self.engine.store(parts, offsets, block.nbytes, slot)
+        try:
+            block.item = self.engine.store(parts, offsets, block.nbytes, slot=slot)
+        except RuntimeError as error:
+            assert "neither reserved nor released" in str(error)
         if block.item >= 0:
             self.stored += 1
             block.parts = None

@@ -1,10 +1,11 @@
 """Models and runs that the offload tests share."""
 
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -134,3 +135,27 @@ def in_a_process(code: str) -> str:
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def descriptors(folder: Path) -> list[str]:
+    """Open descriptors of deleted files in the folder."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith(f"{folder}/"):
+            found.append(f"/proc/self/fd/{name}")
+    return found
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes beyond this size fail, in every file of the process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

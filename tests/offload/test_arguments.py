@@ -8,8 +8,10 @@ import torch
 import pykern
 
 REFUSED = [
-    (dict(storage="disk"), ValueError, "storage: expected 'memory', 'file' or 'pinned', got 'disk'"),
-    (dict(storage="pinned"), NotImplementedError, "storage: 'pinned' needs CUDA"),
+    (dict(storage="disk"), ValueError, "storage: expected 'memory', 'file', 'memory+file' or 'pinned', got 'disk'"),
+    (dict(storage="pinned", device="cpu"), ValueError, "device: expected a CUDA device for storage='pinned', got cpu"),
+    (dict(device="cuda"), ValueError, "device: only storage='pinned' has one, got storage='memory'"),
+    (dict(storage="pinned", debug_delays=1), ValueError, "debug_delays: storage='pinned' has none"),
     (dict(min_bytes=-1), ValueError, "min_bytes: expected at least 0, got -1"),
     (dict(min_bytes=1.5), TypeError, "min_bytes: expected an integer, got float"),
     (dict(keep_last=-2), ValueError, "keep_last: expected at least 0, got -2"),
@@ -19,7 +21,7 @@ REFUSED = [
     (dict(queue_bytes=0), ValueError, "queue_bytes: expected at least 1, got 0"),
     (dict(capacity=0), ValueError, "capacity: expected at least 1, got 0"),
     (dict(capacity=1e9), TypeError, "capacity: expected an integer, got float"),
-    (dict(path="."), ValueError, "path: only storage='file' has a folder"),
+    (dict(path="."), ValueError, "path: storage='memory' has no folder"),
     (dict(storage="file", path="/no/such/folder"), FileNotFoundError, "path: expected an existing folder"),
     (dict(storage="file", path=__file__), FileNotFoundError, "path: expected an existing folder"),
     (dict(skip=3), TypeError, "skip: expected a function of a tensor, got int"),
@@ -34,6 +36,12 @@ def test_refused(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)) as raised:
         pykern.ActivationOffload(**arguments)
     assert "\n" not in str(raised.value)
+
+
+def test_pinned_memory_needs_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="storage: 'pinned' needs a CUDA device, and torch finds none; use 'memory'"):
+        pykern.ActivationOffload("pinned")
 
 
 @pytest.mark.parametrize(

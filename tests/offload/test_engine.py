@@ -14,7 +14,7 @@ import pykern
 from pykern.offload import engine as engine_module
 from pykern.offload.engine import Engine
 
-from .support import STORAGES, assert_bit_equal, bytes_of, gradients, in_a_process, loss_of, make
+from .support import STORAGES, assert_bit_equal, bytes_of, descriptors, gradients, in_a_process, loss_of, make
 
 
 def store(engine, tensor):
@@ -328,19 +328,6 @@ def test_file_goes_with_the_last_reference(tmp_path):
     del loss
     gc.collect()
     assert descriptors(tmp_path) == []
-
-
-def descriptors(folder):
-    """Open descriptors of deleted files in the folder."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-        if target.startswith(f"{folder}/"):
-            found.append(f"/proc/self/fd/{name}")
-    return found
 
 
 def test_preallocated(tmp_path):

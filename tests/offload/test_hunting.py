@@ -87,9 +87,9 @@ class SlotGivenAwayUnnoticed(SlotGivenAwayTooEarly):
 class StaleKey(StreamedEngine):
     """Numbers of released items are given again, as addresses are."""
 
-    def store(self, parts, offsets, nbytes, slot=None):
+    def store(self, parts, offsets, nbytes, **place):
         self._next_item = min(set(range(1, 100)) - set(self._items)) - 1
-        return super().store(parts, offsets, nbytes, slot)
+        return super().store(parts, offsets, nbytes, **place)
 
 
 class OneStreamForEver(HuntingDevice):
@@ -189,7 +189,9 @@ def test_an_event_that_the_host_waited_for_puts_in_order():
     device.wait(device.out_stream, device.record(device.current))
     device.copy(device.out_stream, host[:100], block)
     ended = device.record(device.out_stream)
-    with pytest.raises(Race, match="compute, or the host before it, has to wait for an event of copies out after the c"):
+    with pytest.raises(
+        Race, match="compute, or the host before it, has to wait for an event of copies out after the c"
+    ):
         device.launch("writing", writes=[(block, 1)])
     device.synchronize(ended)
     device.launch("writing", writes=[(block, 1)])
