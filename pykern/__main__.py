@@ -1,4 +1,4 @@
-"""`python -m pykern info | train | bench`."""
+"""`python -m pykern info | plan | train | bench`."""
 
 import sys
 
@@ -7,6 +7,7 @@ from ._native import info
 USAGE = """usage: python -m pykern COMMAND [options]
 
   info    versions, processor features, CUDA kernels present or why not
+  plan    order, copies and memory of a pipeline schedule with activation offload; draws it
   train   GRPO training of a small language model on the four families
   bench   times the ops against PyTorch and installed peers
 
@@ -21,6 +22,10 @@ def main(arguments: list[str]) -> int:
         for name, value in entries.items():
             print(f"{name:<{width}}  {value}")
         return 0
+    if command == "plan":
+        from .offload.planning.cli import main as plan
+
+        return plan(rest)
     if command == "train":
         from .train.cli import main as train
 

@@ -51,8 +51,6 @@ FAMILY_OPS = {
         "masked_moments",
         "rollout_correction",
         "disco_loss_forward",
-        "linear_chunk_logprobs",
-        "linear_chunk_gradients",
     ),
     "lowrank": (
         "low_rank_adamw_step",
@@ -68,7 +66,15 @@ FAMILY_OPS = {
         "sparse_rows_add",
         "sparse_rows_take",
     ),
-    "offload": ("offload_pack", "offload_unpack"),
+    "offload": (
+        "offload_pack",
+        "offload_unpack",
+        "norm",
+        "norm_backward",
+        "activation",
+        "activation_backward",
+        "seeded_dropout",
+    ),
 }
 """The ops that compute on tensors, on a GPU too once they have a kernel for it."""
 

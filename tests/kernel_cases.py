@@ -9,6 +9,7 @@ Prints one line per case and fails if an op with a kernel was left out, or a res
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -462,6 +463,29 @@ def offload() -> Iterator[Case]:
         yield f"staging {codec}", lambda c=codec: staged(c)
 
 
+def recompute() -> Iterator[Case]:
+    def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    for rows, columns in ((1, 1), (5, 33), (9, 128), (3, 1100), (2, 6400)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, bias = (
+                normal(rows, columns, dtype=dtype),
+                normal(columns, dtype=dtype),
+                normal(columns, dtype=dtype),
+            )
+            label = f"{rows} x {columns} {dtype}"
+            yield f"rms_norm {label}", lambda x=x, w=weight: with_gradients(pykern.rms_norm, x, w)
+            yield f"layer_norm {label}", lambda x=x, w=weight, b=bias: with_gradients(pykern.layer_norm, x, w, b)
+            for name in ("silu", "gelu", "gelu_tanh"):
+                gated = partial(pykern.gated_activation, activation=name)
+                yield f"gated {name} {label}", lambda f=gated, x=x: with_gradients(f, x, torch.ones_like(x))
+            yield f"gelu {label}", lambda x=x: with_gradients(pykern.gelu, x)
+            yield f"dropout {label}", lambda x=x: with_gradients(partial(pykern.dropout, p=0.3, seed=5), x)
+
+
 FAMILIES = (
     advantages,
     loss,
@@ -476,6 +500,7 @@ FAMILIES = (
     attention,
     prefix_attention,
     offload,
+    recompute,
     rollout,
     returns,
     token_baseline,

@@ -8,6 +8,7 @@
 
 #include "common/matmul.h"
 #include "common/scratch.h"
+#include "common/vector_part.h"
 
 namespace pykern::PYKERN_SIMD {
 
@@ -21,21 +22,6 @@ PYKERN_INLINE int64_t lesser_size(int64_t a, int64_t b) { return a < b ? a : b; 
 PYKERN_INLINE int64_t tile_of_lines(int64_t lines) { return lines >= 1536 ? 96 : lines >= 384 ? 48 : 24; }
 PYKERN_INLINE int64_t tile_of_columns(int64_t columns) {
   return round_up(columns >= 4096 ? 256 : columns >= 1024 ? 128 : 64, kPanel);
-}
-
-// Up to a vector: `count` elements, or all that it holds.
-template <class T>
-PYKERN_INLINE vfloat load_some(const T* source, int64_t count) {
-  return detail::load_up_to(source, count);
-}
-
-template <class T>
-PYKERN_INLINE void store_some(T* target, vfloat value, int64_t count) {
-  if (count >= kLanes) {
-    store(target, value);
-  } else {
-    store_partial(target, value, count);
-  }
 }
 
 // target [columns, rows] = the transpose of source [rows, columns], times `factor`, converted.

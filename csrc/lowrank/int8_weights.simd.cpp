@@ -1,8 +1,8 @@
 // The step of weights that are kept in 8 bits: tiles of a few rows by kWide columns, each dequantised, changed and
 // quantised anew while it is in cache.
 #include "common/parallel.h"
+#include "kernels/common/philox.h"
 #include "kernels/lowrank/int8_weights.h"
-#include "kernels/lowrank/philox.h"
 #include "lowrank/affine.h"
 #include "lowrank/blocking.h"
 #include "lowrank/quantized.h"
@@ -40,11 +40,11 @@ void convert_left(C* target, int64_t stride, const Factor& left, int64_t first_r
 
 // Random numbers of `count` elements from number `index` on.
 void random_numbers(float* target, uint64_t seed, uint64_t index, uint32_t step, int64_t count) {
-  constexpr int64_t kShares = lowrank::kPhiloxShares;
+  constexpr int64_t kShares = kPhiloxShares;
   const int64_t skipped = static_cast<int64_t>(index % kShares), draws = (skipped + count + kShares - 1) / kShares;
   float numbers[kAffineGroup + 2 * kShares];
   for (int64_t i = 0; i < draws; ++i) {
-    const lowrank::PhiloxBits bits = lowrank::philox(seed, index / kShares + static_cast<uint64_t>(i), step);
+    const PhiloxBits bits = philox(seed, index / kShares + static_cast<uint64_t>(i), step);
     for (int share = 0; share < kShares; ++share) numbers[i * kShares + share] = lowrank::random_share(bits[share]);
   }
   std::memcpy(target, numbers + skipped, static_cast<size_t>(count) * sizeof(float));

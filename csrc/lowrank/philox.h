@@ -1,5 +1,5 @@
 // Random numbers by counter: Philox4x32-10 (Salmon et al., SC 2011), one number for each lane. Include from *.simd.cpp
-// files only. pykern/reference/lowrank_parts.py has the same.
+// files only. pykern/reference/philox.py has the same.
 #pragma once
 
 #include "common/vector.h"

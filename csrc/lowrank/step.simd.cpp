@@ -27,22 +27,32 @@ constexpr int64_t kRows = 32;     // rows of a weight to scale at a time
 constexpr int64_t kWidest = 192;  // lines of a tile, at most
 constexpr int64_t kGranule = 64;  // lines of a tile come in so many, whose sums are taken together
 
-// Lines of a tile: as many as keep its low-rank gradient in the second-level cache, since every tile brings the whole
-// projector into the products' layouts; unless fewer keep the threads evenly busy with `matrices` such matrices. No
-// result depends on it.
-PYKERN_INLINE int64_t tile_width(const Matrix& matrix, int64_t matrices, int64_t threads) {
-  const int64_t most = matrix.rank > 1600 ? kGranule : lesser(kWidest, 102400 / matrix.rank / kGranule * kGranule);
-  int64_t best = kGranule, least = 0;
-  for (int64_t width = kGranule; width <= most; width += kGranule) {
-    const int64_t rounds = ceil_div(ceil_div(matrix.length, width) * matrices, threads);
-    // A tile's own cost is that of some 16 lines.
-    const int64_t cost = rounds * (width + 16);
-    if (least == 0 || cost <= least) {
-      best = width;
-      least = cost;
-    }
+// How the lines of a matrix are cut into tiles: `wider` of `least` + 1 granules, then the others of `least`.
+struct Cut {
+  int64_t tiles, least, wider;
+
+  int64_t first_line(int64_t tile) const { return (tile * least + lesser(tile, wider)) * kGranule; }
+};
+
+// Tiles as wide as keep their low-rank gradient in the second-level cache, since every tile brings the whole projector
+// into the products' layouts; of these the cut that keeps the threads most evenly busy with `matrices` such matrices.
+// No result depends on it.
+PYKERN_INLINE Cut cut_lines(const Matrix& matrix, int64_t matrices, int64_t threads) {
+  const int64_t most = matrix.rank > 1600 ? 1 : lesser(kWidest, 102400 / matrix.rank) / kGranule;
+  const int64_t granules = ceil_div(matrix.length, kGranule);
+  Cut best{};
+  int64_t least_cost = 0;
+  const int64_t fewest = ceil_div(granules, most);
+  for (int64_t tiles = fewest; tiles <= lesser(granules, fewest + threads); ++tiles) {
+    const Cut cut{tiles, granules / tiles, granules % tiles};
+    const int64_t rounds = ceil_div(tiles * matrices, threads), wide_rounds = ceil_div(cut.wider * matrices, threads);
+    // A tile's own cost is that of a quarter of a granule.
+    const int64_t cost = 4 * (rounds * cut.least + wide_rounds) + rounds;
+    if (least_cost > 0 && cost >= least_cost) continue;
+    best = cut;
+    least_cost = cost;
   }
-  return lesser(best, round_up(matrix.length, kPanel));
+  return best;
 }
 
 template <class T>
@@ -82,7 +92,9 @@ struct MatrixStep {
 
   const LowRankStep& step;
   const Matrix& matrix;
-  int64_t width;  // lines of a tile
+  Cut cut;
+  // Lines that a tile takes up at most.
+  int64_t width = lesser((cut.least + (cut.wider > 0)) * kGranule, round_up(matrix.length, kPanel));
   int64_t n = matrix.n, length = matrix.length, rank = matrix.rank, rank_even = padded_rank<T>(matrix);
   // Between the rounds: the ratios of the lines [length], the sums of every kGranule lines, and for Fira the low-rank
   // gradient of the tiles, packed, and P^T P - I, [rank, rank_even].
@@ -91,7 +103,7 @@ struct MatrixStep {
   C* kept = nullptr;
   C* defect = nullptr;
 
-  int64_t lines_of(int64_t tile) const { return lesser(width, length - tile * width); }
+  int64_t lines_of(int64_t tile) const { return lesser(cut.first_line(tile + 1), length) - cut.first_line(tile); }
   const T* gradient(int64_t place, int64_t line) const {
     return static_cast<const T*>(matrix.grad) + place * matrix.grad_place + line * matrix.grad_line;
   }
@@ -110,16 +122,19 @@ struct MatrixStep {
   // The squared norms of the gradient's columns, from a packed slice.
   void add_squares(const C* packed, int64_t depth, int64_t lines, float* squares) const {
     const int64_t padded = round_up(depth, kDepth<C>);
-    for (int64_t line = 0; line < lines; line += kLanes) {
-      const C* from = packed + line / kPanel * kPanel * padded + line % kPanel * kDepth<C>;
-      vfloat sum = zero();
+    for (int64_t line = 0; line < lines; line += kPanel) {
+      const C* from = packed + line * padded;
+      vfloat sums[kPanelVectors] = {};
       for (int64_t row = 0; row < padded; row += kDepth<C>) {
-        for (int i = 0; i < kDepth<C>; ++i) {
-          const vfloat value = load_packed(from + row * kPanel, i);
-          sum += value * value;
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) {
+          sums[v] = add_square(from + row * kPanel + v * kLanes * kDepth<C>, sums[v]);
         }
       }
-      store(squares + line, load(squares + line) + sum);
+      for (int v = 0; v < kPanelVectors; ++v) {
+        float* to = squares + line + v * kLanes;
+        store(to, load(to) + sums[v]);
+      }
     }
   }
 
@@ -130,24 +145,24 @@ struct MatrixStep {
     if (line_stride == 1) return Prefetch(data, places, place_stride * size, lines * size, steps);
     return Prefetch(data, lines, line_stride * size, places * size, steps);
   }
-  Prefetch prefetch_gradient(int64_t place, int64_t line0, int64_t lines, int64_t steps) const {
-    const int64_t places = lesser(kDeep, n - place);
-    return prefetch(gradient(place, line0), matrix.grad_place, matrix.grad_line, places, lines, steps);
+  Prefetch prefetch_gradient(int64_t place, int64_t places, int64_t line0, int64_t lines, int64_t steps) const {
+    return prefetch(gradient(place, line0), matrix.grad_place, matrix.grad_line, lesser(places, n - place), lines,
+                    steps);
   }
-  Prefetch prefetch_weights(int64_t place, int64_t line0, int64_t lines, int64_t steps) const {
-    const int64_t places = lesser(kTall, n - place);
-    return prefetch(weight(place, line0), matrix.param_place, matrix.param_line, places, lines, steps);
+  Prefetch prefetch_weights(int64_t place, int64_t places, int64_t line0, int64_t lines, int64_t steps) const {
+    return prefetch(weight(place, line0), matrix.param_place, matrix.param_line, lesser(places, n - place), lines,
+                    steps);
   }
 
   // low = P^T G for the tile, and the squared norms of G's columns where they are asked for.
   void project(int64_t tile, const Workspace<T>& space, float* squares) const {
-    const int64_t line0 = tile * width, lines = lines_of(tile);
+    const int64_t line0 = cut.first_line(tile), lines = lines_of(tile);
     const int64_t groups = ceil_div(rank, kGroup) * ceil_div(lines, kPanel);
     for (int64_t place = 0; place < n; place += kDeep) {
       const int64_t depth = lesser(kDeep, n - place);
       pack(space.packed, gradient(place, line0), depth, lines, matrix.grad_place, matrix.grad_line);
       if (squares) add_squares(space.packed, depth, lines, squares);
-      Prefetch next = prefetch_gradient(place + kDeep, line0, lines, groups);
+      Prefetch next = prefetch_gradient(place + kDeep, kDeep, line0, lines, groups);
       for (int64_t k = 0; k < rank; k += kTall) {
         const int64_t rows = lesser(kTall, rank - k);
         transpose_projector(space.piece, projector(place) + k, depth, rows, rank);
@@ -186,7 +201,7 @@ struct MatrixStep {
   // W -= step_size * (P X [+ G * factors]) for the tile, with X the packed `low`.
   void apply(int64_t tile, const Workspace<T>& space, const float* factors) const {
     constexpr int64_t kSlice = 512 / sizeof(C);  // a panel of so much of the rank stays in the first-level cache
-    const int64_t line0 = tile * width, lines = lines_of(tile);
+    const int64_t line0 = cut.first_line(tile), lines = lines_of(tile);
     for (int64_t place = 0; place < n; place += kTall) {
       const int64_t places = lesser(kTall, n - place);
       const int64_t groups = ceil_div(places, kGroup) * ceil_div(lines, kPanel) * ceil_div(rank, kSlice);
@@ -196,12 +211,14 @@ struct MatrixStep {
         if (rank == rank_even) left = projector(place);
       }
       if (left == space.piece) convert_rows(space.piece, rank_even, projector(place), rank, places, rank);
-      Prefetch weights = prefetch_weights(place, line0, lines, groups);
+      Prefetch weights = prefetch_weights(place, kTall, line0, lines, groups), slopes;
+      if (factors) slopes = prefetch_gradient(place, kTall, line0, lines, groups);
       for (int64_t line = 0; line < lines; line += kPanel) {
         const C* panel = reinterpret_cast<const C*>(space.low + line * rank_even);
         for (int64_t k = 0; k < rank; k += kSlice) {
           for (int64_t row = 0; row < places; row += kGroup) {
             weights.step();
+            slopes.step();
             if (k > 0) prefetch_sums(space.wide + (row + kGroup) * width + line, width, places - row - kGroup);
             matmul(lesser(kGroup, places - row), kPanel, lesser(kSlice, rank - k), left + row * left_stride + k,
                    left_stride, int64_t{1}, panel + k * kPanel, space.wide + row * width + line, width, k > 0);
@@ -223,29 +240,45 @@ struct MatrixStep {
       }
       return;
     }
-    // Rows of the weight are lines: the direction is turned, kLanes lines at a time.
-    alignas(64) float turned[kLanes * kTall];
+    // Rows of the weight are lines: the direction is turned in blocks.
     for (int64_t line = 0; line < lines; line += kLanes) {
       for (int64_t row = 0; row < places; row += kLanes) {
         vuint block[kLanes];
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) block[lane] = (vuint)load(direction + (row + lane) * width + line);
         detail::transpose<kLanes>(block);
+        update_block(update, block, place + row, line0 + line, lesser(kLanes, places - row),
+                     lesser(kLanes, lines - line), factors ? factors + line : nullptr);
+      }
+    }
+  }
+
+  // A block of the weight whose rows are lines: `block` [kLanes lines, kLanes places] is the direction.
+  PYKERN_INLINE void update_block(const WeightUpdate& update, const vuint (&block)[kLanes], int64_t place, int64_t line,
+                                  int64_t places, int64_t lines, const float* factors) const {
+    if (places == kLanes && lines == kLanes && (!factors || matrix.grad_place == 1)) {
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) store(turned + lane * kTall + row, (vfloat)block[lane]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        vfloat change = (vfloat)block[lane];
+        if (factors) change += load(gradient(place, line + lane)) * factors[lane];
+        T* const row = weight(place, line + lane);
+        store_rounded(row, update.apply(load(row), change));
       }
-      for (int64_t lane = 0; lane < lesser(kLanes, lines - line); ++lane) {
-        update_row(update, weight(place, line0 + line + lane), turned + lane * kTall,
-                   factors ? gradient(place, line0 + line + lane) : nullptr, matrix.grad_place,
-                   broadcast(factors ? factors[line + lane] : 0.0f), nullptr, places);
-      }
+      return;
+    }
+    alignas(64) float turned[kLanes * kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) store(turned + lane * kLanes, (vfloat)block[lane]);
+    for (int64_t lane = 0; lane < lines; ++lane) {
+      update_row(update, weight(place, line + lane), turned + lane * kLanes,
+                 factors ? gradient(place, line + lane) : nullptr, matrix.grad_place,
+                 broadcast(factors ? factors[lane] : 0.0f), nullptr, places);
     }
   }
 
   void plain(int64_t tile, const Workspace<T>& space) const {
     const Adam adam(matrix.rule);
     const float scale = static_cast<float>(step.scale);
-    const int64_t line0 = tile * width;
+    const int64_t line0 = cut.first_line(tile);
     project(tile, space, nullptr);
     pack_low(lines_of(tile), space, [&](int64_t k, int64_t line, int64_t count) {
       return advance(adam, load(space.low + element(k, line)) * adam.sign, k, line0 + line, count) * scale;
@@ -271,7 +304,7 @@ struct MatrixStep {
   // The first round: the moments, and of every line the ratio; of the tile the sums.
   void measure(int64_t tile, const Workspace<T>& space) const {
     const Adam adam(matrix.rule);
-    const int64_t line0 = tile * width, lines = lines_of(tile);
+    const int64_t line0 = cut.first_line(tile), lines = lines_of(tile);
     alignas(64) float squares[kWidest] = {}, directions[kWidest] = {}, lows[kWidest] = {}, defects[kWidest] = {};
     project(tile, space, squares);
     for (int64_t k = 0; k < rank; ++k) {
@@ -300,7 +333,7 @@ struct MatrixStep {
     }
   }
 
-  C* kept_tile(int64_t tile) const { return kept + tile * width * rank_even; }
+  C* kept_tile(int64_t tile) const { return kept + cut.first_line(tile) * rank_even; }
 
   void keep_low(int64_t tile, const Workspace<T>& space) const {
     C* to = kept_tile(tile);
@@ -361,7 +394,7 @@ struct MatrixStep {
   // Fira's second round, when the factor that all lines share is known.
   void finish(int64_t tile, const Workspace<T>& space, float shared) const {
     const Adam adam(matrix.rule);
-    const int64_t line0 = tile * width, lines = lines_of(tile);
+    const int64_t line0 = cut.first_line(tile), lines = lines_of(tile);
     alignas(64) float removed[kWidest] = {}, factors[kWidest] = {};
     for (int64_t line = 0; line < lines; ++line) {
       const float ratio = ratios[line0 + line] * shared;
@@ -402,7 +435,7 @@ class Runner {
   explicit Runner(const LowRankStep& step)
       : step_(step),
         matrices_(step.count * sizeof(MatrixStep<T>)),
-        tiles_(step.count, [&](int64_t i) { return ceil_div(step.matrices[i].length, width_of(i)); }),
+        tiles_(step.count, [&](int64_t i) { return cut_of(i).tiles; }),
         defects_(step.count, [&](int64_t i) { return measures_defect() ? ceil_div(step.matrices[i].rank, kTall) : 0; }),
         rows_(step.count, [&](int64_t i) {
           const Matrix& matrix = step.matrices[i];
@@ -457,10 +490,10 @@ class Runner {
 
   bool measures_defect() const { return step_.residual == Residual::fira && !step_.orthonormal; }
   MatrixStep<T>& matrix(int64_t i) const { return matrices_.template get<MatrixStep<T>>()[i]; }
-  int64_t width_of(int64_t i) const { return tile_width(step_.matrices[i], step_.count, max_threads()); }
+  Cut cut_of(int64_t i) const { return cut_lines(step_.matrices[i], step_.count, max_threads()); }
   void new_matrix(int64_t i) {
     const Matrix& matrix = step_.matrices[i];
-    ::new (&this->matrix(i)) MatrixStep<T>{step_, matrix, width_of(i)};
+    ::new (&this->matrix(i)) MatrixStep<T>{step_, matrix, cut_of(i)};
   }
 
   // What is kept between the rounds.
@@ -468,10 +501,9 @@ class Runner {
     factors_ = arena.take<float>(step_.count);
     for (int64_t i = 0; i < step_.count && step_.residual != Residual::none; ++i) {
       MatrixStep<T>& one = matrix(i);
-      const int64_t tiles = ceil_div(one.length, one.width);
       one.ratios = arena.take<float>(one.length + kLanes);
       one.sums = arena.take<Sums>(ceil_div(one.length, kGranule));
-      if (step_.residual == Residual::fira) one.kept = arena.take<C>(tiles * one.width * one.rank_even);
+      if (step_.residual == Residual::fira) one.kept = arena.take<C>(round_up(one.length, kPanel) * one.rank_even);
       if (measures_defect()) one.defect = arena.take<C>(one.rank * one.rank_even);
     }
   }

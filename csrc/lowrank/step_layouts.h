@@ -96,6 +96,22 @@ PYKERN_INLINE vfloat load_packed(const C* source, int row) {
   }
 }
 
+// The squares of the rows in one vector of a packed B, added to `sum`.
+template <class C>
+PYKERN_INLINE vfloat add_square(const C* source, vfloat sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kDepth<C> == 2) {
+    const __m512bh pairs = (__m512bh)_mm512_loadu_si512(source);
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, pairs, pairs);
+  }
+#endif
+  for (int row = 0; row < kDepth<C>; ++row) {
+    const vfloat value = load_packed(source, row);
+    sum += value * value;
+  }
+  return sum;
+}
+
 // As store(), by the instruction for it; it takes what is too small for a normal float32 for zero.
 template <class T>
 PYKERN_INLINE void store_rounded(T* target, vfloat value) {

@@ -18,10 +18,11 @@ namespace {
 // committed as the arena grows.
 class Arena : public Medium {
  public:
-  Arena(char* base, int64_t limit) : base_(base), limit_(limit) {}
+  Arena(char* base, int64_t limit, int64_t granularity) : base_(base), limit_(limit), granularity_(granularity) {}
   ~Arena() override { munmap(base_, limit_); }
 
-  int64_t granularity() const override { return 64; }
+  int64_t granularity() const override { return granularity_; }
+  const char* address(int64_t offset) const override { return base_ + offset; }
 
   std::string grow(int64_t extent) override {
     if (extent > limit_) return "the arena's " + std::to_string(limit_) + " bytes are taken";
@@ -31,8 +32,8 @@ class Arena : public Medium {
     return "";
   }
 
-  std::string write(int64_t offset, const void* source, int64_t bytes) override {
-    std::memcpy(base_ + offset, source, bytes);
+  std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t) override {
+    for (const Piece& piece : pieces) std::memcpy(base_ + offset + piece.offset, piece.data, piece.bytes);
     return "";
   }
 
@@ -45,18 +46,18 @@ class Arena : public Medium {
 
  private:
   char* const base_;
-  const int64_t limit_;
+  const int64_t limit_, granularity_;
 };
 
 }  // namespace
 
-MediumResult make_arena(int64_t limit) {
+MediumResult make_arena(int64_t limit, int64_t granularity) {
   limit = (limit + kPage - 1) / kPage * kPage;
   void* base = mmap(nullptr, limit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
     return {nullptr, system_error("cannot reserve " + std::to_string(limit) + " bytes of address space", errno)};
   }
-  return {std::make_unique<Arena>(static_cast<char*>(base), limit), ""};
+  return {std::make_unique<Arena>(static_cast<char*>(base), limit, granularity), ""};
 }
 
 }  // namespace pykern

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "offload/medium.h"
@@ -15,7 +16,7 @@ BufferPool::~BufferPool() {
 }
 
 std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
-  const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  const int64_t capacity = std::max<int64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
   char* data = nullptr;
   {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -24,6 +25,8 @@ std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
       data = found->second;
       free_.erase(found);
       cached_ -= capacity;
+    } else {
+      ++allocations_;
     }
   }
   if (!data) {
@@ -32,6 +35,11 @@ std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
     data = static_cast<char*>(mapped);
   }
   return std::make_shared<Buffer>(shared_from_this(), data, capacity);
+}
+
+int64_t BufferPool::allocations() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  return allocations_;
 }
 
 void BufferPool::give(char* data, int64_t capacity) {

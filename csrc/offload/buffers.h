@@ -36,6 +36,8 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
 
   // Null if there is no memory. Room for `bytes` rounded up to pages.
   std::shared_ptr<Buffer> take(int64_t bytes);
+  // How often take() had to ask the system for memory.
+  int64_t allocations();
 
  private:
   friend class Buffer;
@@ -44,7 +46,7 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   const int64_t cache_limit_;
   const bool poison_;
   std::mutex mutex_;
-  int64_t cached_ = 0;
+  int64_t cached_ = 0, allocations_ = 0;
   std::multimap<int64_t, char*> free_;
 };
 

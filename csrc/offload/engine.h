@@ -1,50 +1,67 @@
-// Moves bytes between tensors and a medium on its own threads.
+// Moves bytes between tensors and one or two media on its own threads.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <random>
 #include <string>
 #include <thread>
-#include <unordered_map>
 #include <vector>
 
 #include "offload/buffers.h"
+#include "offload/link.h"
 #include "offload/medium.h"
-#include "offload/slots.h"
+#include "offload/tier.h"
 
 namespace pykern {
 
-// The life of an item: queued with its source tensor held -> written, source dropped -> reserved
-// or loaded into a buffer any number of times -> released. While the source is held, a load is
-// answered with it and reads nothing.
+// An item is a block of bytes, gathered from any number of tensors, its sources. Its life: queued
+// with the sources held -> written, sources dropped -> reserved or loaded into a buffer any number
+// of times -> released. While the sources are held, a load is answered from them: with the tensor
+// itself if it is the whole block.
+//
+// With two tiers, memory comes first: what finds no room there goes to the file, and while the
+// memory is nearly full the oldest items are spilled there, unless somebody wants them.
 //
 // Tensors are dropped by callers only, never by a worker: a tensor that Python knows needs the
 // interpreter's lock to die, and a worker that waits for it could wait for ever.
 class Engine {
  public:
   struct Options {
-    int64_t limit = -1;         // largest extent; -1: as far as the medium grows
-    int64_t growth = 0;         // the extent grows by at least this much
     int64_t threads = 2;
-    int64_t queue_bytes = 0;    // sources held by unfinished writes, unless a single one is larger
+    int64_t queue_bytes = 0;    // sources held by unfinished writes, unless a single block is larger
+    int64_t buffer_bytes = 0;   // buffers kept for the next loads
     int64_t delay_seed = -1;    // >= 0: random pauses around each copy, and freed bytes are poisoned
+    Link::Rates link;
   };
 
-  Engine(std::unique_ptr<Medium> medium, const Options& options);
+  // One tier, or memory and a file.
+  Engine(std::vector<std::unique_ptr<Tier>> tiers, const Options& options);
   ~Engine();
 
-  // Makes room for `bytes` now; an empty string, or why that failed.
+  // Once, first: fixed slots in the first tier, each as large as told. An empty string, or why not.
+  std::string lay_out(const std::vector<int64_t>& slot_bytes);
+  // Makes room for `bytes` in the last tier now; an empty string, or why that failed.
   std::string preallocate(int64_t bytes);
-  // Starts writing a contiguous byte tensor; waits while the queue is full. Returns the item's
-  // number, or -1 if there is no room or an earlier write failed: the caller keeps the tensor.
-  int64_t store(const torch::stable::Tensor& source);
+  // Starts writing a block. The pieces lie in the sources, are sorted and don't overlap; what lies
+  // between them comes back undefined. Waits while the queue is full. Returns the item's number, or
+  // -1 if there is no room or earlier writes failed: the caller keeps the tensors.
+  // slot: a planned one, or -1. Whose copy is on its way back from there is waited for; it is an
+  // error if anybody else has it.
+  // tier: -1 for the first with room.
+  int64_t store(std::vector<torch::stable::Tensor> sources, std::vector<Piece> pieces, int64_t bytes, int64_t slot,
+                int64_t tier);
+  // Waits until the item is written and drops its sources, whoever reserved it. False if the write
+  // failed: the sources stay, and loads are answered from them.
+  bool settle(int64_t item);
   // Starts reading, so that a later load need not wait, and keeps what was read until unreserve.
   void reserve(int64_t item);
   void unreserve(int64_t item);
@@ -57,53 +74,96 @@ class Engine {
 
   // Why writes or growth failed, once; then an empty string.
   std::string take_failure();
-  std::string description() const { return medium_->description(); }
+  std::string description() const;
   // Writes, their bytes, reads, their bytes, forwards, their bytes, seconds that loads and stores
-  // waited, slots, most slots, bytes in slots, most bytes in slots, extent.
+  // waited; of all tiers: slots, most slots, bytes in slots, most bytes in slots, extent, growths;
+  // allocations of buffers; spills, their bytes; bytes in slots of the file; sums over planned
+  // stores: bytes of the slots, of the blocks in them.
   std::vector<double> counters();
   void reset_counters();
 
  private:
   struct Item {
-    int64_t offset = 0, bytes = 0;
-    std::optional<torch::stable::Tensor> source;
+    int64_t number = 0, bytes = 0;
+    Tier* tier = nullptr;
+    int64_t offset = -1;                 // in the tier; -1: it has given up its place
+    int64_t slot = -1;
+    std::vector<torch::stable::Tensor> sources;
+    std::vector<Piece> pieces;           // what they point to is gone once the sources are dropped
     std::shared_ptr<Buffer> buffer;      // held for those who reserved
     std::weak_ptr<Buffer> shared;        // the same, or the one that a caller still uses
     int64_t reservations = 0;
-    bool stored = false, reading = false, active = false, released = false;
+    int64_t active = 0;                  // threads at work on it: one may write, and one gather
+    bool held = true;                    // the sources are there
+    bool stored = false, failed = false, reading = false, spilling = false, released = false;
     std::string error;
   };
   using ItemPointer = std::shared_ptr<Item>;
   using Lock = std::unique_lock<std::mutex>;
 
-  void work(int64_t worker);
-  void run_write(Lock& lock, const ItemPointer& item);
-  void run_read(Lock& lock, const ItemPointer& item);
-  void pause(std::mt19937_64& random) const;
+  struct PlannedSlot {
+    int64_t offset, bytes;
+    ItemPointer holder;
+  };
+
   ItemPointer find(int64_t item) const;
-  bool make_room(int64_t bytes, std::string& error);
-  void return_slot(Item& item);
-  void drop_source(Item& item);
+  void wait_for_queue(Lock& lock, int64_t bytes);
+  bool find_place(Lock& lock, Item& item, int64_t tier);
+  void vacate(Lock& lock, int64_t slot);
+  void return_place(Item& item);
+  void poison(Tier& tier, int64_t offset, int64_t bytes);
+  void drop_sources(Item& item);
+  // The same if the item is written and nobody needs the sources.
+  void drop_if_idle(Item& item);
   // Frees the sources of finished writes; call without the lock.
   void drop_finished();
+  void start_reading(const ItemPointer& item, bool urgent);
+  // Returns the buffer that was held for the last reservation, to be let go without the lock.
+  std::shared_ptr<Buffer> end_reservation(const ItemPointer& item);
+  // The source that is the whole block by itself.
+  static std::optional<torch::stable::Tensor> whole_block(const Item& item);
 
-  const std::unique_ptr<Medium> medium_;
+  // engine_workers.cpp
+  void work(int64_t worker);
+  void run_write(Lock& lock, const ItemPointer& item, std::mt19937_64& random);
+  void run_read(Lock& lock, const ItemPointer& item, std::mt19937_64& random);
+  void run_spill(Lock& lock, const ItemPointer& item, std::mt19937_64& random);
+  bool can_spill(const Item& item) const;
+  void start_spills();
+  void end_spill(Item& item);
+  void cancel_spill(const ItemPointer& item);
+  void fill_gaps(const Item& item, char* block) const;
+  void pause(std::mt19937_64& random) const;
+  bool hunting() const { return options_.delay_seed >= 0; }
+
+  const std::vector<std::unique_ptr<Tier>> tiers_;
   const Options options_;
   const std::shared_ptr<BufferPool> buffers_;
+  Link link_;
 
   mutable std::mutex mutex_;
   std::condition_variable work_arrived_, work_ended_;
-  Slots slots_;
-  std::unordered_map<int64_t, ItemPointer> items_;
-  std::deque<ItemPointer> writes_, reads_;
+  std::map<int64_t, ItemPointer> items_;  // oldest first
+  std::vector<PlannedSlot> planned_;
+  std::deque<ItemPointer> writes_, reads_, spills_;
   std::vector<torch::stable::Tensor> finished_;
-  int64_t next_item_ = 1, queued_bytes_ = 0, active_ = 0;
-  bool stopping_ = false, write_failed_ = false;
+  int64_t next_item_ = 1, queued_bytes_ = 0, spilling_bytes_ = 0, active_ = 0;
+  bool stopping_ = false, file_full_ = false;
   std::string failure_;
 
   int64_t written_ = 0, written_bytes_ = 0, read_ = 0, read_bytes_ = 0, forwarded_ = 0, forwarded_bytes_ = 0;
+  int64_t spilled_ = 0, spilled_bytes_ = 0, planned_bytes_ = 0, planned_block_bytes_ = 0;
   double load_seconds_ = 0, store_seconds_ = 0;
   std::vector<std::thread> workers_;
 };
+
+// Erases the first such value from a queue; false if there is none.
+template <class Queue, class Value>
+bool erase_from(Queue& queue, const Value& value) {
+  const auto found = std::find(queue.begin(), queue.end(), value);
+  if (found == queue.end()) return false;
+  queue.erase(found);
+  return true;
+}
 
 }  // namespace pykern

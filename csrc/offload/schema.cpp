@@ -2,11 +2,12 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PYKERN_NAMESPACE, m) {
   m.def(
-      "offload_open(str folder, int limit, int initial, int growth, int threads, int queue_bytes, int delay_seed) "
-      "-> int");
+      "offload_open(int[] memory, str folder, int[] file, int[] slots, int threads, int queue_bytes, "
+      "int buffer_bytes, float[] link, int delay_seed) -> int");
   m.def("offload_error(int engine) -> str");
   m.def("offload_close(int engine) -> ()");
-  m.def("offload_store(int engine, Tensor source) -> int");
+  m.def("offload_store(int engine, Tensor[] parts, int[] offsets, int nbytes, int slot, int tier) -> int");
+  m.def("offload_settle(int engine, int item) -> bool");
   m.def("offload_reserve(int engine, int item) -> ()");
   m.def("offload_unreserve(int engine, int item) -> ()");
   m.def("offload_load(int engine, int item) -> Tensor");

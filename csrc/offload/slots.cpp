@@ -16,16 +16,20 @@ int64_t Slots::take(int64_t bytes) {
   const auto [free_size, offset] = *found;
   erase_free(free_by_offset_.find(offset));
   if (free_size > size) insert_free(offset + size, free_size - size);
-  used_ += size;
-  peak_ = std::max(peak_, used_);
-  peak_count_ = std::max(peak_count_, ++count_);
+  account(size, true);
   return offset;
+}
+
+void Slots::account(int64_t bytes, bool used) {
+  used_ += used ? bytes : -bytes;
+  count_ += used ? 1 : -1;
+  peak_ = std::max(peak_, used_);
+  peak_count_ = std::max(peak_count_, count_);
 }
 
 void Slots::give(int64_t offset, int64_t bytes) {
   const int64_t size = rounded(bytes);
-  used_ -= size;
-  --count_;
+  account(size, false);
   insert_free(offset, size);
 }
 

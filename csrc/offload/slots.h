@@ -14,6 +14,11 @@ class Slots {
  public:
   explicit Slots(int64_t granularity) : granularity_(granularity) {}
 
+  // Ranges that somebody else hands out, below those of take(): their number and bytes are only
+  // counted here. Called before the first grow().
+  void set_aside(int64_t extent) { extent_ = extent; }
+  void account(int64_t bytes, bool used);
+
   int64_t granularity() const { return granularity_; }
   int64_t extent() const { return extent_; }
   int64_t used_bytes() const { return used_; }

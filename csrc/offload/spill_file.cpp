@@ -1,5 +1,7 @@
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <linux/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -7,14 +9,14 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <optional>
 
+#include "offload/channel.h"
 #include "offload/medium.h"
 
 namespace pykern {
 namespace {
-
-// Bytes of one request, and of the aligned copy that a direct write goes through.
-constexpr int64_t kRequest = int64_t{4} << 20;
 
 struct Free {
   void operator()(void* pointer) const { std::free(pointer); }
@@ -23,12 +25,31 @@ using AlignedBytes = std::unique_ptr<char, Free>;
 
 AlignedBytes aligned_bytes(int64_t bytes) { return AlignedBytes(static_cast<char*>(std::aligned_alloc(kPage, bytes))); }
 
-int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+// Where direct writes may take memory from: torch aligns to 64 bytes, and most disks take that.
+int64_t memory_alignment(int file) {
+#if defined(STATX_DIOALIGN) && defined(SYS_statx)
+  // By number: the C library's own name for it would ask for a newer library.
+  struct statx status;
+  std::memset(&status, 0, sizeof(status));
+  if (syscall(SYS_statx, file, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 &&
+      (status.stx_mask & STATX_DIOALIGN) && status.stx_dio_mem_align > 0 && status.stx_dio_offset_align <= kPage) {
+    return status.stx_dio_mem_align;
+  }
+#else
+  (void)file;
+#endif
+  return kPage;
+}
 
 class SpillFile : public Medium {
  public:
-  SpillFile(int file, std::string folder) : file_(file), folder_(std::move(folder)) {}
-  ~SpillFile() override { close(file_); }
+  SpillFile(int file, std::string folder, FileOptions options)
+      : file_(file), folder_(std::move(folder)), options_(options) {}
+
+  ~SpillFile() override {
+    lanes_.clear();
+    close(file_);
+  }
 
   int64_t granularity() const override { return kPage; }
 
@@ -57,40 +78,12 @@ class SpillFile : public Medium {
     return "";
   }
 
-  std::string write(int64_t offset, const void* source, int64_t bytes) override {
-    if (!direct_) return write_all(offset, static_cast<const char*>(source), bytes);
-    thread_local AlignedBytes staging;
-    if (!staging) staging = aligned_bytes(kRequest);
-    if (!staging) return "no memory for a write of " + std::to_string(kRequest) + " bytes";
-    for (int64_t done = 0; done < bytes; done += kRequest) {
-      const int64_t part = std::min(kRequest, bytes - done);
-      std::memcpy(staging.get(), static_cast<const char*>(source) + done, part);
-      std::memset(staging.get() + part, 0, whole_pages(part) - part);
-      const std::string error = write_all(offset + done, staging.get(), whole_pages(part));
-      if (!error.empty()) return error;
-    }
-    return "";
+  std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t) override {
+    return direct_ ? run(true, offset, DirectWrites(pieces, alignment_)) : run(true, offset, PlainWrites(pieces));
   }
 
   std::string read(int64_t offset, void* target, int64_t bytes) override {
-    char* to = static_cast<char*>(target);
-    int64_t left = direct_ ? whole_pages(bytes) : bytes;
-    while (left > 0) {
-      const ssize_t got = pread(file_, to, std::min(left, kRequest), offset);
-      if (got < 0 && errno == EINTR) continue;
-      if (got <= 0) {
-        const std::string what = "reading " + std::to_string(left) + " bytes at " + std::to_string(offset) +
-                                 " of the spill file in " + folder_;
-        return got < 0 ? system_error(what, errno) : what + ": the file ends there";
-      }
-      // A direct transfer may stop short, but only at a block; going on from anywhere else is refused.
-      const int64_t step = direct_ && got < left ? got / kPage * kPage : got;
-      if (step == 0) return "reading the spill file in " + folder_ + ": the file ends inside of a block";
-      to += step;
-      offset += step;
-      left -= step;
-    }
-    return "";
+    return run(false, offset, Reads(static_cast<char*>(target), direct_ ? whole_pages(bytes) : bytes));
   }
 
   std::string description() const override {
@@ -98,43 +91,138 @@ class SpillFile : public Medium {
     if (fstatfs(file_, &system) == 0 && (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC)) {
       return "file, in memory";
     }
-    return direct_ ? "file, direct" : "file, buffered";
+    if (!direct_) return "file, buffered";
+    return uring_ ? "file, direct, io_uring" : "file, direct, threads";
   }
 
  private:
-  std::string write_all(int64_t offset, const char* from, int64_t left) {
-    while (left > 0) {
-      const ssize_t put = pwrite(file_, from, std::min(left, kRequest), offset);
-      if (put < 0 && errno == EINTR) continue;
-      if (put <= 0) {
-        return system_error("writing " + std::to_string(left) + " bytes at " + std::to_string(offset) +
-                                " of the spill file in " + folder_,
-                            put < 0 ? errno : EIO);
+  // What one block needs on its way: a channel, and memory to gather in.
+  struct Lane {
+    AlignedBytes staging;
+    std::unique_ptr<Channel> channel;
+  };
+
+  // Runs the requests of one block, several at a time. Those in flight end before this returns,
+  // also after an error.
+  template <class Requests>
+  std::string run(bool write, int64_t base, Requests requests) {
+    std::unique_ptr<Lane> lane = take_lane();
+    if (!lane) return "no memory to gather " + std::to_string(kDepth * kGathered) + " bytes for the spill file";
+    Channel::Transfer transfers[kDepth];
+    int in_flight = 0;
+    std::string error;
+    const auto start_next = [&](int number) {
+      Request request;
+      if (!error.empty() || !requests.next(lane->staging.get() + number * kGathered, request)) return;
+      transfers[number] = {write, base + request.offset, request.data, request.bytes};
+      ++in_flight;
+      lane->channel->start(number, transfers[number]);
+    };
+    for (int number = 0; number < kDepth; ++number) start_next(number);
+    while (in_flight > 0) {
+      const auto [number, result] = lane->channel->wait();
+      Channel::Transfer& transfer = transfers[number];
+      int64_t moved = 0;
+      if (result != -EINTR && result != -EAGAIN) {
+        moved = result;
+        if (result <= 0) {
+          error = failed(transfer, result);
+        } else if (direct_ && result < transfer.bytes) {
+          // A direct transfer may stop short, but only at a block; going on from anywhere else is refused.
+          moved = result / kPage * kPage;
+          if (moved == 0) error = failed(transfer, -EIO);
+        }
       }
-      const int64_t step = direct_ && put < left ? put / kPage * kPage : put;
-      if (step == 0) return "writing the spill file in " + folder_ + ": a direct write stopped inside of a block";
-      from += step;
-      offset += step;
-      left -= step;
+      if (error.empty() && moved < transfer.bytes) {
+        transfer.offset += moved;
+        transfer.data += moved;
+        transfer.bytes -= moved;
+        lane->channel->start(number, transfer);
+        continue;
+      }
+      --in_flight;
+      start_next(number);
     }
-    return "";
+    give_lane(std::move(lane));
+    return error;
+  }
+
+  std::string failed(const Channel::Transfer& transfer, int64_t result) const {
+    const std::string what = std::string(transfer.write ? "writing " : "reading ") + std::to_string(transfer.bytes) +
+                             " bytes at " + std::to_string(transfer.offset) + " of the spill file in " + folder_;
+    if (result == 0 && !transfer.write) return what + ": the file ends there";
+    return system_error(what, result == 0 ? EIO : static_cast<int>(-result));
+  }
+
+  std::unique_ptr<Lane> take_lane() {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      if (!lanes_.empty()) {
+        std::unique_ptr<Lane> lane = std::move(lanes_.back());
+        lanes_.pop_back();
+        return lane;
+      }
+    }
+    auto lane = std::make_unique<Lane>();
+    lane->staging = aligned_bytes(kDepth * kGathered);
+    if (!lane->staging) return nullptr;
+    if (uring_) lane->channel = make_uring_channel(file_, lane->staging.get());
+    if (!lane->channel) lane->channel = make_blocking_channel(file_);
+    add_faults(*lane);
+    return lane;
+  }
+
+  void give_lane(std::unique_ptr<Lane> lane) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    lanes_.push_back(std::move(lane));
+  }
+
+  void add_faults(Lane& lane) {
+    if (options_.fault_seed < 0) return;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    lane.channel = make_faulty_channel(std::move(lane.channel), options_.fault_seed * 1000003 + made_lanes_++);
   }
 
   // Direct I/O keeps spilled bytes out of the page cache, which would only be memory again. Some
   // file systems refuse it at the first transfer instead of here, hence the trial.
   void probe_direct() {
     const int flags = fcntl(file_, F_GETFL);
-    const AlignedBytes page = aligned_bytes(kPage);
-    if (!page || fcntl(file_, F_SETFL, flags | O_DIRECT) != 0) return;
-    std::memset(page.get(), 0, kPage);
-    direct_ = pwrite(file_, page.get(), kPage, 0) == kPage && pread(file_, page.get(), kPage, 0) == kPage;
-    if (!direct_) fcntl(file_, F_SETFL, flags);
+    if (fcntl(file_, F_SETFL, flags | O_DIRECT) != 0) return;
+    const AlignedBytes pages = aligned_bytes(2 * kPage);
+    if (!pages) return;
+    std::memset(pages.get(), 0, 2 * kPage);
+    const std::unique_ptr<Channel> blocking = make_blocking_channel(file_);
+    direct_ = moves(*blocking, true, pages.get()) && moves(*blocking, false, pages.get());
+    if (!direct_) {
+      fcntl(file_, F_SETFL, flags);
+      return;
+    }
+    const int64_t told = memory_alignment(file_);
+    alignment_ = told < kPage && moves(*blocking, true, pages.get() + told) ? told : kPage;
+    if (options_.transfers == FileTransfers::threads) return;
+    // A container refuses the ring, or a kernel has it and refuses its operations.
+    auto lane = std::make_unique<Lane>();
+    lane->staging = aligned_bytes(kDepth * kGathered);
+    if (lane->staging) lane->channel = make_uring_channel(file_, lane->staging.get());
+    uring_ = lane->channel && moves(*lane->channel, true, pages.get()) && moves(*lane->channel, false, pages.get());
+    if (!uring_) return;
+    add_faults(*lane);
+    give_lane(std::move(lane));
+  }
+
+  static bool moves(Channel& channel, bool write, char* page) {
+    channel.start(0, {write, 0, page, kPage});
+    return channel.wait().result == kPage;
   }
 
   const int file_;
   const std::string folder_;
-  int64_t size_ = 0;
-  bool direct_ = false, probed_ = false, preallocates_ = true;
+  const FileOptions options_;
+  int64_t size_ = 0, alignment_ = kPage;
+  bool direct_ = false, uring_ = false, probed_ = false, preallocates_ = true;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  int64_t made_lanes_ = 0;
 };
 
 int open_without_name(const std::string& folder) {
@@ -148,10 +236,10 @@ int open_without_name(const std::string& folder) {
 
 }  // namespace
 
-MediumResult make_spill_file(const std::string& folder) {
+MediumResult make_spill_file(const std::string& folder, const FileOptions& options) {
   const int file = open_without_name(folder);
   if (file < 0) return {nullptr, system_error("cannot create a file", errno)};
-  return {std::make_unique<SpillFile>(file, folder), ""};
+  return {std::make_unique<SpillFile>(file, folder, options), ""};
 }
 
 }  // namespace pykern

@@ -3,7 +3,7 @@
 
 #include "kernels/lowrank/affine_sm80.cuh"
 #include "kernels/lowrank/int8_weights.h"
-#include "kernels/lowrank/philox.h"
+#include "kernels/lowrank/stochastic_rounding.h"
 
 namespace pykern::lowrank {
 

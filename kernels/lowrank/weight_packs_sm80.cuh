@@ -5,7 +5,7 @@
 #include "kernels/lowrank/apply.h"
 #include "kernels/lowrank/compute.cuh"
 #include "kernels/lowrank/grouped.h"
-#include "kernels/lowrank/philox.h"
+#include "kernels/lowrank/stochastic_rounding.h"
 
 namespace pykern::lowrank {
 

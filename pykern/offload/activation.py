@@ -1,7 +1,6 @@
 """Activations wait for the backward outside of the model's memory."""
 
 import os
-import tempfile
 import threading
 import warnings
 import weakref
@@ -10,67 +9,30 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from .engine import Engine, return_freed_memory
-from .views import View
+from .cuda_device import CudaDevice
+from .engine import Engine, machine_memory, return_freed_memory, spill_folder, warn_if_in_memory
+from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
+from .streamed import StreamedEngine
+from .streams import StreamDevice
 
-_KEPT = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
-
-
-def _check_version(current: int, saved: int, tensor: Tensor, size: torch.Size) -> None:
-    # Autograd leaves this check out for tensors that went through hooks.
-    if current != saved:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{tensor.type()} {list(size)}] is at version {current}; expected version {saved} instead. Hint: enable "
-            "anomaly detection to find the operation that failed to compute its gradient, with "
-            "torch.autograd.set_detect_anomaly(True)."
-        )
+_QUEUE_BYTES = {"memory": 32 << 20, "file": 32 << 20, "memory+file": 32 << 20, "pinned": 512 << 20}
+"""How much may be on its way out, by storage, unless told otherwise."""
 
 
-class _Kept:
-    """A saved tensor that stays in memory."""
+class _Copy(Copy):
+    """A copy that is in memory still, or an item of the engine, whose slot goes back when the copy dies."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("engine", "item")
 
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: an output that held its own graph node would never be freed.
-        self.tensor = tensor.detach()
-        self.version = None if tensor.is_inference() else tensor._version
-
-    def unpack(self) -> Tensor:
-        if self.version is not None:
-            _check_version(self.tensor._version, self.version, self.tensor, self.tensor.size())
-        return self.tensor
-
-
-class _Copy:
-    """One byte range of one storage as it was at one version: in memory still, or an item of the engine.
-
-    It lives as long as a saved view needs it; the engine's slot goes back when it dies. Its weak
-    reference keeps the storage's identity from being given to a new storage meanwhile, so the
-    identity can serve as a key where an address, which is reused, could not.
-    """
-
-    __slots__ = ("__weakref__", "begin", "counter", "engine", "item", "resident", "storage", "version")
-
-    def __init__(self, resident: Tensor, begin: int, storage: StorageWeakRef, counter: Tensor, version: int) -> None:
-        self.resident: Tensor | None = resident
-        self.begin = begin
-        self.storage = storage
-        self.counter = counter
-        self.version = version
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
         self.item: int | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine | StreamedEngine | None = None
 
-    def is_current(self, version: int) -> bool:
-        """Whether the storage still holds what was copied, as far as autograd's version counters tell."""
-        return self.version == version == self.counter._version
-
-    def move(self, engine: Engine) -> bool:
+    def move(self, engine: Engine | StreamedEngine) -> bool:
         """Hands the bytes to the engine; False if it has no room."""
-        item = engine.store(self.resident)
+        item = engine.store([self.resident], [0], self.resident.numel())
         if item < 0:
             return False
         self.engine, self.item = engine, item
@@ -83,25 +45,6 @@ class _Copy:
         return self.engine.load(self.item) if resident is None else resident
 
 
-class _Saved:
-    """What the graph holds instead of a tensor: a view of a copy."""
-
-    __slots__ = ("__weakref__", "copy", "counter", "gathered", "group", "version", "view")
-
-    def __init__(self, copy: _Copy, view: View, counter: Tensor, version: int, gathered: bool) -> None:
-        self.copy = copy
-        self.view = view
-        self.counter = counter
-        self.version = version
-        self.gathered = gathered
-        self.group: _Group | None = None
-
-    def unpack(self) -> Tensor:
-        _check_version(self.counter._version, self.version, self.counter, self.view.size)
-        data = self.copy.data()
-        return self.view.scatter(data) if self.gathered else self.view.restore(data, self.copy.begin)
-
-
 class _Group:
     """The tensors that one graph node saved; the backward needs them together.
 
@@ -112,14 +55,14 @@ class _Group:
 
     def __init__(self, node: int, previous: "_Group | None") -> None:
         self.node = node
-        self._members: list[weakref.ref[_Saved]] = []
+        self._members: list[weakref.ref[Saved]] = []
         self.previous = previous
 
-    def add(self, saved: _Saved) -> None:
+    def add(self, saved: Saved) -> None:
         self._members.append(weakref.ref(saved))
         saved.group = self
 
-    def members(self) -> list[_Saved]:
+    def members(self) -> list[Saved]:
         return [member for member in (reference() for reference in self._members) if member is not None]
 
     def living_previous(self) -> "_Group | None":
@@ -156,29 +99,37 @@ class ActivationOffload:
     context in each).
 
     Args:
-        storage: "memory", a second arena of ordinary memory, stand-in for pinned host memory; or "file", an unnamed
-            file written and read around the page cache where the file system allows. "pinned" needs CUDA.
+        storage: where to. CPU tensors go to "memory", a second arena of ordinary memory, stand-in for pinned host
+            memory; or to "file", an unnamed file written and read around the page cache where the file system allows;
+            or to "memory+file", the file behind an arena: above seven eighths of its capacity the oldest are spilled.
+            CUDA tensors go to "pinned" host memory: copies run on streams beside the computation, which waits for
+            them by events; the host waits for nothing.
         min_bytes: smaller saved tensors stay. A small view of a large storage is copied, to free the storage.
         keep_last: this many of the most recently saved storages stay, since the backward begins with them.
         prefetch: graph nodes whose tensors are read ahead in the backward.
         capacity: bytes of the arena or file. What no longer fits stays in memory, and is counted. By default the
-            storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts.
-        path: folder of the file; the system's temporary folder by default.
+            storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts. With
+            storage="memory+file", of the arena, by default half of the machine's memory; the file grows.
+        path: folder of the file; the system's temporary folder by default. With storage="pinned", a file is made
+            only if a path is given: the oldest tensors go there when the host's memory has no room for more.
+        device: with storage="pinned", the CUDA device whose tensors are offloaded; by default the current one. Or
+            any StreamDevice, such as a SimulatedDevice.
         parameters: a module, or tensors, whose storages stay. Parameters are known without it, except by detached
             views of them; buffers are not.
         skip: called with each remaining tensor; True keeps it.
         threads: threads that copy.
         queue_bytes: bytes of tensors whose writing has not ended, at most (or one larger tensor); the forward waits
-            for the storage beyond that.
-        map_allocations: with storage="file", set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
+            for the storage beyond that. By default 32 MiB; 512 MiB of device memory with storage="pinned".
+        map_allocations: with a file, set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
             for good. Otherwise its heap keeps most of the memory that the activations gave up. An environment that
             sets MALLOC_MMAP_THRESHOLD_ has precedence.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        NotImplementedError: `storage="pinned"`, or a CUDA tensor is saved: only CPU tensors can be offloaded so far.
+        NotImplementedError: a CUDA tensor is saved, and `storage` is not "pinned".
         OSError: the file can't be made or preallocated.
-        RuntimeError: from the backward, if a read fails. A failed write keeps the tensor, and warns once.
+        RuntimeError: `storage="pinned"` without a CUDA device; from the backward, if a read fails. A failed write
+            keeps the tensor, and warns once.
     """
 
     def __init__(
@@ -193,16 +144,15 @@ class ActivationOffload:
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
-        queue_bytes: int = 32 << 20,
+        queue_bytes: int | None = None,
         map_allocations: bool = True,
+        device: torch.device | str | StreamDevice | None = None,
         debug_delays: int | None = None,
     ) -> None:
-        if storage == "pinned":
-            raise NotImplementedError(
-                "storage: 'pinned' needs CUDA, and activations on a GPU can't be offloaded yet; use 'memory' or 'file'"
-            )
-        if storage not in ("memory", "file"):
-            raise ValueError(f"storage: expected 'memory', 'file' or 'pinned', got {storage!r}")
+        if storage not in _QUEUE_BYTES:
+            raise ValueError(f"storage: expected 'memory', 'file', 'memory+file' or 'pinned', got {storage!r}")
+        if queue_bytes is None:
+            queue_bytes = _QUEUE_BYTES[storage]
         for name, value, least in (
             ("min_bytes", min_bytes, 0), ("keep_last", keep_last, 0), ("prefetch", prefetch, 0),
             ("threads", threads, 1), ("queue_bytes", queue_bytes, 1),
@@ -210,36 +160,41 @@ class ActivationOffload:
             _check_integer(name, value, least)
         if capacity is not None:
             _check_integer("capacity", capacity, 1)
-        if path is not None and storage != "file":
-            raise ValueError(f"path: only storage='file' has a folder, got storage={storage!r}; leave path out")
+        if path is not None and storage == "memory":
+            raise ValueError("path: storage='memory' has no folder; leave path out")
+        if storage != "pinned" and device is not None:
+            raise ValueError(f"device: only storage='pinned' has one, got storage={storage!r}; leave device out")
+        if storage == "pinned" and debug_delays is not None:
+            raise ValueError("debug_delays: storage='pinned' has none; pass device=HuntingDevice(seed)")
         if skip is not None and not callable(skip):
             raise TypeError(f"skip: expected a function of a tensor, got {type(skip).__name__}")
 
-        folder = None
-        if storage == "file":
-            folder = os.fspath(path) if path is not None else tempfile.gettempdir()
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(f"path: expected an existing folder, got {folder!r}; create it or pass another")
+        folder = spill_folder(path) if storage.endswith("file") or path is not None else None
         self.storage = storage
-        self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
-        if self._engine.description == "file, in memory":
-            warnings.warn(
-                f"ActivationOffload: {folder} lies in memory (tmpfs), so nothing is saved by spilling there; "
-                "pass path= a folder on a disk",
-                stacklevel=2,
-            )
+        accepts = is_on_cpu
+        if storage == "pinned":
+            device = device if hasattr(device, "compute_stream") else CudaDevice(device)
+            accepts = device.accepts
+            file = None if folder is None else Engine(folder, None, threads, queue_bytes, None)
+            self._engine = StreamedEngine(device, capacity=capacity, queue_bytes=queue_bytes, file=file)
+        elif storage == "memory+file":
+            memory = capacity or machine_memory() // 2
+            file = self._engine = Engine(folder, None, threads, queue_bytes, debug_delays, memory=memory)
+        else:
+            file = self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
+        if file is not None:
+            warn_if_in_memory("ActivationOffload", file, folder, stacklevel=2)
 
-        if map_allocations and storage == "file":
+        if map_allocations and storage.endswith("file"):
             return_freed_memory(max(min_bytes, 1 << 16))
 
-        self._min_bytes, self._keep_last, self._prefetch = min_bytes, keep_last, prefetch
-        self._skip = skip
-        self._resident = _list_of_tensors(parameters)
-        self._resident_storages: frozenset[int] = frozenset()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        # Reentrant: a garbage collection inside a guarded block may run any code.
-        self._lock = threading.RLock()
-        self._copies: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
+        self._keep_last, self._prefetch = keep_last, prefetch
+        self._packing = Packing(
+            "ActivationOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, accepts=accepts,
+            copy_type=_Copy, made=self._on_copy, handed_out=self._on_saved,
+        )  # fmt: skip
+        self._lock = self._packing.lock
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, self._unpack)
         self._last: deque[weakref.ref[_Copy]] = deque()
         self._newest = threading.local()
         self._visited: _Group | None = None
@@ -250,8 +205,7 @@ class ActivationOffload:
     # --- context ------------------------------------------------------------------------------------
 
     def __enter__(self) -> "ActivationOffload":
-        # Anew each time: assigning to `.data` gives a parameter another storage.
-        self._resident_storages = frozenset(tensor.untyped_storage()._cdata for tensor in self._resident())
+        self._packing.find_parameters()
         self._hooks.__enter__()
         return self
 
@@ -276,19 +230,26 @@ class ActivationOffload:
         - offloads, offloaded_bytes; reloads, reloaded_bytes: copies out and back that have ended;
         - forwards, forwarded_bytes: tensors handed back before their memory was given up;
         - deduplicated, deduplicated_bytes: saved tensors that an existing copy served, and the bytes of their own;
+        - recomputed, recomputed_bytes: outputs of pykern's norms and activation functions, which the backward makes
+          again from the tensors that these saved;
         - kept, kept_bytes: by reason: parameter, small, last (of `keep_last`), capacity (no room, or the storage
-          failed), skipped (by `skip`), unsupported (subclasses, sparse and other layouts, lazy conjugates);
+          failed), skipped (by `skip`), unsupported (sparse and other layouts, lazy conjugates,
+          subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
-        - medium: "memory", "file, direct", "file, buffered" or "file, in memory".
+        - spills, spilled_bytes: copies from memory to the file behind it; file_bytes: of the slots in use, the file's;
+        - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; for a folder that is
+          no disk, "file, in memory"; "memory, then" one of these; or whose pinned memory.
         """
         with self._lock:
             return {
                 **self._engine.counters(),
-                "deduplicated": self._deduplicated,
-                "deduplicated_bytes": self._deduplicated_bytes,
-                "kept": dict(self._kept),
-                "kept_bytes": dict(self._kept_bytes),
+                "deduplicated": self._packing.deduplicated,
+                "deduplicated_bytes": self._packing.deduplicated_bytes,
+                "recomputed": self._packing.recomputed,
+                "recomputed_bytes": self._packing.recomputed_bytes,
+                "kept": dict(self._packing.kept),
+                "kept_bytes": dict(self._packing.kept_bytes),
                 "medium": self._engine.description,
             }
 
@@ -296,99 +257,17 @@ class ActivationOffload:
         """Sets all counters to zero and the peaks to what is in use."""
         with self._lock:
             self._engine.reset_counters()
-            self._deduplicated = self._deduplicated_bytes = 0
-            self._kept = dict.fromkeys(_KEPT, 0)
-            self._kept_bytes = dict.fromkeys(_KEPT, 0)
+            self._packing.reset_counters()
 
     # --- forward ------------------------------------------------------------------------------------
 
-    def _pack(self, tensor: Tensor) -> _Kept | _Saved:
-        reason = self._reason_to_keep(tensor)
-        if reason is not None:
-            return self._keep(tensor, reason)
-        with self._lock:
-            view, version = View.of(tensor), tensor._version
-            storage = tensor.untyped_storage()
-            storage_bytes = storage.nbytes()
-            identity = storage._cdata
+    def _on_copy(self, copy: _Copy, small: bool) -> None:
+        if not small:
+            self._packing.count_kept("last", copy.resident.numel())
+            self._last.append(weakref.ref(copy))
+            self._move_oldest()
 
-            region: tuple[int, int] | None = (0, storage_bytes)
-            copy = self._current_copy((identity, region), version)
-            if copy is None:
-                region = view.region(storage_bytes)
-                key = (identity, view if region is None else region)
-                copy = self._current_copy(key, version)
-            if copy is not None:
-                self._deduplicated += 1
-                self._deduplicated_bytes += view.distinct_bytes()
-                return self._saved(copy, view, _counter_of(tensor), version, region is None)
-
-            counter = _counter_of(tensor)
-            if region is None:
-                begin, data = 0, view.gather(tensor)
-            else:
-                begin, end = region
-                data = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,))
-            small = data.numel() < self._min_bytes
-            if small:
-                self._count_kept("small", data.numel())
-                if region is not None:
-                    data = data.clone()
-            copy = self._copies[key] = _Copy(data, begin, StorageWeakRef(storage), counter, version)
-            if not small:
-                self._count_kept("last", data.numel())
-                self._last.append(weakref.ref(copy))
-                self._move_oldest()
-            return self._saved(copy, view, counter, version, region is None)
-
-    def _reason_to_keep(self, tensor: Tensor) -> str | None:
-        if type(tensor) is torch.nn.Parameter:
-            return "parameter"
-        if (
-            type(tensor) is not Tensor
-            or tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.is_conj()
-            or tensor.is_neg()
-            or tensor.is_inference()
-        ):
-            return "unsupported"
-        if tensor.device.type != "cpu":
-            if tensor.device.type == "cuda":
-                raise NotImplementedError(
-                    f"ActivationOffload: got a saved tensor on {tensor.device}; "
-                    "activations on a GPU can't be offloaded yet"
-                )
-            return "unsupported"
-        source = tensor if tensor._base is None else tensor._base
-        if isinstance(source, torch.nn.Parameter) or (source.is_leaf and source.requires_grad):
-            return "parameter"
-        if tensor.numel() == 0:
-            return "small"
-        storage = tensor.untyped_storage()
-        if storage.nbytes() < self._min_bytes:
-            return "small"
-        if storage._cdata in self._resident_storages:
-            return "parameter"
-        if self._skip is not None and self._skip(tensor):
-            return "skipped"
-        return None
-
-    def _keep(self, tensor: Tensor, reason: str) -> _Kept:
-        with self._lock:
-            self._count_kept(reason, tensor.numel() * tensor.element_size())
-        return _Kept(tensor)
-
-    def _count_kept(self, reason: str, bytes_: int, count: int = 1) -> None:
-        self._kept[reason] += count
-        self._kept_bytes[reason] += bytes_
-
-    def _current_copy(self, key: tuple, version: int) -> _Copy | None:
-        copy = self._copies.get(key)
-        return copy if copy is not None and copy.is_current(version) else None
-
-    def _saved(self, copy: _Copy, view: View, counter: Tensor, version: int, gathered: bool) -> _Saved:
-        saved = _Saved(copy, view, counter, version, gathered)
+    def _on_saved(self, saved: Saved) -> None:
         # The number of the next node to be made tells which tensors were saved by the same one.
         node = torch._C._autograd._get_sequence_nr()
         group = getattr(self._newest, "group", None)
@@ -396,7 +275,6 @@ class ActivationOffload:
             group = self._newest.group = _Group(node, group)
             group.living_previous()
         group.add(saved)
-        return saved
 
     def _move_oldest(self) -> None:
         """Offloads all but the last `keep_last` copies that are still needed."""
@@ -404,9 +282,9 @@ class ActivationOffload:
         excess = max(0, len(waiting) - self._keep_last)
         for copy in waiting[:excess]:
             size = copy.resident.numel()
-            self._count_kept("last", -size, -1)
+            self._packing.count_kept("last", -size, -1)
             if not copy.move(self._engine):
-                self._count_kept("capacity", size)
+                self._packing.count_kept("capacity", size)
                 self._report_failure()
         self._last = deque(weakref.ref(copy) for copy in waiting[excess:])
 
@@ -421,12 +299,12 @@ class ActivationOffload:
 
     # --- backward -----------------------------------------------------------------------------------
 
-    def _unpack(self, saved: _Kept | _Saved) -> Tensor:
-        if isinstance(saved, _Saved) and saved.copy.resident is None:
-            self._read_ahead(saved)
-        return saved.unpack()
+    def _unpack(self, packed: Packed) -> Tensor:
+        if isinstance(packed, Saved) and packed.copy.resident is None:
+            self._read_ahead(packed)
+        return unpacked(packed, self._unpack)
 
-    def _read_ahead(self, saved: _Saved) -> None:
+    def _read_ahead(self, saved: Saved) -> None:
         """Reserves the copies of this node and of the next ones in reverse order, and lets the others go."""
         with self._lock:
             if saved.group is self._visited:
@@ -447,32 +325,6 @@ class ActivationOffload:
                 if copy not in wanted:
                     copy.engine.unreserve(copy.item)
             self._window = [weakref.ref(copy) for copy in wanted]
-
-
-def _counter_of(tensor: Tensor) -> Tensor:
-    """An empty tensor that shares the version counter of `tensor`, but not its memory."""
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=tensor.dtype)
-    return counter
-
-
-def _list_of_tensors(parameters: torch.nn.Module | Iterable[Tensor]) -> Callable[[], list[Tensor]]:
-    """A function that tells the tensors given now; it keeps neither the module nor the tensors alive."""
-    if isinstance(parameters, torch.nn.Module):
-        module = weakref.ref(parameters)
-
-        def of_module() -> list[Tensor]:
-            return [] if module() is None else [*module().parameters(), *module().buffers()]
-
-        return of_module
-    if not isinstance(parameters, Iterable) or isinstance(parameters, Tensor):
-        raise TypeError(f"parameters: expected a module or a list of tensors, got {type(parameters).__name__}")
-    references = []
-    for tensor in parameters:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters: expected tensors, got {type(tensor).__name__}")
-        references.append(weakref.ref(tensor))
-    return lambda: [tensor for tensor in (reference() for reference in references) if tensor is not None]
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

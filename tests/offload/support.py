@@ -1,13 +1,19 @@
 """Models and runs that the offload tests share."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 STORAGES = ("memory", "file")
 
 
@@ -114,3 +120,42 @@ def assert_bit_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
     for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert one is not None, f"gradient {index} is missing"
         assert torch.equal(one, other), f"gradient {index} differs"
+
+
+def bytes_of(size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+
+
+def in_a_process(code: str) -> str:
+    """Runs the code with the tests importable; what it prints."""
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def descriptors(folder: Path) -> list[str]:
+    """Open descriptors of deleted files in the folder."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith(f"{folder}/"):
+            found.append(f"/proc/self/fd/{name}")
+    return found
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes beyond this size fail, in every file of the process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

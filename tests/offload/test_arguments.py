@@ -8,8 +8,10 @@ import torch
 import pykern
 
 REFUSED = [
-    (dict(storage="disk"), ValueError, "storage: expected 'memory', 'file' or 'pinned', got 'disk'"),
-    (dict(storage="pinned"), NotImplementedError, "storage: 'pinned' needs CUDA"),
+    (dict(storage="disk"), ValueError, "storage: expected 'memory', 'file', 'memory+file' or 'pinned', got 'disk'"),
+    (dict(storage="pinned", device="cpu"), ValueError, "device: expected a CUDA device for storage='pinned', got cpu"),
+    (dict(device="cuda"), ValueError, "device: only storage='pinned' has one, got storage='memory'"),
+    (dict(storage="pinned", debug_delays=1), ValueError, "debug_delays: storage='pinned' has none"),
     (dict(min_bytes=-1), ValueError, "min_bytes: expected at least 0, got -1"),
     (dict(min_bytes=1.5), TypeError, "min_bytes: expected an integer, got float"),
     (dict(keep_last=-2), ValueError, "keep_last: expected at least 0, got -2"),
@@ -19,7 +21,7 @@ REFUSED = [
     (dict(queue_bytes=0), ValueError, "queue_bytes: expected at least 1, got 0"),
     (dict(capacity=0), ValueError, "capacity: expected at least 1, got 0"),
     (dict(capacity=1e9), TypeError, "capacity: expected an integer, got float"),
-    (dict(path="."), ValueError, "path: only storage='file' has a folder"),
+    (dict(path="."), ValueError, "path: storage='memory' has no folder"),
     (dict(storage="file", path="/no/such/folder"), FileNotFoundError, "path: expected an existing folder"),
     (dict(storage="file", path=__file__), FileNotFoundError, "path: expected an existing folder"),
     (dict(skip=3), TypeError, "skip: expected a function of a tensor, got int"),
@@ -36,13 +38,36 @@ def test_refused(arguments, error, message):
     assert "\n" not in str(raised.value)
 
 
+def test_pinned_memory_needs_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="storage: 'pinned' needs a CUDA device, and torch finds none; use 'memory'"):
+        pykern.ActivationOffload("pinned")
+
+
 @pytest.mark.parametrize(
     "tensor", [torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)[::2]]
 )
 def test_raw_store_takes_bytes_only(tensor):
     offload = pykern.ActivationOffload()
-    with pytest.raises(RuntimeError, match="source: "):
-        offload._engine.store(tensor)
+    with pytest.raises(RuntimeError, match="parts: "):
+        offload._engine.store([tensor], [0], 100)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "nbytes", "message"),
+    [
+        ([0], 100, "offsets: expected one per part (2), got 1"),
+        ([0, 60], 99, "offsets: part 1 of 40 bytes at 60 does not fit into a block of 99"),
+        ([-1, 60], 100, "offsets: part 0 of 60 bytes at -1 does not fit"),
+        ([30, 0], 100, "offsets: the parts at 0 and 30 overlap"),
+        ([0, 60], -1, "nbytes: expected at least 0, got -1"),
+    ],
+)
+def test_raw_store_checks_the_layout(offsets, nbytes, message):
+    offload = pykern.ActivationOffload()
+    parts = [torch.zeros(60, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        offload._engine.store(parts, offsets, nbytes)
 
 
 def test_a_folder_in_memory_is_told(tmp_path, monkeypatch):

@@ -3,12 +3,9 @@
 import gc
 import os
 import resource
-import subprocess
-import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +14,12 @@ import pykern
 from pykern.offload import engine as engine_module
 from pykern.offload.engine import Engine
 
-from .support import STORAGES, assert_bit_equal, gradients, loss_of, make
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from .support import STORAGES, assert_bit_equal, bytes_of, descriptors, gradients, in_a_process, loss_of, make
 
 
-def bytes_of(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+def store(engine, tensor):
+    """An item of one part."""
+    return engine.store([tensor], [0], tensor.numel())
 
 
 @pytest.fixture(params=STORAGES)
@@ -36,7 +31,7 @@ def engine(request, tmp_path):
 @pytest.mark.parametrize("size", [1, 63, 64, 4095, 4096, 4097, 100_000, (4 << 20) - 1, 4 << 20, (4 << 20) + 4097])
 def test_bytes_come_back(engine, size):
     source = bytes_of(size)
-    item = engine.store(source.clone())
+    item = store(engine, source.clone())
     engine.synchronize()
     assert torch.equal(engine.load(item), source)
     assert engine.counters()["reloaded_bytes"] == size
@@ -44,13 +39,13 @@ def test_bytes_come_back(engine, size):
 
 def test_unaligned_source(engine):
     source = bytes_of(10_001)
-    item = engine.store(source[1:])
+    item = store(engine, source[1:])
     engine.synchronize()
     assert torch.equal(engine.load(item), source[1:])
 
 
 def test_loads_share_a_buffer_while_one_is_alive(engine):
-    item = engine.store(bytes_of(5000))
+    item = store(engine, bytes_of(5000))
     engine.synchronize()
     first = engine.load(item)
     second = engine.load(item)
@@ -62,7 +57,7 @@ def test_loads_share_a_buffer_while_one_is_alive(engine):
 
 
 def test_reserved_bytes_wait(engine):
-    item = engine.store(bytes_of(5000))
+    item = store(engine, bytes_of(5000))
     engine.synchronize()
     engine.reserve(item)
     engine.synchronize()
@@ -78,7 +73,7 @@ def test_reserved_bytes_wait(engine):
 
 
 def test_buffers_are_aligned_and_outlive_the_engine(engine):
-    item = engine.store(bytes_of(5000))
+    item = store(engine, bytes_of(5000))
     engine.synchronize()
     loaded = engine.load(item)
     assert loaded.data_ptr() % 4096 == 0
@@ -88,7 +83,7 @@ def test_buffers_are_aligned_and_outlive_the_engine(engine):
 
 
 def test_slots_are_counted_and_reused(engine):
-    items = [engine.store(bytes_of(size)) for size in (5000, 10_000, 1)]
+    items = [store(engine, bytes_of(size)) for size in (5000, 10_000, 1)]
     engine.synchronize()
     granule = 4096 if engine.description.startswith("file") else 64
     used = sum(-(-size // granule) * granule for size in (5000, 10_000, 1))
@@ -106,32 +101,32 @@ def test_slots_are_counted_and_reused(engine):
 def test_freed_neighbours_merge(engine):
     """Holes left in any order make room for one large tensor again."""
     size = 1 << 20
-    items = [engine.store(bytes_of(size)) for _ in range(8)]
-    assert engine.store(bytes_of(1)) == -1
+    items = [store(engine, bytes_of(size)) for _ in range(8)]
+    assert store(engine, bytes_of(1)) == -1
     for index in (1, 5, 3, 4, 2, 0, 7, 6):
         engine.release(items[index])
     engine.synchronize()
     large = bytes_of(8 << 20, seed=1)
-    item = engine.store(large)
+    item = store(engine, large)
     assert item > 0
     engine.synchronize()
     assert torch.equal(engine.load(item), large)
 
 
 def test_released_items_are_gone(engine):
-    item = engine.store(bytes_of(100))
+    item = store(engine, bytes_of(100))
     engine.release(item)
     engine.release(item)
     with pytest.raises(RuntimeError, match="released before its use"):
         engine.load(item)
-    other = engine.store(bytes_of(100, seed=1))
+    other = store(engine, bytes_of(100, seed=1))
     assert other != item
     with pytest.raises(RuntimeError, match="released before its use"):
         engine.load(item)
 
 
 def test_closed_engine_says_so(engine):
-    item = engine.store(bytes_of(100))
+    item = store(engine, bytes_of(100))
     engine.close()
     with pytest.raises(RuntimeError, match="closed before its saved tensors were used"):
         engine.load(item)
@@ -153,7 +148,7 @@ def test_a_random_history(tmp_path, folder, threads):
         action = draw(5)
         if action <= 1 or not expected:
             source = bytes_of(1 + draw(30_000), seed=step)
-            item = engine.store(source.clone())
+            item = store(engine, source.clone())
             if item > 0:
                 expected[item] = source
             continue
@@ -192,14 +187,14 @@ def test_queue_bounds_what_is_in_flight():
     """With room for one tensor the forward waits for each write; a tensor above the bound goes alone."""
     engine = Engine(None, 1 << 24, 1, 1000, delay_seed=0)
     for size in (900, 900, 5000, 900):
-        engine.store(bytes_of(size))
+        store(engine, bytes_of(size))
     assert engine.counters()["offloads"] >= 3
     assert engine.counters()["queue_seconds"] > 0
 
 
 def test_loading_does_not_hold_the_interpreter():
     engine = Engine(None, 1 << 24, 1, 1 << 24, delay_seed=0)
-    items = [engine.store(bytes_of(1000)) for _ in range(200)]
+    items = [store(engine, bytes_of(1000)) for _ in range(200)]
     ticks, stop = [], threading.Event()
 
     def tick():
@@ -335,19 +330,6 @@ def test_file_goes_with_the_last_reference(tmp_path):
     assert descriptors(tmp_path) == []
 
 
-def descriptors(folder):
-    """Open descriptors of deleted files in the folder."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-        if target.startswith(f"{folder}/"):
-            found.append(f"/proc/self/fd/{name}")
-    return found
-
-
 def test_preallocated(tmp_path):
     offload = pykern.ActivationOffload("file", path=tmp_path, capacity=10_000_000)
     (descriptor,) = descriptors(tmp_path)
@@ -398,16 +380,6 @@ def test_full_disk_is_told_before_training(tmp_path):
 def test_folder_that_takes_no_file():
     with pytest.raises(OSError, match=r"path: cannot create a file: .* \(spill file in /proc, "):
         pykern.ActivationOffload("file", path="/proc")
-
-
-def in_a_process(code):
-    """Runs the code with the tests importable; what it prints."""
-    finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 PREAMBLE = """

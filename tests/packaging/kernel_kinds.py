@@ -38,6 +38,16 @@ KINDS: dict[str, str] = {
     "lowrank: int8_weights_kernel<true>": MEMORY,
     "offload: staging_copy_kernel<*": MEMORY,
     "offload: staging_code_kernel<true, *": MEMORY,
+    # Each has a sibling for rows and addresses that allow no sixteen-byte accesses.
+    "offload: norm_kernel<*, true>": MEMORY,
+    "offload: norm_backward_kernel<*, true>": MEMORY,
+    "offload: norm_kernel<*": OTHER,
+    "offload: norm_backward_kernel<*": OTHER,
+    "offload: norm_columns_kernel<*": OTHER,
+    "offload: activation_kernel<*, true>": MEMORY,
+    "offload: activation_kernel<*": OTHER,
+    "offload: dropout_kernel<*, true>": MEMORY,
+    "offload: dropout_kernel<*": OTHER,
     # Codes are a byte each: eight of them become sixteen bytes.
     "offload: staging_code_kernel<false, *": OTHER,
     "policy: discounted_scan_kernel<*": MEMORY,

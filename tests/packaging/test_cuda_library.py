@@ -23,7 +23,8 @@ needs_library = pytest.mark.skipif(not NVCC and not CUDA_LIBRARY, reason="no CUD
 HOST_OPS = {
     "cpu_level", "best_cpu_level", "set_cpu_level", "built_with", "matmul_in_cache",
     "cuda_architectures", "cuda_built_with", "cuda_stream_source",
-    "offload_open", "offload_error", "offload_close", "offload_store", "offload_reserve", "offload_unreserve",
+    "offload_open", "offload_error", "offload_close", "offload_store", "offload_settle",
+    "offload_reserve", "offload_unreserve",
     "offload_load", "offload_release", "offload_map_allocations", "offload_synchronize", "offload_take_failure",
     "offload_description", "offload_counters", "offload_reset_counters",
 }  # fmt: skip

@@ -4,7 +4,9 @@ Words: `devices` ranks each hold `chunks` stages of the model; a stage is one pi
 whole pipeline; a block is what one stage saves for the backward of one microbatch. Times are seconds, sizes bytes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
@@ -34,7 +36,7 @@ class Transfer(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """When a block goes and comes back, and in which slot of the host's arena it lies meanwhile."""
+    """When a block goes and comes back, and in which slot it lies meanwhile: of the host's arena, or of the file."""
 
     chunk: int
     microbatch: int
@@ -98,10 +100,34 @@ class Plan:
     """Time that actions wait for copies."""
     file_bytes: tuple[int, ...]
     notes: tuple[str, ...]
+    file_slot_bytes: tuple[tuple[int, ...], ...] = ()
+    """The size of each slot of the file."""
+    staging_bytes: tuple[int, ...] = ()
+    """Host memory in which blocks lie on their way to and from the file, beside the arena."""
+    seconds_alone: float = 0.0
+    """What `seconds` would be without copies."""
+    both_directions: bool = False
+    """A rank copies out and back at once; else in one direction at a time."""
+    request: Mapping[str, object] | None = None
+    """The arguments that `plan` was called with."""
 
     @property
     def host_bytes(self) -> tuple[int, ...]:
         return tuple(sum(slots) for slots in self.slot_bytes)
+
+    @property
+    def host_waste(self) -> tuple[float, ...]:
+        """The part of each rank's arena that is never in use, even when most blocks lie there."""
+        result = []
+        for rank, copies in enumerate(self.copies):
+            changes = []
+            for copy in copies:
+                if copy.tier == "host":
+                    size = self.block_bytes[self.order.stage(rank, copy.chunk)]
+                    changes += [(copy.out_start, size), (copy.back_end, -size)]
+            used = max(accumulate(size for _, size in sorted(changes)), default=0)
+            result.append(1 - used / self.host_bytes[rank] if used else 0.0)
+        return tuple(result)
 
     @property
     def seconds(self) -> float:

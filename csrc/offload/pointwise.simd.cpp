@@ -1,0 +1,116 @@
+// As kernels/offload/activation_math.h and pointwise_sm80.cuh, a vector at a time.
+#include "offload/pointwise.h"
+
+#include "common/vector_part.h"
+#include "kernels/common/philox.h"
+
+namespace pykern::PYKERN_SIMD {
+namespace {
+
+struct Terms {
+  vfloat value, slope;
+};
+
+PYKERN_INLINE vfloat magnitude(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
+PYKERN_INLINE vfloat bounded_part(vfloat x) {
+  x = select(x < -100.0f, broadcast(-100.0f), x);
+  return select(x > 100.0f, broadcast(100.0f), x);
+}
+
+PYKERN_INLINE Terms gelu_of(vfloat x) {
+  const vfloat t = 1.0f / (1.0f + 0.318198052f * magnitude(x));
+  vfloat p = broadcast(-0.02066756025f);
+  p = p * t + 0.0952221845f;
+  p = p * t - 0.150069918f;
+  p = p * t + 0.070982356f;
+  p = p * t - 0.01105245965f;
+  p = p * t + 0.0599313685f;
+  p = p * t + 0.087634874f;
+  p = p * t + 0.1141348765f;
+  p = p * t + 0.1269416265f;
+  p = p * t + 0.12694266f;
+  const vfloat bell = exp(-0.5f * x * x), tail = bell * (p * t);
+  const vfloat below = select(x < 0, tail, 1.0f - tail);
+  return {x * below, below + bounded_part(x) * (bell * 0.398942280f)};
+}
+
+PYKERN_INLINE Terms logistic_terms(vfloat x, vfloat inner, vfloat inner_slope) {
+  const vfloat e = exp(-inner), share = 1.0f / (1.0f + e), rest = select(inner < 0, 1.0f - share, e * share);
+  return {x * share, share * (1.0f + bounded_part(x) * rest * inner_slope)};
+}
+
+PYKERN_INLINE Terms silu_of(vfloat x) { return logistic_terms(x, x, broadcast(1.0f)); }
+
+PYKERN_INLINE Terms gelu_tanh_of(vfloat x) {
+  const vfloat square = bounded_part(x) * bounded_part(x);
+  return logistic_terms(x, x * (1.595769122f + 0.0713548163f * square), 1.595769122f + 0.2140644488f * square);
+}
+
+template <class T, class Function>
+PYKERN_INLINE void elements_by(const ActivationParams& p, int64_t begin, int64_t end, const Function& function) {
+  const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
+  const T* grad = static_cast<const T*>(p.grad);
+  T *gate_out = static_cast<T*>(p.gate_out), *up_out = static_cast<T*>(p.up_out);
+  const auto visit = [&](int64_t i, int64_t count) {
+    const Terms at = function(load_some(gate + i, count));
+    const vfloat factor = up ? load_some(up + i, count) : broadcast(1.0f);
+    if (!grad) return store_some(gate_out + i, at.value * factor, count);
+    const vfloat g = load_some(grad + i, count);
+    store_some(gate_out + i, g * factor * at.slope, count);
+    if (up) store_some(up_out + i, g * at.value, count);
+  };
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) visit(i, int64_t{kLanes});
+  if (i < end) visit(i, end - i);
+}
+
+template <class T>
+void activation_of(const ActivationParams& p, int64_t begin, int64_t end) {
+  switch (p.kind) {
+    case Activation::silu: return elements_by<T>(p, begin, end, [](vfloat x) { return silu_of(x); });
+    case Activation::gelu: return elements_by<T>(p, begin, end, [](vfloat x) { return gelu_of(x); });
+    case Activation::gelu_tanh: return elements_by<T>(p, begin, end, [](vfloat x) { return gelu_tanh_of(x); });
+  }
+}
+
+// Calls of Philox whose words are made together: a loop that the compiler turns into vectors.
+constexpr int kCalls = 16;
+
+template <class T>
+void dropout_of(const DropoutParams& p, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
+  const uint64_t seed = static_cast<uint64_t>(*p.seed);
+  const bool drops_all = p.threshold > 0xffffffffu;
+  const vuint threshold = static_cast<uint32_t>(p.threshold) + vuint{};
+  alignas(64) uint32_t words[4 * kCalls];
+  for (int64_t first = begin; first < end; first += 4 * kCalls) {
+    for (int call = 0; call < kCalls; ++call) {
+      const PhiloxBits bits = philox(seed, static_cast<uint64_t>(first / 4 + call), 0);
+      for (int i = 0; i < 4; ++i) words[4 * call + i] = bits.words[i];
+    }
+    for (int i = 0; i < 4 * kCalls && first + i < end; i += kLanes) {
+      const int64_t count = end - first - i;
+      vuint word;
+      __builtin_memcpy(&word, words + i, sizeof word);
+      const vfloat kept = select((vint)(word >= threshold), load_some(x + first + i, count) * p.scale, zero());
+      store_some(y + first + i, drops_all ? zero() : kept, count);
+    }
+  }
+}
+
+}  // namespace
+
+void activation_elements(DataType type, const ActivationParams& params, int64_t begin, int64_t end) {
+  if (type == DataType::f32) return activation_of<float>(params, begin, end);
+  if (type == DataType::bf16) return activation_of<bf16>(params, begin, end);
+  activation_of<f16>(params, begin, end);
+}
+
+void dropout_elements(DataType type, const DropoutParams& params, int64_t begin, int64_t end) {
+  if (type == DataType::f32) return dropout_of<float>(params, begin, end);
+  if (type == DataType::bf16) return dropout_of<bf16>(params, begin, end);
+  dropout_of<f16>(params, begin, end);
+}
+
+}  // namespace pykern::PYKERN_SIMD

@@ -1,0 +1,339 @@
+"""Plans a step of a pipeline: the order of a schedule, what leaves each device when, and what is to be expected.
+
+>>> plan("po", 8, 4, 32, times=(1.0, 1.0, 1.0), bytes=1 << 20, bandwidth=1e6, offload="half").peak_blocks
+(9, 9, 8, 8, 8, 7, 7, 6)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from .advice import advise_group
+from .arena import Stay, colour
+from .choosing import Choice, choose, most
+from .copying import CopySpans, CopyTimes, Key, Run, run_copies
+from .group_orders import least_group
+from .orders import make_order, pipe_offload_slots
+from .request import Request, read_request
+from .simulation import Spans, live_blocks, simulate
+from .telling import tell
+from .transfers import Block, Link, RankTimes, anchor, hurry_warm_up, postpone_warm_up
+from .types import Copy, Order, Plan, Times, Transfer
+
+
+def plan(
+    schedule: str,
+    devices: int,
+    chunks: int,
+    microbatches: int,
+    *,
+    times: Times | Sequence[float | Sequence[float]],
+    bytes: int | Sequence[int],
+    bandwidth: float | tuple[float, float],
+    offload: str | int | Sequence[int] = "none",
+    budget: int | Sequence[int] | None = None,
+    host_budget: int | Sequence[int] | None = None,
+    file_bandwidth: float | None = None,
+    directions: str = "one",
+    pairs: bool | Sequence[tuple[int, int]] = True,
+    group: int | None = None,
+    split_backward: bool | None = None,
+    stall: str = "avoid",
+    slack: float = 0.02,
+    shortest: float = 3.0,
+    lone_speedup: float = 1 / 0.7,
+) -> Plan:
+    """Plans a training step of a pipeline with activation offload (PipeOffload, arXiv 2503.01328).
+
+    It always answers: what cannot be had is replaced by the nearest that can, and `Plan.notes` says how.
+
+    Args:
+        schedule: "gis", "gis_h", "po", "po_h" and "po_f" (po with half or all of the chunks offloaded), "1f1b",
+            "1f1b_interleaved", "zb_v", "v_half" or "v_min".
+        devices, chunks, microbatches: ranks of the pipeline, stages per rank, microbatches per step.
+        times: seconds of a stage's forward, backward of the input, and backward of the weights: `Times`, or three
+            entries, each a number for all stages or a sequence of one per stage.
+        bytes: what a stage saves for the backward of one microbatch, for all stages or one per stage.
+        bandwidth: bytes per second of a rank's copies out and back, or a pair of both: while they alternate, or with
+            directions="two" while both run at once.
+        offload: how many chunks leave, the first ones of each rank: "none", "half" (rounded up), "full", a number, or
+            one per rank. With a budget, "none" lets it choose among all.
+        budget: device bytes for blocks per rank, for all ranks or one per rank: only blocks that are needed to keep
+            within it leave, those missed longest first.
+        host_budget: host bytes for blocks per rank. What has no room goes on to a file if there is a `file_bandwidth`,
+            and else stays on the device.
+        file_bandwidth: bytes per second of a rank's writes to or reads from its file, which alternate.
+        directions: "one" at a time, for two ranks at a switch, or one slow link; "two" at once.
+        pairs: with one direction, the ranks that share a switch and so alternate against each other: (0, 1), (2, 3)
+            ..., none, or pairs of ranks.
+        group: of GIS and PO, see their orders.
+        split_backward: whether backwards of input and weights are apart; by default as the schedule was published.
+        stall: "avoid" leaves blocks on the device that cannot be back in time; "allow" moves all that were asked for,
+            and predicts how long computation waits for them.
+        slack: with stall="avoid", the part by which copies may lengthen the step: the tightest memory has its price
+            while the pipeline fills up and runs dry. With 0, actions wait only where others wait for longer.
+        shortest: blocks stay if the device would miss them for less than so many times their copies, out and back.
+        lone_speedup: how much faster copies out are before the first of a pair's copies back.
+
+    Returns:
+        The plan; times are those of a run in which every rank goes on as soon as it can.
+
+    Raises:
+        TypeError, ValueError: an argument has no meaning.
+    """
+    arguments = dict(locals())
+    order = make_order(schedule, devices, chunks, microbatches, group=group, split_backward=split_backward)
+    request = read_request(order, arguments)
+    drafts = _Drafts(request)
+    made = _finish(request, drafts.best(), drafts.alone_seconds, arguments)
+    return made if group is not None else replace(made, notes=made.notes + advise_group(order, request.times))
+
+
+def replan(
+    plan_: Plan,
+    *,
+    times: Times | Sequence[float | Sequence[float]] | None = None,
+    bytes: int | Sequence[int] | None = None,
+    bandwidth: float | tuple[float, float] | None = None,
+    file_bandwidth: float | None = None,
+) -> Plan:
+    """The same request with what has been measured meanwhile; what isn't given stays as it was assumed."""
+    if not isinstance(plan_, Plan) or plan_.request is None:
+        raise TypeError(f"plan_: expected what plan() returned, got {type(plan_).__name__}; call plan() first")
+    measured = {"times": times, "bytes": bytes, "bandwidth": bandwidth, "file_bandwidth": file_bandwidth}
+    return plan(**{**plan_.request, **{name: value for name, value in measured.items() if value is not None}})
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """The times that copies are laid out by."""
+
+    spans: Spans
+    hurry: bool
+    """Copies out while the pipeline fills up run at the faster rate."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    transfers: tuple[tuple[Transfer, ...], ...]
+    choices: tuple[Choice, ...]
+    run: Run
+    peaks: tuple[int, ...]
+    """Bytes."""
+    number: int
+    """Of its basis."""
+
+
+class _Drafts:
+    """Lays copies out by several times of the same order, and takes what keeps its promise.
+
+    Ranks run as soon as they can, so no layout is exact. PipeOffload's own, by a grid of equal times, spreads copies
+    evenly: it has the lowest peak, and its few waits mostly fall into times in which ranks idle anyway. Layouts by the
+    times of the order's own run come closer to it; the last one, without warm-up forwards postponed or copies hurried,
+    has copies end when they must.
+    """
+
+    def __init__(self, request: Request):
+        self.order, self.request = request.order, request
+        alone = self.alone = simulate(request.order, request.times)
+        self.alone_seconds = max((spans[-1][1] for spans in alone if spans), default=0.0)
+        self.link = Link(
+            *request.rates, request.both_directions, request.lone_speedup, request.shortest, request.file_rate
+        )
+
+    def _bases(self) -> list[_Basis]:
+        order, times = self.order, self.request.times
+        bases = []
+        if order.schedule == "po" and (grid := _grid(order, times, self.request.group)):
+            bases.append(_Basis(postpone_warm_up(order, times, grid), hurry=True))
+        bases.append(_Basis(postpone_warm_up(order, times, self.alone), hurry=True))
+        bases.append(_Basis(self.alone, hurry=False))
+        return bases
+
+    def best(self) -> _Draft:
+        for number, basis in enumerate(self._bases()):
+            draft = self._within_host_budget(basis, number)
+            if self.request.insist or self._is_quick(draft):
+                return draft
+        return draft
+
+    def _is_quick(self, draft: _Draft) -> bool:
+        return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
+
+    def _within_host_budget(self, basis: _Basis, number: int) -> _Draft:
+        housed: list[int | None] = [None] * self.order.devices
+        while True:
+            draft = self._lay_out(basis, number, housed)
+            if self.request.host_budget is None:
+                return draft
+            kept = True
+            for rank, (choice, room) in enumerate(zip(draft.choices, self.request.host_budget, strict=True)):
+                stays = _stays(draft.run.copies[rank], draft.transfers[rank], self.request.sizes_of(rank)).host
+                longest_first = [(block.chunk, block.microbatch) for block in choice.ordered]
+                in_host = [stays[key] for key in longest_first if key in stays]
+
+                def fits(count: int, in_host=in_host, room=room) -> bool:
+                    return sum(colour(in_host[:count])[1]) <= room
+
+                if not fits(len(in_host)):
+                    kept = False
+                    housed[rank] = most(len(in_host), fits)
+            if kept:
+                return draft
+
+    def _lay_out(self, basis: _Basis, number: int, housed: Sequence[int | None]) -> _Draft:
+        order, request = self.order, self.request
+        choices: list[Choice] = [Choice([])] * order.devices
+        transfers: list[tuple[Transfer, ...]] = [()] * order.devices
+        copy_times: list[Mapping[Key, CopyTimes]] = [{}] * order.devices
+        for members in request.groups:
+            ranks = [RankTimes(order, rank, request.times, basis.spans, request.sizes, self.link) for rank in members]
+            for rank, choice in zip(ranks, self._choose(ranks, housed), strict=True):
+                choices[rank.rank] = choice
+            placed = [choices[rank.rank].placed for rank in ranks]
+            if basis.hurry:
+                placed = hurry_warm_up(ranks, placed)
+            for rank, copies in zip(ranks, placed, strict=True):
+                transfers[rank.rank] = anchor(rank, copies)
+                file_rate = request.file_rate or 1.0
+                copy_times[rank.rank] = {
+                    (copy.block.chunk, copy.block.microbatch): CopyTimes(
+                        copy.out_end - copy.out_start,
+                        copy.back_end - copy.back_start,
+                        *[rank.sizes[copy.block.chunk] / file_rate] * 2,
+                    )
+                    for copy in copies
+                }
+        if any(transfers):
+            run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+        else:
+            run = Run(self.alone, ({},) * order.devices, (0.0,) * order.devices)
+        peaks = tuple(
+            max(live_blocks(order, rank, transfers[rank], request.sizes), default=0) for rank in range(order.devices)
+        )
+        return _Draft(tuple(transfers), tuple(choices), run, peaks, number)
+
+    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
+        request = self.request
+        asked = [
+            [b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks
+        ]
+        slot = _longest(ranks, asked)
+        choices = self._choose_in_slots(ranks, asked, slot, housed)
+        # Slots are as long as the longest copy. If not all fit, the longest may not be worth it.
+        shorter = _longest(ranks, [choice.ordered for choice in choices])
+        if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
+            return choices
+        short = [
+            [block for block in blocks if rank.longest(block.chunk) <= shorter]
+            for rank, blocks in zip(ranks, asked, strict=True)
+        ]
+        choices = self._choose_in_slots(ranks, short, shorter, housed)
+        for choice, few, all_asked in zip(choices, short, asked, strict=True):
+            among = set(few)
+            choice.late += [block for block in all_asked if block not in among]
+        return choices
+
+    def _choose_in_slots(
+        self, ranks: Sequence[RankTimes], asked: Sequence[list[Block]], slot: float, housed: Sequence[int | None]
+    ) -> list[Choice]:
+        request = self.request
+        origin = ranks[0].ends[0] if ranks[0].ends else 0.0
+        return [
+            choose(
+                rank, blocks, origin + slot * number, slot,
+                budget=None if request.budget is None else request.budget[rank.rank],
+                insist=request.insist, housed=housed[rank.rank],
+            )
+            for number, (rank, blocks) in enumerate(zip(ranks, asked, strict=True))
+        ]  # fmt: skip
+
+
+def _longest(ranks: Sequence[RankTimes], blocks: Sequence[Sequence[Block]]) -> float:
+    return max(rank.slot(of_rank) for rank, of_rank in zip(ranks, blocks, strict=True))
+
+
+def _grid(order: Order, times: Times, group: int | None) -> Spans | None:
+    """PO's slots of equal time, as long as the longest action; None where it isn't made by a grid."""
+    if order.devices == 1:
+        return None
+    unit = max(times.forward + times.backward_input + times.backward_weight) + times.transfer
+    least = least_group(order.devices)
+    spans = []
+    for rank in range(order.devices):
+        slots = pipe_offload_slots(order.devices, order.chunks, order.microbatches, rank, max(group or least, least))
+        starts = {action: slot * unit for slot, action in slots}
+        of_rank = []
+        for kind, chunk, microbatch in order.ranks[rank]:
+            stage = order.stage(rank, chunk)
+            start = starts["I" if kind == "B" else kind, chunk, microbatch]
+            seconds = {"F": times.forward, "W": times.backward_weight}.get(kind, times.backward_input)[stage]
+            if kind == "B":
+                # Both slots: the second half ends where it would on its own.
+                seconds = unit + times.backward_weight[stage] if times.backward_weight[stage] else seconds
+            of_rank.append((start, start + seconds))
+        spans.append(tuple(of_rank))
+    return tuple(spans)
+
+
+class _Stays(NamedTuple):
+    """Of one rank: blocks in the host's arena, in the file, and on their way to and from the file."""
+
+    host: dict[Key, Stay]
+    file: dict[Key, Stay]
+    staging: list[Stay]
+
+
+def _stays(copies: Mapping[Key, CopySpans], transfers: Sequence[Transfer], sizes: Sequence[int]) -> _Stays:
+    position: dict[Key, dict[str, int]] = {}
+    for number, step in enumerate(transfers):
+        position.setdefault((step.chunk, step.microbatch), {})[step.kind] = number
+    stays = _Stays({}, {}, [])
+    for key, spans in copies.items():
+        at, size = position[key], sizes[key[0]]
+        whole = Stay(spans.out[0], spans.back[1], at["offload"], at["reload"], size)
+        if "spill" not in at:
+            stays.host[key] = whole
+            continue
+        stays.file[key] = whole
+        stays.staging.append(Stay(spans.out[0], spans.write[1], at["offload"], at["spill"], size))
+        stays.staging.append(Stay(spans.read[0], spans.back[1], at["fetch"], at["reload"], size))
+    return stays
+
+
+def _finish(request: Request, draft: _Draft, alone: float, arguments: Mapping[str, object]) -> Plan:
+    order, sizes = request.order, request.sizes
+    copies, slot_bytes, file_slot_bytes, staging_bytes = [], [], [], []
+    for rank in range(order.devices):
+        stays = _stays(draft.run.copies[rank], draft.transfers[rank], request.sizes_of(rank))
+        of_rank, rooms = [], {}
+        for tier, among in (("host", stays.host), ("file", stays.file)):
+            slots, rooms[tier] = colour(among.values())
+            for (chunk, microbatch), slot in zip(among, slots, strict=True):
+                spans = draft.run.copies[rank][chunk, microbatch]
+                of_rank.append(Copy(chunk, microbatch, *spans.out, *spans.back, slot, tier))
+        copies.append(tuple(sorted(of_rank, key=lambda copy: copy.out_start)))
+        slot_bytes.append(tuple(rooms["host"]))
+        file_slot_bytes.append(tuple(rooms["file"]))
+        staging_bytes.append(sum(colour(stays.staging)[1]))
+    return Plan(
+        order=order,
+        times=request.times,
+        block_bytes=sizes,
+        spans=draft.run.spans,
+        copies=tuple(copies),
+        transfers=draft.transfers,
+        slot_bytes=tuple(slot_bytes),
+        peak_blocks=tuple(
+            max(live_blocks(order, rank, draft.transfers[rank]), default=0) for rank in range(order.devices)
+        ),
+        peak_bytes=draft.peaks,
+        stall_seconds=draft.run.stalls,
+        file_bytes=tuple(map(sum, file_slot_bytes)),
+        notes=(*order.notes, *tell(request, draft.choices, draft.peaks, draft.run.seconds, alone, draft.number)),
+        file_slot_bytes=tuple(file_slot_bytes),
+        staging_bytes=tuple(staging_bytes),
+        seconds_alone=alone,
+        both_directions=request.both_directions,
+        request=arguments,
+    )

@@ -1,0 +1,74 @@
+"""Tensors that are made again in the backward instead of being kept or moved."""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_pykern_recipe"
+
+
+class Recipe:
+    """How the tensor that fills one storage follows from others: `function(*inputs)`, the same bit for bit each time.
+
+    It hangs on the tensor's storage, which keeps its Python object, and so lives exactly as long; views of the tensor
+    find it too. The inputs must be tensors that the graph keeps anyway, since it keeps them alive.
+    """
+
+    __slots__ = ("__weakref__", "_saved", "function", "input_versions", "inputs", "version")
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], version: int) -> None:
+        self.function = function
+        # Detached, so that an output that outlives its graph doesn't hold the graph before it. Leaves have none, and
+        # must be known as parameters.
+        self.inputs = tuple(tensor if tensor.is_leaf else tensor.detach() for tensor in inputs)
+        self.input_versions = tuple(tensor._version for tensor in inputs)
+        self.version = version
+        self._saved: weakref.ref[SavedRecipe] | None = None
+
+    def saved(self, pack: Callable[[Tensor], object]) -> "SavedRecipe":
+        """What graphs hold instead of the tensor; the same object for all that save it at once."""
+        saved = None if self._saved is None else self._saved()
+        if saved is None:
+            saved = SavedRecipe(self.function, [pack(tensor) for tensor in self.inputs])
+            self._saved = weakref.ref(saved)
+        return saved
+
+
+class SavedRecipe:
+    """A recipe whose inputs have been packed. Once made, the tensor stays until the last that saved it has let go."""
+
+    __slots__ = ("__weakref__", "_function", "_inputs", "_lock", "_made")
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list) -> None:
+        self._function, self._inputs = function, inputs
+        self._made: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def make(self, unpack: Callable[[object], Tensor]) -> Tensor:
+        with self._lock:
+            if self._made is None:
+                with torch.no_grad():
+                    self._made = self._function(*map(unpack, self._inputs))
+            return self._made
+
+
+def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Notes that `made`, contiguous and alone in its storage, is `function(*inputs)`, with no gradient recorded.
+
+    Nothing is noted where no graph will save it.
+    """
+    if torch.compiler.is_compiling() or not made.requires_grad or made.numel() == 0:
+        return
+    setattr(made.untyped_storage(), _ATTRIBUTE, Recipe(function, inputs, made._version))
+
+
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    """The recipe of what a plain tensor views, unless it or an input has been written to since."""
+    recipe = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
+    if recipe is None or recipe.version != tensor._version:
+        return None
+    current = tuple(tensor._version for tensor in recipe.inputs)
+    return recipe if current == recipe.input_versions else None

@@ -1,0 +1,609 @@
+"""The engine for devices with streams: blocks go to slots of the host's memory and back, in order by events alone."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .host_arena import GROWTH, Ends, HostArena, Slot, later_ends
+from .staging import ALIGNMENT
+from .streams import Point, Stream, StreamDevice
+
+PACKED_BELOW = 1 << 20
+"""Bytes that a copy moves in the time in which it starts, about; larger parts are not worth a copy on the device."""
+
+_SPILLED_AHEAD = 4
+"""Items that are written to the file when one must give up its slot."""
+
+
+class _Item:
+    """One block on its way. What it owns tells its state:
+
+        held  slot  block
+        yes   yes   -      being copied out; the sources, or staging blocks made of them, are held until the stream
+                           that made them knows the end of the copy
+        -     yes   -      in the host's memory, and perhaps in the file too
+        -     -     -      in the file
+        -     yes   yes    copied back, or on the way; `arrived` is the end of the copy
+        yes   yes   yes    forwarded: given back before it was gone
+        -     -     yes    copied back, and its slot is another's: the block stays until the item is released
+
+    home: the stream that computed when it was stored. block_home: the one that the block was allocated in, to which
+    its memory returns. users: the streams to which the block was handed out. ends: the copies that touch the slot.
+    """
+
+    __slots__ = (
+        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
+        "home", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
+    )  # fmt: skip
+
+    def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
+        self.number, self.nbytes, self.home = number, nbytes, home
+        self.slot = slot
+        self.generation = -1 if slot is None else slot.generation
+        self.ends: Ends = {}
+        self.held: list[tuple[int, Tensor]] = []
+        self.ready: Point | None = None
+        self.written: Point | None = None
+        self.block: Tensor | None = None
+        self.block_home: Stream | None = None
+        self.arrived: Point | None = None
+        self.landing: Tensor | None = None
+        self.users: dict[Stream, None] = {}
+        self.reservations = 0
+        self.file_item: int | None = None
+        self.fetched = self.goes_to_file = False
+
+
+class StreamedEngine:
+    """Moves blocks of many parts between a device and the host, and never lets the device or the host wait for more
+    than the copy that is needed.
+
+    - A copy out waits for the work that made its parts, and for the copies that still use its slot.
+    - Parts are let go once the stream that made them waits for the copy's end. So what comes into their place is in
+      order after it, and when memory is free doesn't depend on timing.
+    - A copy back goes into memory allocated in the stream that computes at that moment, and waits for that stream and
+      for the copy out. Whoever loads the block has the stream that computes then wait for it.
+    - A slot has a new generation for each owner. It is free once the last copy that touches it is known: the next copy
+      into it waits for that one, the host does not.
+
+    A failure to move something leaves it where it is.
+
+    slot_bytes: sizes of the slots of a plan; the host's memory is then allocated once, and never grows. Otherwise
+    it grows as needed, up to `capacity`.
+    queue_bytes: device memory that copies under way may hold, or one larger item; beyond it the computing stream waits
+    for the oldest. None: `settle` alone lets parts go.
+    packed_below: neighbouring parts smaller than this are packed into one block on the device, and copied at once.
+    file: where the oldest items go when there is no slot left.
+
+    Not for use from within itself; calls from many threads are taken one at a time.
+    """
+
+    def __init__(
+        self,
+        device: StreamDevice,
+        *,
+        slot_bytes: Sequence[int] | None = None,
+        capacity: int | None = None,
+        growth: int = GROWTH,
+        queue_bytes: int | None = None,
+        packed_below: int = PACKED_BELOW,
+        file: Engine | None = None,
+    ) -> None:
+        self._device, self._packed_below = device, packed_below
+        try:
+            self._arena = HostArena(device, slot_bytes, capacity, growth)
+        except MemoryError as error:
+            asked = sum(slot_bytes)
+            raise MemoryError(f"slot_bytes: {error} ({asked} bytes for {len(slot_bytes)} slots of the plan)") from error
+        self._queue_bytes, self._file = queue_bytes, file
+        self._items: dict[int, _Item] = {}
+        self._writing: deque[_Item] = deque()
+        self._writing_bytes = 0
+        self._released: deque[int] = deque()
+        # Taken without waiting by `release`, which a garbage collection may call in the midst of anything.
+        self._lock = threading.Lock()
+        self._next_item = self._next_point = 0
+        self._failure = ""
+        self.tiers = ("host",) if file is None else ("host", "file")
+        self._can_spill = file is not None
+        self._stalled_before = 0.0
+        self.description = f"pinned memory of {device.name}"
+        self._count_from_zero()
+        self._closing = weakref.finalize(self, _close, device, self._arena, file)
+
+    # --- out ----------------------------------------------------------------------------------------
+
+    def store(
+        self,
+        parts: Sequence[Tensor],
+        offsets: Sequence[int],
+        nbytes: int,
+        *,
+        slot: int = -1,
+        tier: Literal["host", "file"] | None = None,
+    ) -> int:
+        """Starts copying parts out, to `offsets` of a block of `nbytes`; the item's number.
+
+        Returns -1 if there is no room, or copying can't be started: the caller keeps the parts.
+
+        parts: uint8, one dimension, on the device. offsets: ascending multiples of 256.
+        slot: of the plan. It may hold the block of an item that is being copied back: that item then keeps its block
+            on the device until it is released.
+        tier: "file": goes on to the file once it is settled.
+
+        Raises:
+            ValueError: this engine has no such tier.
+            RuntimeError: `slot` against the plan: there is no such slot, the block is larger, or the slot's last item
+                has been neither reserved nor released.
+        """
+        with self._lock:
+            self._begin()
+            _check_parts(parts, offsets, nbytes)
+            if tier is not None and tier not in self.tiers:
+                raise ValueError(f"tier: expected {' or '.join(map(repr, self.tiers))}, got {tier!r}; pass file=")
+            if nbytes == 0:
+                return self._store_nothing()
+            place = self._place(nbytes, slot)
+            if place is None:
+                return -1
+            self._next_item += 1
+            item = _Item(self._next_item, nbytes, place, self._device.compute_stream())
+            try:
+                self._copy_out(item, parts, offsets)
+            except BaseException as error:
+                self._give_up_copy_out(item, parts)
+                if not isinstance(error, RuntimeError):
+                    raise
+                self._failure = f"copying out of {self._device.name} failed: {error}"
+                return -1
+            item.goes_to_file = tier == "file"
+            place.owner = item
+            self._items[item.number] = item
+            self._writing.append(item)
+            self._writing_bytes += nbytes
+            self._offloads += 1
+            self._offloaded_bytes += nbytes
+            if slot >= 0:
+                self._planned_bytes += place.memory.numel()
+                self._needed_bytes += nbytes
+            if self._queue_bytes is not None:
+                while self._writing_bytes > self._queue_bytes and len(self._writing) > 1:
+                    self._settle(self._writing[0])
+            return item.number
+
+    def _store_nothing(self) -> int:
+        self._next_item += 1
+        item = self._items[self._next_item] = _Item(self._next_item, 0, None, self._device.compute_stream())
+        item.block, item.block_home, item.arrived = self._device.allocate(0), item.home, self._point(item.home)
+        return item.number
+
+    def settle(self, item: int) -> bool:
+        """The parts are let go; the stream that made them waits for the copy's end before it does anything more.
+
+        True: unlike a write to a file, a copy that was started does not fail by itself.
+        """
+        with self._lock:
+            self._begin()
+            self._settle(self._find(item))
+            return True
+
+    def _copy_out(self, item: _Item, parts: Sequence[Tensor], offsets: Sequence[int]) -> None:
+        device = self._device
+        for begin, size, neighbours in _runs(parts, offsets, self._packed_below):
+            if len(neighbours) == 1:
+                item.held.append((begin, neighbours[0][1]))
+                continue
+            staging = device.allocate(-(-size // ALIGNMENT) * ALIGNMENT)
+            item.held.append((begin, staging[:size]))
+            device.pack([part for _, part in neighbours], [offset - begin for offset, _ in neighbours], staging)
+        item.ready = self._point(item.home)
+        self._order_copy_out(item)
+        memory = self._memory(item)
+        for begin, source in item.held:
+            device.copy(device.out_stream, memory[begin : begin + source.numel()], source)
+        item.written = self._point(device.out_stream)
+        item.ends = {device.out_stream: item.written}
+
+    def _order_copy_out(self, item: _Item) -> None:
+        stream = self._device.out_stream
+        self._device.wait(stream, item.ready.event)
+        for end in item.slot.ends.values():
+            if end.stream != stream:
+                self._device.wait(stream, end.event)
+
+    def _give_up_copy_out(self, item: _Item, parts: Sequence[Tensor]) -> None:
+        """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
+        item.written = self._point(self._device.out_stream)
+        self._order_drop_of_sources(item)
+        kept = {id(part) for part in parts}
+        for _, source in item.held:
+            if id(source) not in kept:
+                self._device.free(source, item.home)
+        self._arena.give(item.slot, later_ends(item.slot.ends, {item.written.stream: item.written}))
+
+    def _settle(self, item: _Item) -> None:
+        if item in self._writing:
+            self._writing.remove(item)
+            self._writing_bytes -= item.nbytes
+            if item.block is None:
+                self._drop_sources(item)
+                if item.goes_to_file:
+                    self._spill(item)
+
+    def _drop_sources(self, item: _Item) -> None:
+        if item.held:
+            self._order_drop_of_sources(item)
+        for _, source in item.held:
+            self._device.free(source, item.home)
+        item.held = []
+
+    def _order_drop_of_sources(self, item: _Item) -> None:
+        self._device.wait(item.home, item.written.event, measured=True)
+
+    # --- back ---------------------------------------------------------------------------------------
+
+    def reserve(self, item: int) -> None:
+        """Starts copying back, and keeps the block until `unreserve`.
+
+        What is only in the file is read from there first: the first call starts that, the next one waits for it.
+        """
+        with self._lock:
+            self._begin()
+            found = self._find(item)
+            found.reservations += 1
+            if found.block is None and found.slot is None and not found.fetched:
+                self._fetch(found)
+            else:
+                self._bring_back(found)
+
+    def unreserve(self, item: int) -> None:
+        with self._lock:
+            self._begin()
+            found = self._items.get(item)
+            if found is None or found.reservations == 0:
+                return
+            found.reservations -= 1
+            if found.reservations == 0 and (found.slot is not None or found.file_item is not None):
+                self._drop_block(found)
+
+    def load(self, item: int) -> Tensor:
+        """The item's bytes, uint8 [nbytes], for use in the stream that computes at this moment.
+
+        The same block each time, until the item is released or nobody reserves it any more.
+        """
+        with self._lock:
+            self._begin()
+            found = self._find(item)
+            self._bring_back(found)
+            stream = self._device.compute_stream()
+            self._order_use(found, stream)
+            found.users[stream] = None
+            return found.block
+
+    def _bring_back(self, item: _Item) -> None:
+        if item.block is not None:
+            return
+        if item.held:
+            self._forward(item)
+            return
+        device = self._device
+        # Held until the block is dropped: no slot may hold it.
+        item.landing = self._read_file(item) if item.slot is None else self._memory(item)[: item.nbytes]
+        block = device.allocate(item.nbytes)
+        item.block, item.block_home = block, device.compute_stream()
+        try:
+            self._order_copy_in(item, self._point(item.block_home))
+            device.copy(device.back_stream, block, item.landing)
+        except BaseException as error:
+            item.arrived = self._point(device.back_stream)
+            self._drop_block(item)
+            if isinstance(error, RuntimeError):
+                message = f"ActivationOffload: copying back to {device.name} failed: {error}; the bytes are not lost"
+                raise RuntimeError(message) from error
+            raise
+        item.arrived = self._point(device.back_stream)
+        item.ends = later_ends(item.ends, {device.back_stream: item.arrived})
+        self._reloads += 1
+        self._reloaded_bytes += item.nbytes
+
+    def _order_copy_in(self, item: _Item, allocated: Point) -> None:
+        stream = self._device.back_stream
+        self._device.wait(stream, allocated.event)
+        if item.written.stream != stream:
+            self._device.wait(stream, item.written.event)
+
+    def _order_use(self, item: _Item, stream: Stream) -> None:
+        self._device.wait(stream, item.arrived.event, measured=item.arrived.stream == self._device.back_stream)
+
+    def _forward(self, item: _Item) -> None:
+        """What has not gone yet serves as the block, or is put together on the device."""
+        device = self._device
+        begin, source = item.held[0]
+        if len(item.held) == 1 and source.numel() == item.nbytes:
+            item.block, item.block_home, item.arrived = source, item.home, item.ready
+        else:
+            compute = device.compute_stream()
+            device.wait(compute, item.ready.event)
+            item.block, item.block_home = device.allocate(-(-item.nbytes // ALIGNMENT) * ALIGNMENT), compute
+            device.pack([source for _, source in item.held], [begin for begin, _ in item.held], item.block)
+            item.block = item.block[: item.nbytes]
+            item.arrived = self._point(compute)
+            if compute != item.home:
+                # The sources return there, once they are also read.
+                device.wait(item.home, item.arrived.event)
+        self._forwards += 1
+        self._forwarded_bytes += item.nbytes
+
+    def _drop_block(self, item: _Item) -> None:
+        """The block's memory returns to the stream it came from, after the copy into it and all that used it."""
+        if item.block is None:
+            return
+        self._order_drop_of_block(item)
+        # A forwarded source is let go as a source: after it was copied out, too.
+        if not item.held or item.block is not item.held[0][1]:
+            self._device.free(item.block, item.block_home)
+        item.block = item.block_home = item.arrived = item.landing = None
+        item.users = {}
+        if item.held and item not in self._writing:
+            self._drop_sources(item)
+
+    def _order_drop_of_block(self, item: _Item) -> None:
+        home = item.block_home
+        if home not in item.users:
+            self._device.wait(home, item.arrived.event)
+        for stream in item.users:
+            if stream != home:
+                self._device.wait(home, self._point(stream).event)
+
+    def release(self, item: int) -> None:
+        """The item is not needed any more. May be called from anywhere, also from a garbage collection."""
+        self._released.append(item)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_released()
+            finally:
+                self._lock.release()
+
+    def _forget_released(self) -> None:
+        while self._released:
+            item = self._items.pop(self._released.popleft(), None)
+            if item is None:
+                continue
+            self._drop_block(item)
+            self._settle(item)
+            if item.slot is not None:
+                self._give_slot(item)
+            if item.file_item is not None:
+                self._file.release(item.file_item)
+
+    # --- slots --------------------------------------------------------------------------------------
+
+    def _place(self, nbytes: int, index: int) -> Slot | None:
+        try:
+            slot = self._arena.acquire(nbytes, index)
+            while slot is None and self._make_room(nbytes, index):
+                slot = self._arena.acquire(nbytes, index)
+        except MemoryError as error:
+            self._failure = str(error)
+            self._arena.stop_growing()
+            return None
+        return slot
+
+    def _make_room(self, nbytes: int, index: int) -> bool:
+        """Takes the slot of an item that has its bytes elsewhere, or can have; False if there is none."""
+        if index >= 0:
+            owner = self._arena.planned(index).owner
+            if owner.block is not None and not owner.held:
+                self._give_slot(owner)
+                return True
+            if owner.file_item is not None and self._evict(owner):
+                return True
+            raise RuntimeError(
+                f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
+                "released; follow the plan's order"
+            )
+        victims = [item for item in self._items.values() if item.slot is not None and item.block is None]
+        if self._arena.is_planned:
+            victims = [item for item in victims if item.slot.memory.numel() >= nbytes]
+        # The oldest are needed last. Those after the first are written meanwhile.
+        spilling = [item for item in victims[:_SPILLED_AHEAD] if self._spill(item)]
+        return bool(spilling) and self._evict(spilling[0])
+
+    def _give_slot(self, item: _Item) -> None:
+        self._check_generation(item)
+        slot, item.slot = item.slot, None
+        self._arena.give(slot, item.ends)
+
+    def _memory(self, item: _Item) -> Tensor:
+        self._check_generation(item)
+        return item.slot.memory
+
+    def _check_generation(self, item: _Item) -> None:
+        if item.slot.generation != item.generation:
+            raise RuntimeError(
+                f"ActivationOffload: the slot of item {item.number} was given away: it is of generation "
+                f"{item.slot.generation}, the item of {item.generation}"
+            )
+
+    # --- file ---------------------------------------------------------------------------------------
+
+    def spill(self, item: int) -> bool:
+        """Starts writing the item from its slot to the file; the slot is another's from when it is needed."""
+        with self._lock:
+            self._begin()
+            return self._spill(self._find(item))
+
+    def fetch(self, item: int) -> None:
+        """Starts reading what is only in the file."""
+        with self._lock:
+            self._begin()
+            self._fetch(self._find(item))
+
+    def _fetch(self, item: _Item) -> None:
+        if item.slot is None and item.block is None and not item.fetched:
+            self._file.reserve(item.file_item)
+            item.fetched = True
+
+    def _spill(self, item: _Item) -> bool:
+        if item.file_item is not None:
+            return True
+        if not self._can_spill or item.slot is None:
+            return False
+        self._device.synchronize(item.written.event)
+        item.goes_to_file = False
+        self._settle(item)
+        number = self._file.store([self._memory(item)[: item.nbytes]], [0], item.nbytes)
+        if number < 0:
+            self._stop_spilling()
+            return False
+        item.file_item = number
+        self._spills += 1
+        self._spilled_bytes += item.nbytes
+        return True
+
+    def _evict(self, item: _Item) -> bool:
+        """Waits until the item is in the file, and gives its slot away."""
+        if not self._file.settle(item.file_item):
+            self._file.release(item.file_item)
+            item.file_item = None
+            self._stop_spilling()
+            return False
+        self._give_slot(item)
+        return True
+
+    def _stop_spilling(self) -> None:
+        self._can_spill = False
+        self._failure = self._file.take_failure() or "the spill file is full"
+
+    def _read_file(self, item: _Item) -> Tensor:
+        """The item's bytes, in a slot again if there is one, from which the copy back is faster."""
+        data = self._file.load(item.file_item)
+        if item.fetched:
+            self._file.unreserve(item.file_item)
+            item.fetched = False
+        slot = self._place(item.nbytes, -1)
+        if slot is None:
+            return data
+        for end in slot.ends.values():
+            self._device.synchronize(end.event)
+        slot.memory[: item.nbytes].copy_(data)
+        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
+        return slot.memory[: item.nbytes]
+
+    # --- all of it ----------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Waits until all copies have ended, and lets go of the parts."""
+        with self._lock:
+            self._begin()
+            for stream in (self._device.out_stream, self._device.back_stream):
+                self._device.synchronize(self._device.record(stream))
+            while self._writing:
+                self._settle(self._writing[0])
+
+    def take_failure(self) -> str:
+        """Why copying out or making room failed since the last call, or an empty string."""
+        failure, self._failure = self._failure, ""
+        return failure
+
+    def counters(self) -> dict[str, float]:
+        """As Engine.counters. queue_seconds is 0: parts are waited for in the device's streams, as loads are.
+
+        Blocks on the device come from the device's own allocator: buffer_allocations is 0.
+        """
+        with self._lock:
+            self._forget_released()
+            return {
+                "offloads": self._offloads, "offloaded_bytes": self._offloaded_bytes,
+                "reloads": self._reloads, "reloaded_bytes": self._reloaded_bytes,
+                "forwards": self._forwards, "forwarded_bytes": self._forwarded_bytes,
+                "stall_seconds": self._device.stall_seconds() - self._stalled_before, "queue_seconds": 0.0,
+                "slots": self._arena.slots, "peak_slots": self._arena.peak_slots,
+                "slot_bytes": self._arena.bytes, "peak_slot_bytes": self._arena.peak_bytes,
+                "extent_bytes": self._arena.extent, "growths": self._arena.growths, "buffer_allocations": 0,
+                "spills": self._spills, "spilled_bytes": self._spilled_bytes,
+                "file_bytes": 0 if self._file is None else self._file.counters()["slot_bytes"],
+                "waste": 1 - self._needed_bytes / self._planned_bytes if self._planned_bytes else 0.0,
+            }  # fmt: skip
+
+    def reset_counters(self) -> None:
+        with self._lock:
+            self._count_from_zero()
+            self._stalled_before = self._device.stall_seconds()
+            self._arena.reset_peaks()
+
+    def _count_from_zero(self) -> None:
+        self._offloads = self._offloaded_bytes = self._reloads = self._reloaded_bytes = 0
+        self._forwards = self._forwarded_bytes = self._spills = self._spilled_bytes = 0
+        self._planned_bytes = self._needed_bytes = 0
+
+    def close(self) -> None:
+        """Waits for the copies under way and gives the memory back; what is still stored is lost."""
+        with self._lock:
+            if self._closing.alive:
+                for item in self._items.values():
+                    self._drop_block(item)
+                    self._settle(item)
+                self._items.clear()
+            self._closing()
+
+    def _begin(self) -> None:
+        if not self._closing.alive:
+            raise RuntimeError("ActivationOffload: closed before its saved tensors were used")
+        self._forget_released()
+
+    def _find(self, number: int) -> _Item:
+        item = self._items.get(number)
+        if item is None:
+            raise RuntimeError("ActivationOffload: the saved tensor was released before its use")
+        return item
+
+    def _point(self, stream: Stream) -> Point:
+        self._next_point += 1
+        return Point(stream, self._next_point, self._device.record(stream))
+
+
+def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
+    for stream in (device.out_stream, device.back_stream):
+        device.synchronize(device.record(stream))
+    arena.close()
+    if file is not None:
+        file.close()
+
+
+def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:
+    if len(parts) != len(offsets):
+        raise ValueError(f"offsets: expected one per part ({len(parts)}), got {len(offsets)}")
+    end = 0
+    for index, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
+        if part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous():
+            raise TypeError(
+                f"parts[{index}]: expected contiguous uint8 of one dimension, got {part.dtype} {part.shape}"
+            )
+        if offset < end or offset % ALIGNMENT:
+            raise ValueError(f"offsets[{index}]: expected a multiple of {ALIGNMENT} from {end} on, got {offset}")
+        end = offset + part.numel()
+    if end > nbytes:
+        raise ValueError(f"nbytes: expected room for the parts, which end at {end}, got {nbytes}")
+
+
+def _runs(
+    parts: Sequence[Tensor], offsets: Sequence[int], packed_below: int
+) -> list[tuple[int, int, list[tuple[int, Tensor]]]]:
+    """Begin and size of what one copy moves, and its parts: small neighbours together, each large part by itself."""
+    runs: list[list[tuple[int, Tensor]]] = []
+    joins = False
+    for offset, part in zip(offsets, parts, strict=True):
+        small = part.numel() < packed_below
+        if small and joins and offset - (runs[-1][-1][0] + runs[-1][-1][1].numel()) < ALIGNMENT:
+            runs[-1].append((offset, part))
+        elif part.numel():
+            runs.append([(offset, part)])
+            joins = small
+    return [(run[0][0], run[-1][0] + run[-1][1].numel() - run[0][0], run) for run in runs]
