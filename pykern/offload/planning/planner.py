@@ -102,6 +102,10 @@ def replan(
     return plan(**{**plan_.request, **{name: value for name, value in measured.items() if value is not None}})
 
 
+# By which computation is slowed down for a request that insists: what is late even so stays.
+_LONGEST_STRETCH = float(1 << 24)
+
+
 @dataclass(frozen=True)
 class _Basis:
     """The times that copies are laid out by."""
@@ -160,17 +164,37 @@ class _Drafts:
     def _insist(self, basis: _Basis) -> _Draft:
         """All that was asked for, laid out by times that are stretched until it fits: computation will wait as long."""
 
-        def is_late(stretch: float) -> bool:
+        def attempt(stretch: float) -> tuple[int, int]:
+            """How many blocks leave, and are late."""
             layouts = self._choose_all(_stretched(basis, stretch), [None] * self.order.devices)
-            return any(choice.late for _, choices in layouts for choice in choices)
+            choices = [choice for _, of_ranks in layouts for choice in of_ranks]
+            return sum(len(choice.placed) for choice in choices), sum(len(choice.late) for choice in choices)
 
-        fits, late = 1.0, 0.0
-        while is_late(fits):
-            fits, late = 2 * fits, fits
-        while fits - late > 0.02 * fits and late:
-            middle = (fits + late) / 2
-            fits, late = (fits, middle) if is_late(middle) else (middle, late)
-        return self._within_host_budget(_stretched(basis, fits), 0)
+        # At first by as much as copying alone takes: then what is away only briefly is known, too.
+        stretch = max(1.0, self._copying_seconds() / self.alone_seconds) if self.alone_seconds else 1.0
+        leaving, late = attempt(stretch)
+        while late and stretch < _LONGEST_STRETCH:
+            stretch *= 2
+            leaving, late = attempt(stretch)
+        too_little = 1.0
+        if stretch > 1.0 and attempt(1.0) == (leaving, late):
+            stretch = 1.0
+        while stretch - too_little > 0.02 * stretch:
+            middle = (stretch + too_little) / 2
+            if attempt(middle) == (leaving, late):
+                stretch = middle
+            else:
+                too_little = middle
+        return self._within_host_budget(_stretched(basis, stretch), 0)
+
+    def _copying_seconds(self) -> float:
+        """Of the rank that copies for longest, if all that was asked for leaves."""
+        request, longest = self.request, 0.0
+        for rank in range(self.order.devices):
+            total = request.order.microbatches * sum(request.sizes_of(rank)[: request.offload[rank]])
+            seconds = [total / rate for rate in request.rates]
+            longest = max(longest, max(seconds) if request.both_directions else sum(seconds))
+        return longest
 
     def _is_quick(self, draft: _Draft) -> bool:
         return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
