@@ -230,7 +230,7 @@ class _Drafts:
                 choices[rank.rank] = choice
             placed = [choice.placed for choice in of_ranks]
             if basis.hurry:
-                placed = hurry_warm_up(ranks, placed)
+                placed = hurry_warm_up(ranks, placed, len(ranks))
             for rank, copies in zip(ranks, placed, strict=True):
                 transfers[rank.rank] = anchor(rank, copies)
                 file_rate = request.file_rate or 1.0
@@ -260,15 +260,15 @@ class _Drafts:
                 RankTimes(self.order, rank, self.request.times, basis.spans, self.request.sizes, self.link)
                 for rank in members
             ]
-            yield ranks, self._choose(ranks, housed)
+            yield ranks, self._choose(ranks, housed, len(members) if basis.hurry else 0)
 
-    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
+    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None], sharing: int) -> list[Choice]:
         request = self.request
         asked = [
             [b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks
         ]
         slot = _longest(ranks, asked)
-        choices = self._choose_in_slots(ranks, asked, slot, housed)
+        choices = self._choose_in_slots(ranks, asked, slot, housed, sharing)
         # Slots are as long as the longest copy. If not all fit, the longest may not be worth it.
         shorter = _longest(ranks, [choice.ordered for choice in choices])
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
@@ -277,20 +277,25 @@ class _Drafts:
             [block for block in blocks if rank.longest(block.chunk) <= shorter]
             for rank, blocks in zip(ranks, asked, strict=True)
         ]
-        choices = self._choose_in_slots(ranks, short, shorter, housed)
+        choices = self._choose_in_slots(ranks, short, shorter, housed, sharing)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
             among = set(few)
             choice.late += [block for block in all_asked if block not in among]
         return choices
 
     def _choose_in_slots(
-        self, ranks: Sequence[RankTimes], asked: Sequence[list[Block]], slot: float, housed: Sequence[int | None]
+        self,
+        ranks: Sequence[RankTimes],
+        asked: Sequence[list[Block]],
+        slot: float,
+        housed: Sequence[int | None],
+        sharing: int,
     ) -> list[Choice]:
         request = self.request
         origin = ranks[0].ends[0] if ranks[0].ends else 0.0
         return [
             choose(
-                rank, blocks, origin + slot * number, slot,
+                rank, blocks, origin + slot * number, slot, sharing=sharing,
                 budget=None if request.budget is None else request.budget[rank.rank],
                 insist=request.insist, housed=housed[rank.rank],
             )
