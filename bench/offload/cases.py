@@ -7,7 +7,7 @@ same process; `peak_memory.py` gives every provider a process of its own, and me
 from functools import partial
 
 from bench.harness import Case
-from bench.offload import cases_recompute, cases_staging
+from bench.offload import cases_media, cases_recompute, cases_staging
 from bench.offload.peak_memory import MODELS, build, checkpointed
 
 
@@ -43,4 +43,4 @@ def cases(device: str) -> list[Case]:
     # Matrix products of forward and backward; attention's own, a few percent, are left out.
     flops = {"mlp": 6 * 24 * 256 * 256 * 8192, "transformer": 6 * 8 * 12 * 256 * 256 * 2048}
     steps = [Case("offload", f"step_{name}", shapes[name], partial(make, name), flops[name]) for name in MODELS]
-    return steps + ops
+    return steps + ops + cases_media.cases()

@@ -34,11 +34,11 @@ void* take_scratch(size_t bytes, size_t& capacity) {
       return block.pointer;
     }
   }
-  // Large ones in large pages where the system gives them on demand.
-  const size_t page = bytes < kLargePage ? 64 : kLargePage;
-  capacity = (bytes + 64 + page - 1) / page * page;
-  void* const pointer = std::aligned_alloc(page, capacity);
-  if (pointer && page == kLargePage) prefer_large_pages(pointer, capacity);
+  // Large ones in large pages where the system gives them on demand; what fills none of these is left in small ones.
+  capacity = (bytes + 2 * 64 - 1) / 64 * 64;
+  void* pointer = nullptr;
+  if (posix_memalign(&pointer, bytes < kLargePage ? 64 : kLargePage, capacity) != 0) return nullptr;
+  if (bytes >= kLargePage) prefer_large_pages(pointer, capacity);
   return pointer;
 }
 

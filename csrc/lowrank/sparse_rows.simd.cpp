@@ -7,6 +7,7 @@
 namespace pykern::PYKERN_SIMD {
 namespace {
 
+using lowrank::first_entry;
 using lowrank::SparseRows;
 
 constexpr int64_t kRowsOfTask = 32;
@@ -18,19 +19,6 @@ PYKERN_INLINE void add(T value, T* target) {
   } else {
     narrow(widen(*target) + widen(value), target);
   }
-}
-
-// The first entry of [begin, end) whose column is not below `column`.
-int64_t first_entry(const int32_t* columns, int64_t begin, int64_t end, int64_t column) {
-  while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (columns[middle] < column) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
 }
 
 template <class T>

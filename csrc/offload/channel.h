@@ -32,7 +32,7 @@ class Channel {
 // By pread and pwrite, each of which ends before `start` returns.
 std::unique_ptr<Channel> make_blocking_channel(int file);
 // By io_uring; null where the kernel or the container refuses it. The staging memory, kDepth times
-// kRequest bytes, is registered with the kernel if the limit of locked memory allows.
+// kGathered bytes, is registered with the kernel if the limit of locked memory allows.
 std::unique_ptr<Channel> make_uring_channel(int file, char* staging);
 // For hunting: transfers end early or interrupted, at random by seed.
 std::unique_ptr<Channel> make_faulty_channel(std::unique_ptr<Channel> channel, uint64_t seed);

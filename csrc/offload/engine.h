@@ -125,9 +125,9 @@ class Engine {
 
   // engine_workers.cpp
   void work(int64_t worker);
-  void run_write(Lock& lock, const ItemPointer& item);
-  void run_read(Lock& lock, const ItemPointer& item);
-  void run_spill(Lock& lock, const ItemPointer& item);
+  void run_write(Lock& lock, const ItemPointer& item, std::mt19937_64& random);
+  void run_read(Lock& lock, const ItemPointer& item, std::mt19937_64& random);
+  void run_spill(Lock& lock, const ItemPointer& item, std::mt19937_64& random);
   bool can_spill(const Item& item) const;
   void start_spills();
   void end_spill(Item& item);

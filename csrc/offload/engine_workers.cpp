@@ -30,15 +30,12 @@ void Engine::work(int64_t worker) {
     queue.pop_front();
     ++item->active;
     ++active_;
-    lock.unlock();
-    pause(random);
-    lock.lock();
     if (is_read) {
-      run_read(lock, item);
+      run_read(lock, item, random);
     } else if (is_write) {
-      run_write(lock, item);
+      run_write(lock, item, random);
     } else {
-      run_spill(lock, item);
+      run_spill(lock, item, random);
     }
     lock.unlock();
     pause(random);
@@ -56,8 +53,9 @@ void Engine::work(int64_t worker) {
   }
 }
 
-void Engine::run_write(Lock& lock, const ItemPointer& item) {
+void Engine::run_write(Lock& lock, const ItemPointer& item, std::mt19937_64& random) {
   lock.unlock();
+  pause(random);
   const auto end = link_.book(false, item->bytes);
   const std::string error = item->tier->medium().write(item->offset, item->pieces, item->bytes);
   std::this_thread::sleep_until(end);
@@ -74,11 +72,12 @@ void Engine::run_write(Lock& lock, const ItemPointer& item) {
   }
 }
 
-void Engine::run_read(Lock& lock, const ItemPointer& item) {
+void Engine::run_read(Lock& lock, const ItemPointer& item, std::mt19937_64& random) {
   const bool held = item->held;
   Medium& medium = item->tier->medium();
   const int64_t offset = item->offset;
   lock.unlock();
+  pause(random);
   std::shared_ptr<Buffer> buffer = buffers_->take(item->bytes);
   std::string error;
   if (!buffer) {
@@ -137,7 +136,7 @@ void Engine::end_spill(Item& item) {
   spilling_bytes_ -= tiers_.front()->slots().rounded(item.bytes);
 }
 
-void Engine::run_spill(Lock& lock, const ItemPointer& item) {
+void Engine::run_spill(Lock& lock, const ItemPointer& item, std::mt19937_64& random) {
   Tier &memory = *tiers_.front(), &file = *tiers_.back();
   // Whole pages, so that everything is written from where it lies.
   const int64_t bytes = memory.slots().rounded(item->bytes);
@@ -149,6 +148,7 @@ void Engine::run_spill(Lock& lock, const ItemPointer& item) {
   }
   const char* source = memory.medium().address(item->offset);
   lock.unlock();
+  pause(random);
   const std::string error = file.medium().write(target, {{0, bytes, source}}, bytes);
   lock.lock();
   end_spill(*item);

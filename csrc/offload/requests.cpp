@@ -37,7 +37,7 @@ bool DirectWrites::next(char* staging, Request& request) {
     char* data = const_cast<char*>(piece.data) + (position_ - piece.offset);
     request = {position_, data, std::min(direct, kRequest)};
   } else {
-    request = {position_, staging, end_of_gathering(position_ + kRequest) - position_};
+    request = {position_, staging, end_of_gathering(position_ + kGathered) - position_};
     gather(pieces_, current_, position_, request.bytes, staging);
   }
   position_ += request.bytes;

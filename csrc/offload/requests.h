@@ -8,8 +8,9 @@
 
 namespace pykern {
 
-// Most bytes of one transfer, and transfers in flight for one block.
-constexpr int64_t kRequest = int64_t{1} << 20;
+// Most bytes of one transfer, of one that is gathered first, and transfers in flight for one block.
+constexpr int64_t kRequest = int64_t{4} << 20;
+constexpr int64_t kGathered = int64_t{1} << 20;
 constexpr int kDepth = 4;
 
 constexpr int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
@@ -28,7 +29,7 @@ class DirectWrites {
  public:
   DirectWrites(const std::vector<Piece>& pieces, int64_t alignment) : pieces_(pieces), alignment_(alignment) {}
 
-  // False at the end. What must be gathered is gathered in `staging`, of kRequest bytes.
+  // False at the end. What must be gathered is gathered in `staging`, of kGathered bytes.
   bool next(char* staging, Request& request);
 
  private:

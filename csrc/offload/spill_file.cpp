@@ -107,13 +107,13 @@ class SpillFile : public Medium {
   template <class Requests>
   std::string run(bool write, int64_t base, Requests requests) {
     std::unique_ptr<Lane> lane = take_lane();
-    if (!lane) return "no memory to gather " + std::to_string(kDepth * kRequest) + " bytes for the spill file";
+    if (!lane) return "no memory to gather " + std::to_string(kDepth * kGathered) + " bytes for the spill file";
     Channel::Transfer transfers[kDepth];
     int in_flight = 0;
     std::string error;
     const auto start_next = [&](int number) {
       Request request;
-      if (!error.empty() || !requests.next(lane->staging.get() + number * kRequest, request)) return;
+      if (!error.empty() || !requests.next(lane->staging.get() + number * kGathered, request)) return;
       transfers[number] = {write, base + request.offset, request.data, request.bytes};
       ++in_flight;
       lane->channel->start(number, transfers[number]);
@@ -164,7 +164,7 @@ class SpillFile : public Medium {
       }
     }
     auto lane = std::make_unique<Lane>();
-    lane->staging = aligned_bytes(kDepth * kRequest);
+    lane->staging = aligned_bytes(kDepth * kGathered);
     if (!lane->staging) return nullptr;
     if (uring_) lane->channel = make_uring_channel(file_, lane->staging.get());
     if (!lane->channel) lane->channel = make_blocking_channel(file_);
@@ -202,7 +202,7 @@ class SpillFile : public Medium {
     if (options_.transfers == FileTransfers::threads) return;
     // A container refuses the ring, or a kernel has it and refuses its operations.
     auto lane = std::make_unique<Lane>();
-    lane->staging = aligned_bytes(kDepth * kRequest);
+    lane->staging = aligned_bytes(kDepth * kGathered);
     if (lane->staging) lane->channel = make_uring_channel(file_, lane->staging.get());
     uring_ = lane->channel && moves(*lane->channel, true, pages.get()) && moves(*lane->channel, false, pages.get());
     if (!uring_) return;

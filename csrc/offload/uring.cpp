@@ -44,7 +44,7 @@ class UringChannel : public Channel {
     const unsigned index = tail & *submission_mask_;
     io_uring_sqe& entry = entries_[index];
     std::memset(&entry, 0, sizeof(entry));
-    const bool fixed = registered_ && transfer.data >= staging_ && transfer.data < staging_ + kDepth * kRequest;
+    const bool fixed = registered_ && transfer.data >= staging_ && transfer.data < staging_ + kDepth * kGathered;
     entry.opcode = transfer.write ? (fixed ? IORING_OP_WRITE_FIXED : IORING_OP_WRITE) : IORING_OP_READ;
     entry.fd = file_;
     entry.off = static_cast<uint64_t>(transfer.offset);
@@ -103,7 +103,7 @@ class UringChannel : public Channel {
     completion_tail_ = at(params.cq_off.tail);
     completion_mask_ = at(params.cq_off.ring_mask);
     completions_ = reinterpret_cast<io_uring_cqe*>(rings_ + params.cq_off.cqes);
-    const iovec staging{staging_, static_cast<size_t>(kDepth * kRequest)};
+    const iovec staging{staging_, static_cast<size_t>(kDepth * kGathered)};
     registered_ = syscall(SYS_io_uring_register, ring_, IORING_REGISTER_BUFFERS, &staging, 1) == 0;
     return true;
   }

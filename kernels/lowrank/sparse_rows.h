@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/host_device.h"
 #include "kernels/common/numeric.h"
 #include "kernels/common/stream.h"
 
@@ -22,6 +23,19 @@ struct SparseRows {
   const int32_t* column;
   bool take;  // values = block, else block += values
 };
+
+// The first entry of [begin, end) whose column is not below `column`.
+PYKERN_HOST_DEVICE int64_t first_entry(const int32_t* columns, int64_t begin, int64_t end, int64_t column) {
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (columns[middle] < column) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
 
 const char* launch_sparse_rows(const SparseRows& params, Stream stream);
 

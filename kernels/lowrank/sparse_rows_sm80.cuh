@@ -8,19 +8,6 @@ namespace pykern::lowrank {
 
 constexpr int kSparseThreads = 256;
 
-// The first entry of [begin, end) whose column is not below `column`.
-__device__ __forceinline__ int64_t first_entry(const int32_t* columns, int64_t begin, int64_t end, int64_t column) {
-  while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (columns[middle] < column) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kSparseThreads) sparse_rows_kernel(SparseRows params) {
   const int64_t row = int64_t{blockIdx.x} * (kSparseThreads / kWarpSize) + threadIdx.x / kWarpSize;

@@ -1,15 +1,17 @@
-"""Low-rank optimizers for the Trainer of transformers, through its public arguments; nothing is patched.
+"""Low-rank optimizers and activation offload for the Trainer of transformers; nothing is patched.
 
 ::
 
     Trainer(model, args, ..., optimizer_cls_and_kwargs=trainer_optimizer(model, "GaLoreAdamW", rank=128, lr=1e-2))
     Trainer(model, args, ..., optimizers=backward_optimizer(model, "GaLoreAdamW", rank=128, lr=1e-2))
+    offloading(Trainer, storage="pinned")(model, args, ...)
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from .. import ActivationOffload
 from ..lowrank import BackwardOptimizer, low_rank_groups, optimizer, presets, step_in_backward
 
 
@@ -79,6 +81,40 @@ def backward_optimizer(
 
     stepper = step_in_backward(model, make, accumulate, refresh_by=refresh_by, max_norm=max_norm, clip_by=clip_by)
     return BackwardOptimizer(stepper), None
+
+
+def offloading(trainer: type, **options) -> type:
+    """A subclass of a Trainer class whose forwards run under ActivationOffload.
+
+    The class's own `compute_loss_context_manager` is extended, so evaluation, autocast, gradient accumulation and
+    subclasses such as trl's trainers work as always. The trainer has the ActivationOffload as `activation_offload`,
+    with its `stats()`.
+
+    Args:
+        trainer: transformers.Trainer or a subclass.
+        options: of ActivationOffload. By default storage is "pinned" where torch has CUDA, else "memory", and
+            `parameters` are the model's.
+
+    Raises:
+        TypeError: not a class with that method.
+    """
+    if not hasattr(trainer, "compute_loss_context_manager"):
+        name = getattr(trainer, "__name__", type(trainer).__name__)
+        raise TypeError(f"trainer: expected transformers.Trainer or a subclass, got {name}")
+    settled = {"storage": "pinned" if torch.cuda.is_available() else "memory", **options}
+
+    class OffloadingTrainer(trainer):
+        def __init__(self, *arguments, **keywords) -> None:
+            super().__init__(*arguments, **keywords)
+            self.activation_offload = ActivationOffload(**{"parameters": self.model, **settled})
+
+        def compute_loss_context_manager(self):
+            stack = super().compute_loss_context_manager()
+            stack.enter_context(self.activation_offload)
+            return stack
+
+    OffloadingTrainer.__name__ = OffloadingTrainer.__qualname__ = f"Offloading{trainer.__name__}"
+    return OffloadingTrainer
 
 
 def _kind(name: str) -> type:

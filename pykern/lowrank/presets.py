@@ -61,7 +61,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "LDAdamW": Preset(
         "2410.16103",
-        {"rule": "adamw", "projector": "power", "moments": "rotate_variance"},
+        {"rule": "adamw", "projector": "plain_power", "moments": "rotate_variance"},
         {
             "refresh_every": 1,
             "projector_memory": 0.908,

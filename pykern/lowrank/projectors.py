@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import dct
-from .subspace import Gradient, leading_eigenvectors, normal, orthonormalize, signed
+from .eigenvectors import all_eigenvectors, iterates, leading_eigenvectors
+from .subspace import Gradient, normal, orthonormalize, signed
 
 
 @dataclass(frozen=True)
@@ -81,30 +82,52 @@ def gram(choice: Choice) -> Tensor | None:
     """The leading left singular vectors of the matrix, by its Gram matrix; largest first.
 
     Of the shorter axis: mapped to the longer one, and made orthonormal even where the gradient's rank is below `rank`.
+    Where lowrank.eigenvectors.iterates, they have 0.9999 of the energy of these or more, and of float32 the Gram matrix
+    is of the gradient rounded to bfloat16: that costs about 1e-6 of the energy. Else the whole decomposition has them.
     """
     gradient = choice.gradient()
     if gradient is None:
         return None
     rows, length = choice.matrix.shape
     if rows <= length or choice.reduce is not None:
-        return signed(leading_eigenvectors(gradient.gram(), choice.rank, choice.seed))
-    matrix = Gradient(gradient.matrix.mT, gradient.factor)
-    vectors = leading_eigenvectors(matrix.gram(), choice.rank, choice.seed)
+        return signed(_leading(gradient, choice))
+    vectors = _leading(Gradient(gradient.matrix.mT, gradient.factor), choice)
     return signed(orthonormalize((gradient.matrix.to(vectors.dtype) * gradient.factor) @ vectors))
 
 
-@_finite
-def power(choice: Choice) -> Tensor | None:
-    """One block power step from the basis in use, M = G (G^T P), made orthonormal; "randomized" where there is none.
+def _leading(gradient: Gradient, choice: Choice) -> Tensor:
+    """The leading eigenvectors of the Gram matrix, by an iteration where that is shorter and sees to its end."""
+    if gradient.dtype == torch.float32 and iterates(gradient.matrix.shape[0], choice.rank):
+        # The processes' random combinations would have to differ, and they draw the same numbers.
+        sketch = gradient.sketch if choice.reduce is None else None
+        try:
+            found = leading_eigenvectors(gradient.gram(narrow=True), choice.rank, choice.seed, sketch)
+        except torch.linalg.LinAlgError:
+            found = None
+        if found is not None:
+            return found
+    return all_eigenvectors(gradient.gram(), choice.rank)
 
-    As LDAdam does at every step, arXiv 2410.16103.
+
+def power(choice: Choice, shifted: bool) -> Tensor | None:
+    """One block power step from the basis in use, M = G (G^T P) - shift P, made orthonormal; else "randomized".
+
+    The shift is the mean eigenvalue of G G^T on what P leaves out, at most half the energy of P's weakest vector:
+    directions outside shrink by their distance to it. Without the shift this is what LDAdam does at every step, arXiv
+    2410.16103. Of float32, the products' factors are rounded to bfloat16, their sums are not.
     """
     if choice.previous is None:
         return randomized(choice)
     gradient = choice.gradient()
     if gradient is None:
         return None
-    return orthonormalize(gradient.gram_times(choice.previous.to(gradient.dtype)))
+    basis = choice.previous.to(gradient.dtype)
+    product, energies, total = gradient.gram_times(basis, narrow=True)
+    if shifted and basis.shape[1] < basis.shape[0]:
+        outside = (total - energies.sum()) / (basis.shape[0] - basis.shape[1])
+        shift = torch.minimum(outside, energies.min() / 2).clamp_min(0.0)
+        product = product - shift * basis
+    return orthonormalize(product)
 
 
 @_finite
@@ -121,7 +144,7 @@ def randomized(choice: Choice, oversampling: int = 16, iterations: int = 2) -> T
     block = min(rows, choice.rank + oversampling)
     vectors = normal(rows, block, choice.seed, choice.matrix)
     for _ in range(iterations):
-        vectors = orthonormalize(gradient.gram_times(vectors))
+        vectors = orthonormalize(gradient.gram_times(vectors)[0])
     rotation = torch.linalg.eigh(gradient.low_gram(vectors)).eigenvectors
     return signed(vectors @ rotation[:, -choice.rank :].flip(1))
 
@@ -212,7 +235,8 @@ def dct_vectors(choice: Choice, power: int) -> Tensor | None:
 
 PROJECTORS: dict[str, Projector] = {
     "gram": Projector(gram, first="randomized"),
-    "power": Projector(power),
+    "power": Projector(_finite(partial(power, shifted=True))),
+    "plain_power": Projector(_finite(partial(power, shifted=False))),
     "randomized": Projector(randomized),
     "svd": Projector(svd, first="randomized", by_sums=False),
     "dct": Projector(partial(dct_vectors, power=1), basis="dct"),

@@ -1,4 +1,4 @@
-"""The linear algebra of choosing a subspace: Gram products of a gradient, orthonormal bases, leading eigenvectors."""
+"""The linear algebra of choosing a subspace: Gram products of a gradient, orthonormal bases."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,14 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DIRECT_SIZE = 384
-"""Up to this order all eigenvectors cost no more than an iteration for the leading ones."""
+from .ops import low_rank_project
 
-LOST_ENERGY = 4e-5
-"""What an iteration may still miss of the largest possible energy; a quarter above it is the measured truth."""
-
-_PIECE = 1 << 21
-_ROUNDS = 6
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,9 @@ class Gradient:
         """None where the gradient is zero or not finite and so names no subspace."""
         largest = torch.zeros((), dtype=_wide(matrix), device=matrix.device)
         if matrix.numel():  # A process's shard may be empty.
-            largest = torch.linalg.vector_norm(matrix.detach(), ord=float("inf"), dtype=_wide(matrix))
+            # Twice as fast as a norm, and NaN stays too.
+            least, most = torch.aminmax(matrix.detach())
+            largest = torch.maximum(-least, most).to(_wide(matrix))
         if reduce is not None:
             # The sum bounds the largest of all, and keeps what is not finite.
             reduce(largest)
@@ -63,26 +60,41 @@ class Gradient:
             self.reduce(tensor)
         return tensor
 
-    def gram(self) -> Tensor:
-        """G G^T [n, n]; the half above the diagonal blocks is mirrored, not computed."""
-        rows = self.matrix.shape[0]
-        gram = torch.zeros(rows, rows, dtype=self.dtype, device=self.matrix.device)
-        width = max(128, -(-rows // 8))
+    def gram(self, narrow: bool = False) -> Tensor:
+        """G G^T [n, n]; `narrow`: of float32, its elements rounded to bfloat16 first, the sums not rounded."""
+        gram = None
         for piece in self.pieces():
-            for first in range(0, rows, width):
-                last = min(first + width, rows)
-                gram[first:last, :last].addmm_(piece[first:last], piece[:last].mT)
-        for first in range(width, rows, width):
-            last = min(first + width, rows)
-            gram[:first, first:last] = gram[first:last, :first].mT
+            product = inner_products((narrowed(piece) if narrow else piece).mT)
+            gram = product if gram is None else gram.add_(product)
+        if gram is None:  # A process's shard may be empty.
+            gram = torch.zeros(2 * self.matrix.shape[:1], dtype=self.dtype, device=self.matrix.device)
         return self.summed(gram)
 
-    def gram_times(self, vectors: Tensor) -> Tensor:
-        """G (G^T vectors) [n, k] without the Gram matrix."""
-        product = torch.zeros_like(vectors)
+    def gram_times(self, vectors: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """G (G^T vectors) [n, k] without the Gram matrix; the squared norms of the columns of G^T vectors, and of G.
+
+        `narrow`: of float32, factors rounded to bfloat16; the sums are not rounded.
+        """
+        columns = narrowed(vectors) if narrow else vectors
+        product, sums = torch.zeros_like(vectors).mT.contiguous(), vectors.new_zeros(vectors.shape[1] + 1)
         for piece in self.pieces():
-            product.addmm_(piece, piece.mT @ vectors)
-        return self.summed(product)
+            piece = narrowed(piece) if narrow else piece
+            low = multiply_one(piece, columns)
+            sums[:-1] += torch.linalg.vector_norm(low, dim=1).square()
+            sums[-1] += torch.linalg.vector_norm(piece, dtype=self.dtype).square()
+            product += multiply_one(piece.mT, low.mT)
+        self.summed(sums)
+        return self.summed(product).mT.contiguous(), sums[:-1], sums[-1]
+
+    def sketch(self, count: int, seed: int) -> Tensor:
+        """Random combinations of the columns, as rows [count, n]; of float32, factors are rounded to bfloat16."""
+        length = self.matrix.shape[1]
+        numbers, product, first = normal(length, count, seed, self.matrix), 0.0, 0
+        for piece in self.pieces():
+            last = first + piece.shape[1]
+            product = product + multiply_one(narrowed(piece).mT, numbers[first:last])
+            first = last
+        return product
 
     def low_gram(self, vectors: Tensor) -> Tensor:
         """The Gram matrix [k, k] of vectors^T G."""
@@ -106,32 +118,127 @@ def normal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
     return torch.randn(rows, columns, generator=generator).to(like.device, _wide(like))
 
 
+def narrowed(tensor: Tensor) -> Tensor:
+    """Float32 as bfloat16, float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.bfloat16()
+
+
+def contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Both at once is several times slower, where it transposes.
+    return tensor.to(dtype).contiguous()
+
+
+def multiply(matrices: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    """vectors^T matrix [k, length] of each pair, of one dtype, each vectors [n, k] contiguous; float32 or float64.
+
+    The op of the optimizer's projection: in float32 as fast as the processor is, where torch's product may not be, and
+    of bfloat16 with sums that are not rounded.
+    """
+    matrices = [matrix if 1 in matrix.stride() else matrix.contiguous() for matrix in matrices]
+    low = [
+        torch.empty(columns.shape[1], matrix.shape[1], dtype=_wide(matrix), device=matrix.device)
+        for matrix, columns in zip(matrices, vectors, strict=True)
+    ]
+    low_rank_project(matrices, vectors, None, low, [], maximize=False)
+    return low
+
+
+def multiply_one(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """`multiply` of one pair, the vectors in whatever layout and dtype."""
+    return multiply([matrix], [contiguous(vectors, matrix.dtype)])[0]
+
+
+def inner_products(columns: Tensor) -> Tensor:
+    """columns^T columns [k, k] of vectors [n, k]; the half above the diagonal blocks is mirrored, not computed."""
+    size = columns.shape[1]
+    width = max(128, -(-size // 8))
+    blocks = [(first, min(first + width, size)) for first in range(0, size, width)]
+    strips = multiply(
+        [columns[:, :last] for _, last in blocks],
+        [contiguous(columns[:, first:last], columns.dtype) for first, last in blocks],
+    )
+    if len(strips) == 1:
+        return strips[0]
+    products = torch.empty(size, size, dtype=_wide(columns), device=columns.device)
+    for (first, last), strip in zip(blocks, strips, strict=True):
+        products[first:last, :last] = strip
+        products[:first, first:last] = strip[:, :first].mT
+    return products
+
+
 def orthonormalize(vectors: Tensor) -> Tensor:
     """An orthonormal basis [n, k] of what the columns span, each within the span of the columns up to it.
 
-    CholeskyQR twice; the first time again in float64 where float32 was not enough for columns that depend on each
-    other; and where the Cholesky factorisation fails in that too, Householder's QR, which completes the basis.
+    CholeskyQR twice. Where float32 is not enough for columns that depend on each other, the first eighth is made
+    orthonormal by Householder's QR and taken out of the others first: what columns after a product have in common is
+    mostly the leading few. Then float64; and where the Cholesky factorisation fails in that too, Householder's QR,
+    which completes the basis.
     """
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
-    for dtype in dict.fromkeys((vectors.dtype, torch.float64)):
-        basis, _ = _cholesky_qr(vectors, dtype)
-        if basis is None:
-            continue
-        basis, gram = _cholesky_qr(basis, vectors.dtype)
-        # So near to the identity, what is left is the rounding of one product.
-        if basis is not None and bool(torch.linalg.matrix_norm(gram.fill_diagonal_(0.0)) < 0.5):
-            return basis.contiguous()
-    return torch.linalg.qr(vectors)[0]
+    for attempt in (_cholesky_qr, _split_qr, _wide_qr):
+        basis = attempt(vectors)
+        basis = None if basis is None else polished(basis)
+        if basis is not None:
+            return basis
+    return torch.linalg.qr(vectors)[0].contiguous()
 
 
-def _cholesky_qr(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """The vectors times the inverse factor of their Gram matrix, and that matrix, computed in `dtype`."""
-    wide = vectors.to(dtype)
-    gram = wide.mT @ wide
+def polished(basis: Tensor) -> Tensor | None:
+    """Nearly orthonormal columns made orthonormal; None where they are too far from it."""
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    gram = inner_products(basis)
+    error = torch.linalg.matrix_norm(gram - identity).item()
+    if not error < 0.5:
+        return None
+    # A step of Newton-Schulz leaves 3 / 4 error^2.
+    near = error < (1e-3 if basis.dtype == torch.float32 else 1e-8)
+    factor = 1.5 * identity - 0.5 * gram if near else inverse_factor(gram).mT
+    return multiply_one(basis.mT, factor).mT.contiguous()
+
+
+def inverse_factor(gram: Tensor) -> Tensor | None:
+    """The inverse of the lower Cholesky factor; None where there is none."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
-        return None, gram
-    return torch.linalg.solve_triangular(factor.mT.to(vectors.dtype), vectors, upper=True, left=False), gram
+    return None if failed else _inverse(factor)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """Of a lower triangular matrix, by its quarters: half of a solver's work, and most of it in products."""
+    size = factor.shape[0]
+    if size <= 128:
+        return torch.linalg.solve_triangular(factor, torch.eye(size).to(factor), upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half], inverse[half:, half:] = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])
+    inverse[half:, :half] = inverse[half:, half:] @ (factor[half:, :half] @ inverse[:half, :half]).neg_()
+    return inverse
+
+
+def _cholesky_qr(vectors: Tensor) -> Tensor | None:
+    """The vectors times the inverse factor of their Gram matrix."""
+    inverse = inverse_factor(inner_products(vectors))
+    return None if inverse is None else multiply_one(vectors.mT, inverse.mT).mT.contiguous()
+
+
+def _split_qr(vectors: Tensor) -> Tensor | None:
+    first = vectors.shape[1] // 8
+    lead, others = torch.linalg.qr(vectors[:, :first])[0], vectors[:, first:]
+    for _ in range(2):
+        others = others - lead @ (lead.mT @ others)
+        others = others / torch.linalg.vector_norm(others, dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
+    others = _cholesky_qr(others)
+    return None if others is None else torch.cat([lead, others], dim=1)
+
+
+def _wide_qr(vectors: Tensor) -> Tensor | None:
+    basis = vectors
+    for _ in range(2):
+        wide = basis.double()
+        inverse = inverse_factor(wide.mT @ wide)
+        if inverse is None:
+            return None
+        basis = basis @ inverse.mT.to(basis.dtype)
+    return basis.contiguous()
 
 
 def signed(vectors: Tensor) -> Tensor:
@@ -142,65 +249,6 @@ def signed(vectors: Tensor) -> Tensor:
     """
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     return torch.where(largest < 0, -vectors, vectors)
-
-
-def leading_eigenvectors(gram: Tensor, rank: int, seed: int = 0) -> Tensor:
-    """The eigenvectors [n, rank] of the largest eigenvalues of a positive semi-definite matrix, the largest first.
-
-    Small matrices and large shares of one are decomposed in full. Else a block of rank + rank / 4 vectors is filtered
-    by Chebyshev polynomials that are small on what the block does not hold (Zhou, Saad, Tiago and Chelikowsky, J.
-    Comput. Phys. 219, 2006), and rotated to its Ritz vectors, until the residuals bound the energy that the first
-    `rank` of them miss by LOST_ENERGY of the whole.
-    """
-    size = gram.shape[0]
-    block = rank + max(16, rank // 4)
-    if size <= DIRECT_SIZE or block > size // 2:
-        return _direct(gram, rank)
-    vectors, degree, lost_before = gram @ normal(size, block, seed, gram), 1, 1.0
-    for _ in range(_ROUNDS):
-        vectors = orthonormalize(vectors)
-        image = gram @ vectors
-        small = vectors.mT @ image
-        values, rotation = torch.linalg.eigh((small + small.mT) / 2)
-        values, rotation = values.flip(0), rotation.flip(1)
-        vectors, image = vectors @ rotation, image @ rotation
-        lost, largest, bound = _lost(vectors, image, values, rank)
-        if lost <= LOST_ENERGY:
-            return vectors[:, :rank].contiguous()
-        if not 0 < bound < largest:
-            break
-        # Beyond this the largest component, of rounding errors, would bury the smallest in float32.
-        steepness = math.acosh(2 * largest / bound - 1)
-        limit = max(2, min(10, int(31.0 / steepness)))
-        if degree > 1 and lost < lost_before:
-            # The last polynomial shows what a degree gains.
-            gained = math.log(lost_before / lost) / degree
-            limit = min(limit, max(2, math.ceil(1.2 * math.log(lost / LOST_ENERGY) / gained)))
-        degree, lost_before = limit, lost
-        vectors = _filter(gram, vectors, image, bound, degree)
-    return _direct(gram, rank)
-
-
-def _direct(gram: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).contiguous()
-
-
-def _lost(vectors: Tensor, image: Tensor, values: Tensor, rank: int) -> tuple[float, float, float]:
-    """The share of energy that the first `rank` Ritz vectors miss, by their residuals and the gap below them; and
-    the largest and the smallest Ritz value."""
-    residual = (image[:, :rank] - vectors[:, :rank] * values[:rank]).square().sum(dim=0)
-    gap = (values[:rank] - values[-1]).clamp_min(torch.finfo(values.dtype).tiny)
-    lost = (residual / gap).sum() / values[:rank].sum()
-    lost, largest, bound = torch.stack([lost, values[0], values[-1]]).tolist()
-    return (lost if math.isfinite(lost) else math.inf), largest, bound
-
-
-def _filter(gram: Tensor, vectors: Tensor, image: Tensor, bound: float, degree: int) -> Tensor:
-    """The Chebyshev polynomial of this degree on [0, bound], of the matrix, times the vectors."""
-    before, after = vectors, image * (2 / bound) - vectors
-    for _ in range(degree - 1):
-        before, after = after, torch.addmm(before + 2 * after, gram, after, beta=-1, alpha=4 / bound)
-    return after
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

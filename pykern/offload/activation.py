@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .cuda_device import CudaDevice
-from .engine import Engine, return_freed_memory, spill_folder, warn_if_in_memory
+from .engine import Engine, machine_memory, return_freed_memory, spill_folder, warn_if_in_memory
 from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
 from .streamed import StreamedEngine
 from .streams import StreamDevice
 
-_QUEUE_BYTES = {"memory": 32 << 20, "file": 32 << 20, "pinned": 512 << 20}
+_QUEUE_BYTES = {"memory": 32 << 20, "file": 32 << 20, "memory+file": 32 << 20, "pinned": 512 << 20}
 """How much may be on its way out, by storage, unless told otherwise."""
 
 
@@ -100,14 +100,16 @@ class ActivationOffload:
 
     Args:
         storage: where to. CPU tensors go to "memory", a second arena of ordinary memory, stand-in for pinned host
-            memory; or to "file", an unnamed file written and read around the page cache where the file system allows.
+            memory; or to "file", an unnamed file written and read around the page cache where the file system allows;
+            or to "memory+file", the file behind an arena: above seven eighths of its capacity the oldest are spilled.
             CUDA tensors go to "pinned" host memory: copies run on streams beside the computation, which waits for
             them by events; the host waits for nothing.
         min_bytes: smaller saved tensors stay. A small view of a large storage is copied, to free the storage.
         keep_last: this many of the most recently saved storages stay, since the backward begins with them.
         prefetch: graph nodes whose tensors are read ahead in the backward.
         capacity: bytes of the arena or file. What no longer fits stays in memory, and is counted. By default the
-            storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts.
+            storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts. With
+            storage="memory+file", of the arena, by default half of the machine's memory; the file grows.
         path: folder of the file; the system's temporary folder by default. With storage="pinned", a file is made
             only if a path is given: the oldest tensors go there when the host's memory has no room for more.
         device: with storage="pinned", the CUDA device whose tensors are offloaded; by default the current one. Or
@@ -118,7 +120,7 @@ class ActivationOffload:
         threads: threads that copy.
         queue_bytes: bytes of tensors whose writing has not ended, at most (or one larger tensor); the forward waits
             for the storage beyond that. By default 32 MiB; 512 MiB of device memory with storage="pinned".
-        map_allocations: with storage="file", set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
+        map_allocations: with a file, set glibc's M_MMAP_THRESHOLD to `min_bytes`, for the whole process and
             for good. Otherwise its heap keeps most of the memory that the activations gave up. An environment that
             sets MALLOC_MMAP_THRESHOLD_ has precedence.
 
@@ -148,7 +150,7 @@ class ActivationOffload:
         debug_delays: int | None = None,
     ) -> None:
         if storage not in _QUEUE_BYTES:
-            raise ValueError(f"storage: expected 'memory', 'file' or 'pinned', got {storage!r}")
+            raise ValueError(f"storage: expected 'memory', 'file', 'memory+file' or 'pinned', got {storage!r}")
         if queue_bytes is None:
             queue_bytes = _QUEUE_BYTES[storage]
         for name, value, least in (
@@ -167,7 +169,7 @@ class ActivationOffload:
         if skip is not None and not callable(skip):
             raise TypeError(f"skip: expected a function of a tensor, got {type(skip).__name__}")
 
-        folder = spill_folder(path) if storage == "file" or path is not None else None
+        folder = spill_folder(path) if storage.endswith("file") or path is not None else None
         self.storage = storage
         accepts = is_on_cpu
         if storage == "pinned":
@@ -175,12 +177,15 @@ class ActivationOffload:
             accepts = device.accepts
             file = None if folder is None else Engine(folder, None, threads, queue_bytes, None)
             self._engine = StreamedEngine(device, capacity=capacity, queue_bytes=queue_bytes, file=file)
+        elif storage == "memory+file":
+            memory = capacity or machine_memory() // 2
+            file = self._engine = Engine(folder, None, threads, queue_bytes, debug_delays, memory=memory)
         else:
             file = self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
         if file is not None:
             warn_if_in_memory("ActivationOffload", file, folder, stacklevel=2)
 
-        if map_allocations and storage == "file":
+        if map_allocations and storage.endswith("file"):
             return_freed_memory(max(min_bytes, 1 << 16))
 
         self._keep_last, self._prefetch = keep_last, prefetch
@@ -232,8 +237,9 @@ class ActivationOffload:
           subclasses that don't tell what they are made of);
         - stall_seconds, queue_seconds: time that the backward waited for reads, and the forward for the queue;
         - slots, slot_bytes (in use now), peak_slots, peak_slot_bytes, extent_bytes (size of the arena or file);
+        - spills, spilled_bytes: copies from memory to the file behind it; file_bytes: of the slots in use, the file's;
         - medium: "memory"; "file, direct, io_uring", "file, direct, threads" or "file, buffered"; for a folder that is
-          no disk, "file, in memory"; or whose pinned memory.
+          no disk, "file, in memory"; "memory, then" one of these; or whose pinned memory.
         """
         with self._lock:
             return {

@@ -69,7 +69,7 @@ class HostArena:
         self._generation = 0
         self.extent = 0
         self.slots = self.peak_slots = 0
-        self.bytes = self.peak_bytes = 0
+        self.bytes = self.peak_bytes = self.growths = 0
         self.is_planned = slot_bytes is not None
         if slot_bytes is not None:
             self._plan(slot_bytes)
@@ -88,12 +88,13 @@ class HostArena:
             self._allocations.append(self._device.allocate_host(nbytes))
             self.extent += nbytes
 
-    def acquire(self, nbytes: int, index: int | None = None) -> Slot | None:
-        """A free slot of at least `nbytes`; slot `index` of the plan, if given. None if there is none.
+    def acquire(self, nbytes: int, index: int = -1) -> Slot | None:
+        """A free slot of at least `nbytes`; slot `index` of the plan, if that is not negative. None if there is none.
 
-        MemoryError if the arena may grow, but the memory can't be had.
+        MemoryError if the arena may grow, but the memory can't be had. RuntimeError if the plan has no such slot.
         """
-        slot = self._acquire_planned(nbytes, index) if self.is_planned else self._acquire_range(nbytes)
+        planned = self.is_planned or index >= 0
+        slot = self._acquire_planned(nbytes, index) if planned else self._acquire_range(nbytes)
         if slot is not None:
             self._generation += 1
             slot.generation = self._generation
@@ -106,18 +107,18 @@ class HostArena:
     def planned(self, index: int) -> Slot | None:
         """The slot of the plan as it is now, whoever owns it."""
         if not 0 <= index < len(self._planned):
-            raise IndexError(f"slot: expected one of the plan's {len(self._planned)} slots, got {index}")
+            raise RuntimeError(f"slot: expected one of the plan's {len(self._planned)} slots, got {index}")
         return self._planned[index]
 
-    def _acquire_planned(self, nbytes: int, index: int | None) -> Slot | None:
-        if index is None:
+    def _acquire_planned(self, nbytes: int, index: int) -> Slot | None:
+        if index < 0:
             fitting = [slot for slot in self._planned if _fits(slot, nbytes) and slot.owner is None]
             slot = min(fitting, key=lambda slot: (slot.memory.numel(), slot.index), default=None)
         else:
             slot = self.planned(index)
             if not _fits(slot, nbytes):
                 size = 0 if slot is None else slot.memory.numel()
-                raise ValueError(f"slot: expected one with room for {nbytes} bytes, slot {index} has {size}")
+                raise RuntimeError(f"slot: expected one with room for {nbytes} bytes, slot {index} has {size}")
             if slot.owner is not None:
                 return None
         if slot is None:
@@ -136,6 +137,7 @@ class HostArena:
             if growth < size:
                 return None
             self._allocate(growth)
+            self.growths += 1
             best = _Free(len(self._allocations) - 1, 0, growth, {})
             self._insert(best)
         memory = self._allocations[best.allocation][best.begin : best.begin + size]

@@ -11,9 +11,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .engine import Engine, return_freed_memory, spill_folder, warn_if_in_memory
+from .block_store import BlockStore
+from .engine import Rates
 from .planning.types import Action, Plan, Transfer
 from .saving import Copy, Packed, Packing, Saved, placeholder, plain_tensors, unpacked
+from .streams import StreamDevice
 
 # Parts of a block begin at multiples of this.
 _PART_ALIGNMENT = 256
@@ -44,7 +46,6 @@ class _Block:
         # Weak: what the graph drops before the block leaves need not be copied.
         self._copies: list[weakref.ref[_BlockCopy]] = []
         self._inputs: list[tuple[Tensor, Saved]] = []
-        self._engine: Engine | None = None
         self._item = -1
         self._bytes: Tensor | None = None
         self._away = self._reserved = self._ended = False
@@ -64,10 +65,13 @@ class _Block:
     def living(self) -> list[_BlockCopy]:
         return [copy for copy in (reference() for reference in self._copies) if copy is not None]
 
+    def _engine(self):
+        return self._owner._store.engine
+
     def nbytes(self) -> int:
         return sum(-(-copy.size // _PART_ALIGNMENT) * _PART_ALIGNMENT for copy in self.living())
 
-    def offload(self, engine: Engine) -> int:
+    def offload(self) -> int:
         """Starts copying out; how many bytes, or -1 if there is no room for them."""
         copies = self.living()
         parts, offsets, end = [], [], 0
@@ -79,16 +83,14 @@ class _Block:
         if not parts:
             return 0
         # The last part is not padded, so that a single one is the whole block.
-        self._item = engine.store(parts, offsets, offsets[-1] + parts[-1].numel())
-        if self._item < 0:
-            return -1
-        self._engine = engine
-        return end
+        nbytes = offsets[-1] + parts[-1].numel()
+        self._item = self._owner._store.store(self.action[1:], parts, offsets, nbytes)
+        return -1 if self._item < 0 else end
 
     def release(self) -> bool:
         """Drops the block's memory once it is written; False if it could not be, and stays."""
         # None: the engine orders by streams, and finds out later.
-        if self._item < 0 or self._engine.settle(self._item) is False:
+        if self._item < 0 or self._engine().settle(self._item) is False:
             return False
         for copy in self.living():
             copy.resident = None
@@ -99,8 +101,16 @@ class _Block:
 
     def reload(self) -> None:
         if self._away and not self._reserved:
-            self._engine.reserve(self._item)
+            self._engine().reserve(self._item)
             self._reserved = True
+
+    def spill(self) -> None:
+        if self._item >= 0:
+            self._owner._store.spill(self._item)
+
+    def fetch(self) -> None:
+        if self._away:
+            self._owner._store.fetch(self._item)
 
     def bytes(self) -> Tensor:
         """The whole block, uint8; waits for it if need be."""
@@ -111,7 +121,7 @@ class _Block:
             )
         if self._bytes is None:
             with self._owner._stalled():
-                self._bytes = self._engine.load(self._item)
+                self._bytes = self._engine().load(self._item)
         return self._bytes
 
     def restore_inputs(self) -> None:
@@ -130,8 +140,8 @@ class _Block:
         self._bytes = None
         if self._item >= 0:
             if self._reserved:
-                self._engine.unreserve(self._item)
-            self._engine.release(self._item)
+                self._engine().unreserve(self._item)
+            self._engine().release(self._item)
 
     def _name(self) -> str:
         return f"PipelineOffload: the block of chunk {self.action.chunk}, microbatch {self.action.microbatch}"
@@ -163,8 +173,8 @@ class PipelineOffload:
         plan: from `pykern.plan`.
         rank: whose of the plan's transfers to run.
         storage: "memory", a second arena of ordinary memory; "file", an unnamed file for all blocks, read and written
-            around the page cache where the file system allows. With "memory", blocks of the plan's tier "file" go to
-            a file as well.
+            around the page cache where the file system allows; "pinned", the host's memory, for blocks on a GPU. With
+            "memory" and "pinned", blocks of the plan's tier "file" go to a file as well.
         path: folder of the file; the system's temporary folder by default.
         min_bytes: smaller saved tensors stay.
         parameters: a module, or tensors, whose storages stay. Parameters are known without it, except by detached
@@ -173,7 +183,7 @@ class PipelineOffload:
         threads: threads that copy, per engine.
         map_allocations: with a file, set glibc's M_MMAP_THRESHOLD so that freed memory leaves the process; see
             `ActivationOffload`.
-        engine: moves the blocks in place of those that `storage` names.
+        device: with storage="pinned": the GPU, by default the current one; or another `StreamDevice`.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -194,18 +204,13 @@ class PipelineOffload:
         skip=None,
         threads: int = 2,
         map_allocations: bool = True,
-        engine: Engine | None = None,
+        device: StreamDevice | str | None = None,
         debug_delays: int | None = None,
     ) -> None:
-        if storage not in ("memory", "file"):
-            raise ValueError(f"storage: expected 'memory' or 'file', got {storage!r}")
-        self._threads, self._delays = threads, debug_delays
-        self._storage = storage
-        self._folder = spill_folder(path)
-        self._engines: dict[str, Engine] = {} if engine is None else {"host": engine, "file": engine}
+        self._store = BlockStore(storage, path, threads, device, map_allocations, debug_delays)
         self._packing = Packing(
-            "PipelineOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, copy_type=_BlockCopy,
-            made=self._on_copy,
+            "PipelineOffload", min_bytes=min_bytes, parameters=parameters, skip=skip,
+            accepts=self._store.accepts, copy_type=_BlockCopy, made=self._on_copy,
         )  # fmt: skip
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, _unpack)
         self._blocks: dict[tuple[int, int], _Block] = {}
@@ -216,8 +221,6 @@ class PipelineOffload:
         """Whether the times of actions are taken, which makes an accelerator wait for each to end."""
         self.rank = rank
         self.set_plan(plan)
-        if map_allocations and "file" in self._tiers.values():
-            return_freed_memory(1 << 16)
 
     def set_plan(self, plan: Plan) -> None:
         """Follow another plan from the next step on."""
@@ -229,20 +232,16 @@ class PipelineOffload:
         self.plan = plan
         self._actions = plan.order.ranks[self.rank]
         self._transfers = plan.transfers[self.rank]
-        by_plan = {(copy.chunk, copy.microbatch): copy.tier for copy in plan.copies[self.rank]}
-        self._tiers = {block: "file" if self._storage == "file" else tier for block, tier in by_plan.items()}
-        for tier in sorted(set(self._tiers.values())):
-            if tier not in self._engines:
-                folder = None if tier == "host" else self._folder
-                # The plan bounds what is under way: a release waits.
-                self._engines[tier] = Engine(folder, None, self._threads, 1 << 50, self._delays)
-                warn_if_in_memory("PipelineOffload", self._engines[tier], folder, stacklevel=3)
+        self._store.open(plan, self.rank)
         self.reset_counters()
 
     def close(self) -> None:
         """Ends the threads and frees the storage now. Dropping the last reference does the same."""
-        for engine in self._engines.values():
-            engine.close()
+        self._store.close()
+
+    def measure_bandwidth(self) -> Rates:
+        """Bytes per second of the storage, out and back; before `begin_step` or after `end_step`."""
+        return self._store.measure()
 
     # --- a step -------------------------------------------------------------------------------------
 
@@ -344,8 +343,7 @@ class PipelineOffload:
         self._seconds: dict[tuple[str, int], list[float]] = {}
         self._sizes: dict[tuple[int, int], int] = {}
         self._packing.reset_counters()
-        for engine in self._engines.values():
-            engine.reset_counters()
+        self._store.engine.reset_counters()
 
     def counters(self) -> dict[str, object]:
         """Since the start, `reset_counters` or `set_plan`:
@@ -358,7 +356,7 @@ class PipelineOffload:
         - block_bytes: by chunk, the largest block; seconds: by kind and chunk, the median time of an action, while
           `measuring`;
         - kept, kept_bytes: saved tensors that stayed, by reason;
-        - engines: the counters of the engine of each tier.
+        - engine: the counters of the engine that copies.
         """
         block_bytes: dict[int, int] = {}
         for (chunk, _), size in self._sizes.items():
@@ -376,7 +374,7 @@ class PipelineOffload:
             "seconds": {key: median(values) for key, values in self._seconds.items()},
             "kept": dict(self._packing.kept),
             "kept_bytes": dict(self._packing.kept_bytes),
-            "engines": {tier: engine.counters() for tier, engine in self._engines.items()},
+            "engine": self._store.engine.counters(),
         }
 
     # --- inner --------------------------------------------------------------------------------------
@@ -399,7 +397,7 @@ class PipelineOffload:
         if block is None:
             return
         if transfer.kind == "offload":
-            size = block.offload(self._engines[self._tiers[place]])
+            size = block.offload()
             if size < 0:
                 self._stay()
             else:
@@ -416,10 +414,14 @@ class PipelineOffload:
             if block.is_away:
                 self._add_live(1, self._sizes[place])
             block.reload()
+        elif transfer.kind == "spill":
+            block.spill()
+        elif transfer.kind == "fetch":
+            block.fetch()
 
     def _stay(self) -> None:
         self._stayed += 1
-        failure = next(filter(None, (engine.take_failure() for engine in self._engines.values())), "")
+        failure = self._store.engine.take_failure()
         if not self._warned:
             self._warned = True
             warnings.warn(

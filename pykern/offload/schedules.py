@@ -2,18 +2,20 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.pipelining.schedules import _Action, _batch_p2p, _ComputationType, _PipelineScheduleRuntime
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from .pipeline import PipelineOffload
 from .planning.orders import make_order
+from .planning.planner import plan, replan
 from .planning.types import Order, Plan, Times
 from .sends import Step, safe_waits
-from .stages import ReceiveBuffers, Watched, drop_outputs
+from .stages import ReceiveBuffers, Watched, drop_outputs, without_messages_to_itself
+from .streams import StreamDevice
 
 _SENDS = ("SEND_F", "SEND_B")
 _WAITS = ("WAIT_SEND_F", "WAIT_SEND_B")
@@ -79,6 +81,12 @@ class SchedulePlanned(_PipelineScheduleRuntime):
         self._prepare_schedule_with_comms(self.pipeline_order)
         self._chunk_of = {stage.stage_index: chunk for chunk, stage in enumerate(stages)}
 
+    def _initialize_stages(self, *arguments: Any, **keywords: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            for stage in self._stages:
+                stack.enter_context(without_messages_to_itself(stage))
+            super()._initialize_stages(*arguments, **keywords)
+
 
 def _stages_of_rank(order: Order, rank: int, chunks: int, schedule: str) -> list[int]:
     if order.chunks != chunks:
@@ -119,19 +127,21 @@ class SchedulePipeOffload(SchedulePlanned):
     stage received; outputs go once they are sent. Inputs and outputs of the whole model, and what the caller
     holds, stay. Gradients are equal bit for bit to those of the same schedule without offload.
 
-    Unless they are given, times, sizes and bandwidths are measured in the first step, and the plan made anew from them
-    for the second, on all ranks alike.
+    Times, sizes and bandwidths that are not given are measured in the first step, whose blocks leave as soon and come
+    back as late as they can, and the plan is made anew from them for the second step, on all ranks alike.
 
     Args:
         stages, n_microbatches, loss_fn, group, split_backward, keywords: as for `SchedulePlanned`.
         schedule: any of its names.
-        offload: "half" or "full" of the chunks, or how many, the first ones first; or a Plan made for this schedule.
-        storage: "memory" or "file"; see `PipelineOffload`.
+        offload: "half" or "full" of the chunks, or how many, the first ones first; "none", to let a budget choose; or
+            a Plan made for this schedule.
+        storage: "memory", "file" or "pinned"; see `PipelineOffload`.
         path: folder of the file.
-        times: seconds of each stage's actions.
-        bandwidth: bytes per second of one direction.
-        replan: whether to measure in the first step and plan anew; by default if times or bandwidth are missing.
-        min_bytes, skip, threads, engine: as for `PipelineOffload`.
+        times: seconds of each stage's actions, as `pykern.plan` takes them.
+        block_bytes: what each stage saves for the backward of one microbatch.
+        bandwidth: bytes per second of copies out and back.
+        planning: further arguments of `pykern.plan`, such as budget, host_budget, file_bandwidth, directions, stall.
+        min_bytes, skip, threads, map_allocations, device: as for `PipelineOffload`.
 
     `offload` (a PipelineOffload) has the plan and the counters.
     """
@@ -146,29 +156,44 @@ class SchedulePipeOffload(SchedulePlanned):
         offload: str | int | Plan = "half",
         storage: str = "memory",
         path: str | os.PathLike | None = None,
-        times: Times | None = None,
-        bandwidth: float | None = None,
-        replan: bool | None = None,
+        times: Times | Sequence | None = None,
+        block_bytes: int | Sequence[int] | None = None,
+        bandwidth: float | tuple[float, float] | None = None,
+        planning: Mapping[str, Any] | None = None,
         group: int | None = None,
         split_backward: bool | None = None,
         min_bytes: int = 1 << 12,
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
-        engine=None,
+        map_allocations: bool = True,
+        device: StreamDevice | str | None = None,
         debug_delays: int | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(
             schedule, stages, n_microbatches, loss_fn, group=group, split_backward=split_backward, **keywords
         )
-        plan = offload if isinstance(offload, Plan) else None
-        if plan.order.ranks != self.order.ranks:
+        if isinstance(offload, Plan):
+            first = offload
+            self._measured = {}
+        else:
+            given = {"times": times, "bytes": block_bytes, "bandwidth": bandwidth}
+            # Whatever is chosen leaves at once and comes back late, as if copies took no time.
+            guessed = {"times": (1.0, 1.0, 1.0), "bytes": 1, "bandwidth": 1e6}
+            self._measured = {name: value for name, value in given.items() if value is not None}
+            known = self._measured if len(self._measured) == len(given) else guessed
+            first = plan(
+                schedule, len(self.order.ranks), self.order.chunks, n_microbatches, offload=offload, group=group,
+                split_backward=split_backward, **known, **(planning or {}),
+            )  # fmt: skip
+        if first.order.ranks != self.order.ranks:
             raise ValueError("offload: the plan is for another order of actions; make it for this schedule and counts")
         self.offload = PipelineOffload(
-            plan, self.rank, storage=storage, path=path, min_bytes=min_bytes, skip=skip, threads=threads, engine=engine,
+            first, self.rank, storage=storage, path=path, min_bytes=min_bytes, skip=skip, threads=threads,
             parameters=[tensor for stage in stages for tensor in (*stage.submod.parameters(), *stage.submod.buffers())],
-            debug_delays=debug_delays,
+            map_allocations=map_allocations, device=device, debug_delays=debug_delays,
         )  # fmt: skip
+        self.offload.measuring = self._is_guessed = not isinstance(offload, Plan) and len(self._measured) < 3
         self._buffers = {stage.stage_index: ReceiveBuffers(stage) for stage in stages}
         self._stage_of = {stage.stage_index: stage for stage in stages}
         self._waits = safe_waits(
@@ -207,6 +232,8 @@ class SchedulePipeOffload(SchedulePlanned):
         self._sends.clear()
         if self._has_backward:
             self.offload.end_step()
+            if self._is_guessed:
+                self._plan_anew()
 
     def _assert_unsharded(self, stage: _PipelineStageBase) -> None:
         # The first thing that the runtime does for a computation: before it waits for what it needs.
@@ -223,6 +250,28 @@ class SchedulePipeOffload(SchedulePlanned):
             super()._maybe_compute_loss(stage, output, target_mbs, mb_index, *rest)
 
     # --- what they do -------------------------------------------------------------------------------
+
+    def _plan_anew(self) -> None:
+        """From what all ranks measured in the step that has ended; given values stay."""
+        counters = self.offload.counters()
+        seconds, sizes = counters["seconds"], counters["block_bytes"]
+        own = {}
+        for stage in self._stages:
+            chunk = self._chunk_of[stage.stage_index]
+            whole = seconds.get(("B", chunk), 0.0)
+            backward = seconds.get(("I", chunk), whole / 2), seconds.get(("W", chunk), whole / 2)
+            own[stage.stage_index] = (seconds["F", chunk], *backward, sizes[chunk])
+        group = self._stages[0].group
+        ranks: list[Any] = [None] * len(self.order.ranks)
+        distributed.all_gather_object(ranks, (own, self.offload.measure_bandwidth()), group=group)
+        stages = [values for _, values in sorted(item for stages, _ in ranks for item in stages.items())]
+        forward, backward_input, backward_weight, block_bytes = zip(*stages, strict=True)
+        out, back = (min(values) for values in zip(*(rates for _, rates in ranks), strict=True))
+        measured = {
+            "times": Times(forward, backward_input, backward_weight), "bytes": block_bytes, "bandwidth": (out, back),
+        }  # fmt: skip
+        self.offload.set_plan(replan(self.offload.plan, **{**measured, **self._measured}))
+        self.offload.measuring = self._is_guessed = False
 
     def _before_computation(self) -> None:
         if self._passed_on is not None:

@@ -5,12 +5,13 @@ first step on. Since 2.15 `_forward_chunk_states` holds them, outputs may be rep
 buffers are made when they are needed.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,6 +73,20 @@ def drop_outputs(stage: _PipelineStageBase, microbatch: int) -> None:
             for output in outputs
         )
         stage.fwd_cache[microbatch] = outputs, inputs
+
+
+@contextlib.contextmanager
+def without_messages_to_itself(stage: _PipelineStageBase) -> Iterator[None]:
+    """While torch 2.11 connects ranks by messages between neighbours: also those of one rank, which gloo refuses."""
+    connect = getattr(stage, "_get_init_p2p_neighbors_ops", None)
+    if connect is None:
+        yield
+        return
+    stage._get_init_p2p_neighbors_ops = lambda: [op for op in connect() if op.peer != distributed.get_rank()]
+    try:
+        yield
+    finally:
+        del stage._get_init_p2p_neighbors_ops
 
 
 class _Made(NamedTuple):

@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ class _Item:
     """
 
     __slots__ = (
-        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "held", "home", "landing",
-        "nbytes", "number", "ready", "reservations", "slot", "users", "written",
+        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
+        "home", "is_planned", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
     )  # fmt: skip
 
     def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
@@ -56,7 +57,7 @@ class _Item:
         self.users: dict[Stream, None] = {}
         self.reservations = 0
         self.file_item: int | None = None
-        self.fetched = False
+        self.fetched = self.goes_to_file = self.is_planned = False
 
 
 class StreamedEngine:
@@ -109,6 +110,7 @@ class StreamedEngine:
         self._lock = threading.Lock()
         self._next_item = self._next_point = 0
         self._failure = ""
+        self.tiers = ("host",) if file is None else ("host", "file")
         self._can_spill = file is not None
         self._stalled_before = 0.0
         self.description = f"pinned memory of {device.name}"
@@ -117,15 +119,34 @@ class StreamedEngine:
 
     # --- out ----------------------------------------------------------------------------------------
 
-    def store(self, parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int, slot: int | None = None) -> int:
+    def store(
+        self,
+        parts: Sequence[Tensor],
+        offsets: Sequence[int],
+        nbytes: int,
+        *,
+        slot: int = -1,
+        tier: Literal["host", "file"] | None = None,
+    ) -> int:
         """Starts copying parts out, to `offsets` of a block of `nbytes`; the item's number.
 
-        parts: uint8, one dimension, on the device. offsets: ascending multiples of 256. slot: of the plan.
         Returns -1 if there is no room, or copying can't be started: the caller keeps the parts.
+
+        parts: uint8, one dimension, on the device. offsets: ascending multiples of 256.
+        slot: of the plan. It may hold the block of an item that is being copied back: that item then keeps its block
+            on the device until it is released.
+        tier: "file": goes on to the file once it is settled.
+
+        Raises:
+            ValueError: this engine has no such tier.
+            RuntimeError: `slot` against the plan: there is no such slot, the block is larger, or the slot's last item
+                has been neither reserved nor released.
         """
         with self._lock:
             self._begin()
             _check_parts(parts, offsets, nbytes)
+            if tier is not None and tier not in self.tiers:
+                raise ValueError(f"tier: expected {' or '.join(map(repr, self.tiers))}, got {tier!r}; pass file=")
             if nbytes == 0:
                 return self._store_nothing()
             place = self._place(nbytes, slot)
@@ -141,12 +162,16 @@ class StreamedEngine:
                     raise
                 self._failure = f"copying out of {self._device.name} failed: {error}"
                 return -1
+            item.goes_to_file, item.is_planned = tier == "file", place.index == slot
             place.owner = item
             self._items[item.number] = item
             self._writing.append(item)
             self._writing_bytes += nbytes
             self._offloads += 1
             self._offloaded_bytes += nbytes
+            if slot >= 0:
+                self._planned_bytes += place.memory.numel()
+                self._needed_bytes += nbytes
             if self._queue_bytes is not None:
                 while self._writing_bytes > self._queue_bytes and len(self._writing) > 1:
                     self._settle(self._writing[0])
@@ -186,9 +211,11 @@ class StreamedEngine:
         item.ends = {device.out_stream: item.written}
 
     def _order_copy_out(self, item: _Item) -> None:
-        self._device.wait(self._device.out_stream, item.ready.event)
+        stream = self._device.out_stream
+        self._device.wait(stream, item.ready.event)
         for end in item.slot.ends.values():
-            self._device.wait(self._device.out_stream, end.event)
+            if end.stream != stream:
+                self._device.wait(stream, end.event)
 
     def _give_up_copy_out(self, item: _Item, parts: Sequence[Tensor]) -> None:
         """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
@@ -206,6 +233,8 @@ class StreamedEngine:
             self._writing_bytes -= item.nbytes
             if item.block is None:
                 self._drop_sources(item)
+                if item.goes_to_file:
+                    self._spill(item)
 
     def _drop_sources(self, item: _Item) -> None:
         if item.held:
@@ -264,13 +293,14 @@ class StreamedEngine:
             self._forward(item)
             return
         device = self._device
-        # Held until the block is dropped: no slot may hold it.
-        item.landing = self._read_file(item) if item.slot is None else self._memory(item)[: item.nbytes]
+        if item.slot is None:
+            self._read_file(item)
+        source = item.landing if item.slot is None else self._memory(item)[: item.nbytes]
         block = device.allocate(item.nbytes)
         item.block, item.block_home = block, device.compute_stream()
         try:
             self._order_copy_in(item, self._point(item.block_home))
-            device.copy(device.back_stream, block, item.landing)
+            device.copy(device.back_stream, block, source)
         except BaseException as error:
             item.arrived = self._point(device.back_stream)
             self._drop_block(item)
@@ -284,8 +314,10 @@ class StreamedEngine:
         self._reloaded_bytes += item.nbytes
 
     def _order_copy_in(self, item: _Item, allocated: Point) -> None:
-        self._device.wait(self._device.back_stream, allocated.event)
-        self._device.wait(self._device.back_stream, item.written.event)
+        stream = self._device.back_stream
+        self._device.wait(stream, allocated.event)
+        if item.written.stream != stream:
+            self._device.wait(stream, item.written.event)
 
     def _order_use(self, item: _Item, stream: Stream) -> None:
         self._device.wait(stream, item.arrived.event, measured=item.arrived.stream == self._device.back_stream)
@@ -314,6 +346,8 @@ class StreamedEngine:
         if item.block is None:
             return
         self._order_drop_of_block(item)
+        if item.landing is not None:
+            self._device.synchronize(item.arrived.event)
         # A forwarded source is let go as a source: after it was copied out, too.
         if not item.held or item.block is not item.held[0][1]:
             self._device.free(item.block, item.block_home)
@@ -353,31 +387,36 @@ class StreamedEngine:
 
     # --- slots --------------------------------------------------------------------------------------
 
-    def _place(self, nbytes: int, index: int | None) -> Slot | None:
+    def _place(self, nbytes: int, index: int) -> Slot | None:
         try:
             slot = self._arena.acquire(nbytes, index)
             while slot is None and self._make_room(nbytes, index):
                 slot = self._arena.acquire(nbytes, index)
+            if slot is None and index >= 0:
+                return self._place(nbytes, -1)
         except MemoryError as error:
             self._failure = str(error)
             self._arena.stop_growing()
             return None
         return slot
 
-    def _make_room(self, nbytes: int, index: int | None) -> bool:
+    def _make_room(self, nbytes: int, index: int) -> bool:
         """Takes the slot of an item that has its bytes elsewhere, or can have; False if there is none."""
-        if index is not None:
+        if index >= 0:
             owner = self._arena.planned(index).owner
+            # The file may still be reading the slot, so it comes first.
+            if owner.file_item is not None and self._evict(owner):
+                return True
             if owner.block is not None and not owner.held:
                 self._give_slot(owner)
                 return True
-            if self._spill(owner):
-                return self._evict(owner)
-            self._failure = (
-                f"slot {index} of the plan is still in use: item {owner.number} in it has not come back, "
-                f"so {nbytes} bytes stay on {self._device.name}"
+            if not owner.is_planned:
+                # It found the slot free, and nobody told that it would stay.
+                return False
+            raise RuntimeError(
+                f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
+                "released; follow the plan's order"
             )
-            return False
         victims = [item for item in self._items.values() if item.slot is not None and item.block is None]
         if self._arena.is_planned:
             victims = [item for item in victims if item.slot.memory.numel() >= nbytes]
@@ -425,14 +464,22 @@ class StreamedEngine:
             return True
         if not self._can_spill or item.slot is None:
             return False
-        self._device.synchronize(item.written.event)
+        self._order_host_read(item)
+        item.goes_to_file = False
         self._settle(item)
-        number = self._file.store([self._memory(item)[: item.nbytes]], [0], item.nbytes)
+        memory = self._memory(item)[: item.nbytes]
+        self._device.touch_host(memory, writes=False)
+        number = self._file.store([memory], [0], item.nbytes)
         if number < 0:
             self._stop_spilling()
             return False
         item.file_item = number
+        self._spills += 1
+        self._spilled_bytes += item.nbytes
         return True
+
+    def _order_host_read(self, item: _Item) -> None:
+        self._device.synchronize(item.written.event)
 
     def _evict(self, item: _Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
@@ -448,20 +495,25 @@ class StreamedEngine:
         self._can_spill = False
         self._failure = self._file.take_failure() or "the spill file is full"
 
-    def _read_file(self, item: _Item) -> Tensor:
-        """The item's bytes, in a slot again if there is one, from which the copy back is faster."""
+    def _read_file(self, item: _Item) -> None:
+        """To a slot, if there is one, from which the copy back is faster; else `landing` is the file's buffer."""
         data = self._file.load(item.file_item)
         if item.fetched:
             self._file.unreserve(item.file_item)
             item.fetched = False
-        slot = self._place(item.nbytes, None)
+        slot = self._place(item.nbytes, -1)
         if slot is None:
-            return data
+            item.landing = data
+            return
+        self._order_host_write(slot)
+        memory = slot.memory[: item.nbytes]
+        self._device.touch_host(memory, writes=True)
+        memory.copy_(data)
+        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
+
+    def _order_host_write(self, slot: Slot) -> None:
         for end in slot.ends.values():
             self._device.synchronize(end.event)
-        slot.memory[: item.nbytes].copy_(data)
-        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
-        return slot.memory[: item.nbytes]
 
     # --- all of it ----------------------------------------------------------------------------------
 
@@ -480,7 +532,10 @@ class StreamedEngine:
         return failure
 
     def counters(self) -> dict[str, float]:
-        """As Engine.counters. queue_seconds is 0: parts are waited for in the device's streams, as loads are."""
+        """As Engine.counters. queue_seconds is 0: parts are waited for in the device's streams, as loads are.
+
+        Blocks on the device come from the device's own allocator: buffer_allocations is 0.
+        """
         with self._lock:
             self._forget_released()
             return {
@@ -490,7 +545,10 @@ class StreamedEngine:
                 "stall_seconds": self._device.stall_seconds() - self._stalled_before, "queue_seconds": 0.0,
                 "slots": self._arena.slots, "peak_slots": self._arena.peak_slots,
                 "slot_bytes": self._arena.bytes, "peak_slot_bytes": self._arena.peak_bytes,
-                "extent_bytes": self._arena.extent,
+                "extent_bytes": self._arena.extent, "growths": self._arena.growths, "buffer_allocations": 0,
+                "spills": self._spills, "spilled_bytes": self._spilled_bytes,
+                "file_bytes": 0 if self._file is None else self._file.counters()["slot_bytes"],
+                "waste": 1 - self._needed_bytes / self._planned_bytes if self._planned_bytes else 0.0,
             }  # fmt: skip
 
     def reset_counters(self) -> None:
@@ -501,7 +559,8 @@ class StreamedEngine:
 
     def _count_from_zero(self) -> None:
         self._offloads = self._offloaded_bytes = self._reloads = self._reloaded_bytes = 0
-        self._forwards = self._forwarded_bytes = 0
+        self._forwards = self._forwarded_bytes = self._spills = self._spilled_bytes = 0
+        self._planned_bytes = self._needed_bytes = 0
 
     def close(self) -> None:
         """Waits for the copies under way and gives the memory back; what is still stored is lost."""
@@ -532,9 +591,10 @@ class StreamedEngine:
 def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
     for stream in (device.out_stream, device.back_stream):
         device.synchronize(device.record(stream))
-    arena.close()
+    # It may still read slots.
     if file is not None:
         file.close()
+    arena.close()
 
 
 def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:

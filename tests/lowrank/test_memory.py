@@ -38,9 +38,8 @@ for rank, residual in CASES:
     os.wait()
 """
 
-# Rank and residual. Fira's rounds share the low-rank gradient, rank / n of a bfloat16 weight: it stays below 5 % up to
-# rank 128 only.
-CASES = [(32, 0), (128, 0), (512, 0), (128, 1), (512, 2), (512, 3)]
+CASES = [(32, 0), (128, 0), (512, 0), (128, 1), (512, 1), (512, 2), (512, 3)]
+"""Rank and residual."""
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="asks the kernel for the peak")
@@ -51,5 +50,7 @@ def test_a_step_needs_little_memory():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     shares = [float(line.split()[2]) for line in done.stdout.splitlines()]
-    assert len(shares) == len(CASES)
-    assert all(0 < share < 0.05 for share in shares), done.stdout
+    # Fira's rounds share the low-rank gradient, rank / n of a bfloat16 weight; at rank 128 both fit into 5 %.
+    limits = [0.05 + 512 / 4096 if case == (512, 1) else 0.05 for case in CASES]
+    assert len(shares) == len(limits)
+    assert all(0 < share < limit for share, limit in zip(shares, limits, strict=True)), done.stdout

@@ -8,7 +8,7 @@ import torch
 import pykern
 
 REFUSED = [
-    (dict(storage="disk"), ValueError, "storage: expected 'memory', 'file' or 'pinned', got 'disk'"),
+    (dict(storage="disk"), ValueError, "storage: expected 'memory', 'file', 'memory+file' or 'pinned', got 'disk'"),
     (dict(storage="pinned", device="cpu"), ValueError, "device: expected a CUDA device for storage='pinned', got cpu"),
     (dict(device="cuda"), ValueError, "device: only storage='pinned' has one, got storage='memory'"),
     (dict(storage="pinned", debug_delays=1), ValueError, "debug_delays: storage='pinned' has none"),

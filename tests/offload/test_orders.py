@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from pykern.offload.planning.group_orders import least_group, smallest_group
+from pykern.offload.planning.advice import advise_group, smallest_group
+from pykern.offload.planning.group_orders import least_group
 from pykern.offload.planning.orders import SCHEDULES, make_order, pipe_offload_slots
 from pykern.offload.planning.simulation import (
     bubbles, live_blocks, simulate, table_blocks, table_bubble, uniform_times,
@@ -205,6 +206,7 @@ def test_what_cannot_be_had_becomes_the_nearest_and_is_told():
     assert note("zb_v", 4, 3, 8).startswith("gis, loop: ZB-V has two chunks per device, not 3")
     assert note("v_half", 4, 1, 8).startswith("gis_h, loop: V-Half has two chunks per device, not 1")
     assert note("v_min", 4, 4, 8).startswith("gis_h, loop: V-Min has two chunks per device, not 4")
+    assert note("zb_v", 4, 2, 8, group=3) == "zb_v, v: group=3 is left out: zb_v has no such choice"
 
 
 def test_unequal_stages_need_larger_groups():
@@ -215,6 +217,25 @@ def test_unequal_stages_need_larger_groups():
     assert smallest_group(8, slow) == 5
     assert smallest_group(4, Times((9.0,) * 4, (0.0,) * 4, (0.0,) * 4)) == 4
     assert smallest_group(1, Times((1.0,), (1.0,), (1.0,))) == 1
+    # A whole backward takes two thirds of a stage's time.
+    assert smallest_group(8, even, split_backward=False) == 6
+
+
+def test_advice_on_the_group():
+    order = make_order("po", 8, 4, 32)
+    times = uniform_times(order)
+    assert advise_group(order, times) == () == advise_group(make_order("gis", 8, 4, 32, split_backward=False), times)
+    fused = make_order("po", 8, 4, 32, split_backward=False)
+    with_six = make_order("po", 8, 4, 32, split_backward=False, group=6)
+    seconds, less = (max(spans[-1][1] for spans in simulate(each, times)) for each in (fused, with_six))
+    assert max(bubbles(with_six, simulate(with_six, times))) == table_bubble("1f1b", 8, 4)
+    assert advise_group(fused, times) == (
+        f"without copies, group=6 would take {1 - less / seconds:.1%} less time with these stages, for up to 4 more "
+        "blocks per device",
+    )
+    assert advise_group(make_order("gis_h", 8, 4, 32, split_backward=False), times) != ()
+    # No difference where there is nothing to fill.
+    assert advise_group(make_order("po", 8, 4, 1, split_backward=False), times) == ()
 
 
 def check(order: Order, times: Times) -> None:

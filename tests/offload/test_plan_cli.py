@@ -1,5 +1,6 @@
 """`python -m pykern plan`: what its options mean, what it writes, and one line for what cannot be."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pykern.offload import planning
 from pykern.offload.planning.cli import InputError, main, make_plan
+from pykern.offload.planning.cost import layer_bytes, layer_flops
 from pykern.offload.planning.orders import SCHEDULES
 from pykern.offload.planning.planner import plan
 from pykern.offload.planning.table import table
@@ -68,6 +71,15 @@ def test_options_are_plans_arguments(tmp_path):
     assert made.times.forward == (0.001, 0.002, 0.003, 0.004)
     assert made.block_bytes == (3072, 4096, 5120, 6144)
     assert made.request["bandwidth"] == pytest.approx(2 * 6144 / (0.5 * 0.007))
+    # The paper's model of 10.5 billion parameters, at 16384 tokens.
+    options = "--chunks 5 --layer 16384,5120,40,8 --flops 220T --bandwidth 15G --layers 2 --batch 3"
+    made, _ = make_plan(["po_f", *SMALL, *options.split()])
+    seconds = [2 * flops / 220e12 for flops in layer_flops(3, 16384, 5120)]
+    assert made == plan(
+        "po_f", 4, 5, 8, times=Times(*((value,) * 20 for value in seconds)),
+        bytes=(2 * 3 * 16384 * 5120 * 168 // 10,) * 20, bandwidth=(15e9, 15e9),
+    )  # fmt: skip
+    assert made.request["bytes"][0] == round(2 * layer_bytes(3, 16384, 5120, 40, 8))
 
 
 def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
@@ -90,8 +102,8 @@ def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
         (["gis", *SMALL, "--times", "1,2,3h"], "argument --times: expected seconds, such as 11ms, got '3h'"),
         (["gis", *SMALL, "--times=-1,2,3"], "argument --times: expected seconds, such as 11ms, got '-1'"),
         (["gis", *SMALL, "--bytes", "3XB"], "argument --bytes: expected bytes, such as 350MiB, got '3XB'"),
-        (["gis", *SMALL, "--bandwidth", "fast"], "argument --bandwidth: expected bytes per second, such as 20GB"),
-        (["gis", *SMALL, "--bandwidth", "1e400"], "argument --bandwidth: expected bytes per second, such as 20GB"),
+        (["gis", *SMALL, "--bandwidth", "fast"], "argument --bandwidth: expected a rate per second, such as 20GB"),
+        (["gis", *SMALL, "--bandwidth", "1e400"], "argument --bandwidth: expected a rate per second, such as 20GB"),
         (["gis", *SMALL, "--bandwidth", "1,2,3"], "argument --bandwidth: expected one rate, or one out and one back"),
         (["gis", *SMALL, "--bandwidth", "0"], "bandwidth: expected a finite number above 0, got 0.0"),
         (["gis", *SMALL, "--k", "0"], "--k: expected a finite number above 0, got 0"),
@@ -104,6 +116,12 @@ def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
         (["gis", *SMALL, "--stages", str(empty)], f"--stages {empty}: has no lines F,I,W"),
         (["gis", *SMALL, "--stages", str(missing)], f"--stages {missing}: No such file or directory"),
         (["gis", *SMALL, "--stages", str(some), "--times", "1,1,1"], "--times: --stages has times, too"),
+        (["gis", *SMALL, "--layer", "4096"], "argument --layer: expected S,H or S,H,Q,K, such as 4096,5120,40,8"),
+        (["gis", *SMALL, "--layer", "4096,0"], "argument --layer: expected S,H or S,H,Q,K, such as 4096,5120,40,8"),
+        (["gis", *SMALL, "--layer", "8,8"], "--layer: needs --flops, the operations per second"),
+        (["gis", *SMALL, "--layer", "8,8", "--times", "1,1,1"], "--times: --layer has times, too; give one of them"),
+        (["gis", *SMALL, "--flops", "220T"], "--flops: goes with --layer; give that, too"),
+        (["gis", *SMALL, "--layer", "8,8", "--flops", "1T", "--batch", "0"], "--batch: expected more than 0, got 0"),
         (["gis", *SMALL, "--png", str(missing / "a.png")], f"--png {missing / 'a.png'}: No such file or directory"),
         (["gis", *SMALL, "--json", str(tmp_path)], f"--json {tmp_path}: Is a directory"),
         (["gis", *SMALL, "--png", str(tmp_path / "a.png"), "--png-inches", "0"], "--png-inches: expected 1 to 200"),
@@ -117,6 +135,19 @@ def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
         four = tmp_path / "four"
         four.write_text("1,1,1,4\n" * 8)
         make_plan(["gis", *SMALL, "--stages", str(four), "--bytes", "4"])
+
+
+def test_planning_needs_neither_torch_nor_matplotlib():
+    for path in Path(planning.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom) and node.level == 0}
+        found = {name.partition(".")[0] for name in names} & {"torch", "numpy", "pykern", "matplotlib"}
+        assert found <= ({"matplotlib"} if path.name == "drawing.py" else set()), path.name
+        # Only when something is drawn, or for a type checker.
+        assert not any(isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
+                       for node in tree.body)  # fmt: skip
 
 
 def test_no_png_without_matplotlib(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,11 @@ def test_bytes_per_layer():
     assert layer_bytes(2, 1024, 512) == 20 * 2 * 1024 * 512
     assert layer_bytes(1, 1024, 512, heads=8, kv_heads=8) == 20 * 1024 * 512
     assert layer_bytes(1, 1024, 512, heads=8, kv_heads=2) == 17 * 1024 * 512
-    assert layer_flops(1, 6, 1) == 72 * 6 * 2
+
+
+def test_flops_per_layer():
+    assert layer_flops(2, 3, 5) == (2 * 3 * 5 * (24 * 5 + 4 * 3), 2 * 3 * 5 * (24 * 5 + 8 * 3), 2 * 3 * 5 * 24 * 5)
+    assert sum(layer_flops(2, 1024, 512)) == pytest.approx(72 * 2 * 1024 * 512**2 * (1 + 1024 / (6 * 512)), rel=1e-12)
 
 
 def test_equation_1():

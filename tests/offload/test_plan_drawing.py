@@ -92,14 +92,17 @@ def test_picture_shows_every_action_and_copy():
     assert texts(spilled)["on to the file, and from it"] == 1
     # A glance at the whole: no numbers where they wouldn't fit.
     assert not {"5", "6", "7"} & set(texts(made, inches=1.0))
+    reading = [figure(made, inches).texts[1].get_text() for inches in (None, 1.0)]
+    assert reading == ["numbers: microbatches, from 0; shades: from chunk 0, light, to chunk 1, dark",
+                       "shades: from chunk 0, light, to chunk 1, dark"]  # fmt: skip
 
 
 def test_png():
     pixels = {}
     for name, made, inches in [
         ("small", make(), None),
-        ("large", make("po_h", 8, 4, 64), None),
-        ("narrow", make("po_h", 8, 4, 64), 6.0),
+        ("large", make("po_h", 8, 4, 24), None),
+        ("narrow", make("po_h", 8, 4, 24), 6.0),
         ("no time", make("gis", 2, 2, 2, times=(0.0, 0.0, 0.0)), None),
     ]:
         file = io.BytesIO()

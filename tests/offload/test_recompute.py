@@ -69,8 +69,8 @@ def test_offload_moves_what_recipes_need_and_no_more():
     assert stats["recomputed"] == 9
     assert stats["recomputed_bytes"] == 3 * (2 * WIDTH + 2 * WIDTH) * ROWS * 4
     # Of each layer x, gate and up, and the last output; but for the first x, which is a leaf.
-    assert stats["offloads"] == 3 * 3
-    assert stats["offloaded_bytes"] == (2 * WIDTH + 3 * 4 * WIDTH + WIDTH) * ROWS * 4
+    assert stats["peak_slots"] == 3 * 3
+    assert stats["peak_slot_bytes"] == (2 * WIDTH + 3 * 4 * WIDTH + WIDTH) * ROWS * 4
 
 
 def test_outputs_leave_memory():

@@ -1,11 +1,11 @@
-"""Low-rank optimizers in the Trainer of transformers: steps, checkpoints, steps inside the backward pass."""
+"""In the Trainer of transformers: low-rank steps, checkpoints, steps inside the backward pass, activation offload."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import pykern
-from pykern.integrations.hf_trainer import backward_optimizer, trainer_optimizer
+from pykern.integrations.hf_trainer import backward_optimizer, offloading, trainer_optimizer
 
 LENGTH = 12
 OPTIONS = {"rank": 4, "lr": 0.01, "refresh_every": 2, "weight_decay": 0.1, "exclude": ["lm_head"]}
@@ -31,7 +31,7 @@ def examples(count):
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def trainer(model, folder, steps, accumulate=1, save=False, **optimizer):
+def trainer(model, folder, steps, accumulate=1, save=False, kind=Trainer, checkpointing=False, **optimizer):
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -43,12 +43,13 @@ def trainer(model, folder, steps, accumulate=1, save=False, **optimizer):
         save_steps=3,
         logging_steps=1,
         report_to=[],
+        gradient_checkpointing=checkpointing,
         use_cpu=True,
         disable_tqdm=True,
         seed=0,
         data_seed=0,
     )
-    return Trainer(model, arguments, train_dataset=examples(20), **optimizer)
+    return kind(model, arguments, train_dataset=examples(20), **optimizer)
 
 
 def assert_equal(one, other):
@@ -110,3 +111,22 @@ def test_steps_in_the_backward_pass(tmp_path, accumulate):
     )  # fmt: skip
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert_equal(layerwise, resumed)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("storage", ["memory", "file"])
+def test_activation_offload(tmp_path, storage, checkpointing):
+    model, offloaded = llama(), llama()
+    steps = {
+        which: {"optimizer_cls_and_kwargs": trainer_optimizer(which, "GaLoreAdamW", **OPTIONS)}
+        for which in (model, offloaded)
+    }
+    trainer(model, tmp_path, 3, 2, checkpointing=checkpointing, **steps[model]).train()
+    kind = offloading(Trainer, storage=storage, min_bytes=256, keep_last=0)
+    assert kind.__name__ == "OffloadingTrainer" and issubclass(kind, Trainer)
+    run = trainer(offloaded, tmp_path, 3, 2, kind=kind, checkpointing=checkpointing, **steps[offloaded])
+    run.train()
+    assert_equal(model, offloaded)
+    assert run.activation_offload.stats()["peak_slots"] > (2 if checkpointing else 4)
+    with pytest.raises(TypeError, match="trainer: expected transformers.Trainer or a subclass, got str"):
+        offloading("Trainer")

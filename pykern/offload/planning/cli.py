@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from .cost import layer_bytes, layer_flops
 from .drawing import draw
 from .orders import SCHEDULES
 from .planner import plan
@@ -25,6 +26,8 @@ takes a second and a block is one byte, so that bytes count blocks.
   python -m pykern plan po_h --devices 8 --chunks 4 --microbatches 32 --k 0.8 --png plan.png
   python -m pykern plan gis --devices 4 --chunks 2 --microbatches 16 --times 11ms,12ms,9ms --bytes 350MiB \\
       --bandwidth 20GB --directions two --budget 2GiB
+  python -m pykern plan po_f --devices 8 --chunks 5 --microbatches 64 --layer 16384,5120,40,8 --flops 220T \\
+      --bandwidth 15GB
 
 What cannot be had is replaced by the nearest that can, told below the table. Exit status: 0 at the end; 2 for an
 input without a meaning, with one line that says why."""
@@ -54,17 +57,20 @@ def _quantity(text: str, what: str, unit: Callable[[str], float]) -> float:
     return value
 
 
+def _prefix(unit: str) -> float:
+    return UNITS[unit.lower().removesuffix("/s").removesuffix("b")]
+
+
 def _rate(text: str) -> float:
-    unit = lambda name: UNITS[name.lower().removesuffix("/s").removesuffix("b")]  # noqa: E731
-    return _quantity(text, "bytes per second, such as 20GB", unit)
+    return _quantity(text, "a rate per second, such as 20GB", _prefix)
 
 
 def _size(text: str) -> int:
-    return round(_quantity(text, "bytes, such as 350MiB", lambda name: UNITS[name.lower().removesuffix("b")]))
+    return round(_quantity(text, "bytes, such as 350MiB", _prefix))
 
 
 def _time(text: str) -> float:
-    return _quantity(text, "seconds, such as 11ms", lambda name: SECONDS[name.lower()])
+    return _quantity(text, "seconds, such as 11ms", lambda unit: SECONDS[unit.lower()])
 
 
 def _times(text: str) -> tuple[float, ...]:
@@ -79,6 +85,13 @@ def _rates(text: str) -> tuple[float, ...]:
     if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"expected one rate, or one out and one back, got {text!r}")
     return parts * (3 - len(parts))
+
+
+def _layer(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) not in (2, 4) or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected S,H or S,H,Q,K, such as 4096,5120,40,8, got {text!r}")
+    return tuple(map(int, parts))
 
 
 def _offload(text: str) -> str | int | tuple[int, ...]:
@@ -112,6 +125,11 @@ def parser() -> argparse.ArgumentParser:
     text = "of a stage's forward, backward of the input, and of the weights (1,1,1)"
     option("--times", text, type=_times, metavar="F,I,W")
     option("--stages", "one line F,I,W or F,I,W,BYTES for every stage", type=Path, metavar="FILE")
+    text = "instead: sequence length, hidden size, and if keys are shared, query and key heads of a stage's layer"
+    option("--layer", text, type=_layer, metavar="S,H[,Q,K]")
+    option("--batch", "--layer: sequences per microbatch (1)", type=int, metavar="N")
+    option("--layers", "--layer: of them per stage (1)", type=int, metavar="N")
+    option("--flops", "--layer: operations per second that a device reaches", type=_rate, metavar="RATE")
     option("--transfer", "from one rank to the next (0)", type=_time, default=0.0, metavar="TIME")
     option("--bytes", "of a block (1)", type=_size, metavar="SIZE")
 
@@ -167,20 +185,41 @@ def _read_stages(path: Path) -> tuple[tuple[tuple[float, ...], ...], tuple[int, 
     return tuple(zip(*times, strict=True)), tuple(sizes) or None
 
 
+def _model(given: argparse.Namespace, stages: int) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
+    """Of every stage its three times, and the bytes of its blocks."""
+    sources = [name for name in ("times", "stages", "layer") if getattr(given, name) is not None]
+    if len(sources) > 1:
+        raise InputError(f"--{sources[0]}: --{sources[1]} has times, too; give one of them")
+    for name in ("batch", "layers", "flops"):
+        value = getattr(given, name)
+        if value is not None and given.layer is None:
+            raise InputError(f"--{name}: goes with --layer; give that, too")
+        if value is not None and value <= 0:
+            raise InputError(f"--{name}: expected more than 0, got {value:g}")
+    times, sizes = given.times or (1.0, 1.0, 1.0), None
+    if given.stages is not None:
+        times, sizes = _read_stages(given.stages)
+        if sizes is not None and given.bytes is not None:
+            raise InputError("--bytes: --stages has bytes, too; give one of them")
+    else:
+        if given.layer is not None:
+            if given.flops is None:
+                raise InputError("--layer: needs --flops, the operations per second that a device reaches")
+            sequence, hidden, *heads = given.layer
+            batch, layers = given.batch or 1, given.layers or 1
+            times = tuple(layers * flops / given.flops for flops in layer_flops(batch, sequence, hidden))
+            sizes = (round(layers * layer_bytes(batch, sequence, hidden, *heads)),) * stages
+        times = tuple((value,) * stages for value in times)
+    if given.bytes is not None or sizes is None:
+        sizes = (1 if given.bytes is None else given.bytes,) * stages
+    return times, sizes
+
+
 def make_plan(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
     """Raises TypeError or ValueError for what has no meaning."""
     given = parser().parse_args(arguments)
     chunks = given.chunks if given.chunks is not None else 1 if given.schedule == "1f1b" else 2
-    stages = max(given.devices * chunks, 0)
-    times, sizes = tuple((value,) * stages for value in given.times or (1.0, 1.0, 1.0)), None
-    if given.stages is not None:
-        if given.times is not None:
-            raise InputError("--times: --stages has times, too; give one of them")
-        times, sizes = _read_stages(given.stages)
-    if sizes is not None and given.bytes is not None:
-        raise InputError("--bytes: --stages has bytes, too; give one of them")
-    if sizes is None:
-        sizes = (1 if given.bytes is None else given.bytes,) * stages
+    times, sizes = _model(given, max(given.devices * chunks, 0))
     bandwidth = given.bandwidth
     if bandwidth is not None and given.k is not None:
         raise InputError("--k: --bandwidth says how long copies take, too; give one of them")

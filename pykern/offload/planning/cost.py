@@ -24,9 +24,15 @@ def layer_bytes(
     return ((16 if recompute else 30) + 4 * shared) * batch * sequence * hidden
 
 
-def layer_flops(batch: int, sequence: int, hidden: int) -> float:
-    """Of one layer's forward and backward: 72 * batch * sequence * hidden**2 * (1 + sequence / (6 * hidden))."""
-    return 72 * batch * sequence * hidden**2 * (1 + sequence / (6 * hidden))
+def layer_flops(batch: int, sequence: int, hidden: int) -> tuple[float, float, float]:
+    """Of one layer's forward, backward of the input, and backward of the weights.
+
+    24 * batch * sequence * hidden**2 each, and what attention itself takes, 4 * batch * sequence**2 * hidden forward
+    and twice that backward; together 72 * batch * sequence * hidden**2 * (1 + sequence / (6 * hidden)).
+    """
+    products = 24.0 * batch * sequence * hidden**2
+    attention = 4.0 * batch * sequence**2 * hidden
+    return products + attention, products + 2 * attention, products
 
 
 def copy_ratio(sequence: int, hidden: int, flops_per_second: float, bytes_per_second: float) -> float:
@@ -37,4 +43,4 @@ def copy_ratio(sequence: int, hidden: int, flops_per_second: float, bytes_per_se
     the computation where k <= 1, of v chunks about v / k otherwise.
     """
     moved = 2 * layer_bytes(1, sequence, hidden) / bytes_per_second
-    return moved / (layer_flops(1, sequence, hidden) / flops_per_second)
+    return moved / (sum(layer_flops(1, sequence, hidden)) / flops_per_second)

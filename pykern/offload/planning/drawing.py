@@ -90,6 +90,7 @@ class _Picture:
     def __init__(self, plan: Plan, axes: "Axes", inches: float) -> None:
         self.plan, self.axes = plan, axes
         self.scale = inches / plan.seconds if plan.seconds else 0.0
+        self.numbered = False
 
     def cells(self, kind: str, cells: Cells, top: float, height: float, hatch: str | None = None) -> None:
         """Boxes of a row, with the microbatch's number where it fits."""
@@ -104,6 +105,7 @@ class _Picture:
             for (left, width), (_, _, microbatch) in zip(bars, boxes, strict=True):
                 size = min(8.5, 72 * 0.72 * height, 72 * 0.72 * width / (0.6 * len(str(microbatch))))
                 if size >= 3.5:
+                    self.numbered = True
                     self.axes.text(
                         left + width / 2, top + height / 2, str(microbatch), size=size, color=ink, ha="center",
                         va="center_baseline",
@@ -231,10 +233,10 @@ def figure(plan: Plan, inches: float | None = None) -> "Figure":
     _legend(plan, axes, 1 + 0.12 / height)
     title = {"x": left / size[0], "ha": "left", "va": "top"}
     drawn.text(y=1 - 0.10 / size[1], s=headline(plan), size=10.5, weight="bold", color=INK, **title)
-    reading = "numbers: microbatches, from 0"
+    reading = ["numbers: microbatches, from 0"] * picture.numbered
     if order.chunks > 1:
-        reading += f"; shades: from chunk 0, light, to chunk {order.chunks - 1}, dark"
-    drawn.text(y=1 - 0.34 / size[1], s=reading, size=8, color=MUTED, **title)
+        reading.append(f"shades: from chunk 0, light, to chunk {order.chunks - 1}, dark")
+    drawn.text(y=1 - 0.34 / size[1], s="; ".join(reading), size=8, color=MUTED, **title)
     return drawn
 
 

@@ -6,7 +6,7 @@ chunks. What tells the schedules apart is the group's size and how many forwards
 
 from collections.abc import Callable, Sequence
 
-from .types import Action, Order, Times
+from .types import Action, Order
 
 
 def fuse(actions: Sequence[Action]) -> tuple[Action, ...]:
@@ -21,25 +21,6 @@ def fuse(actions: Sequence[Action]) -> tuple[Action, ...]:
 def least_group(devices: int) -> int:
     """Fewer microbatches than this and the pipeline runs dry between two chunks: ceil(devices / 2)."""
     return -(-devices // 2)
-
-
-def smallest_group(devices: int, times: Times) -> int:
-    """The smallest group for which stages of unequal times still keep the pipeline filled, at most `devices`.
-
-    A group has to keep its slowest stage busy for as long as a microbatch needs to pass one chunk on all ranks:
-    group * max(forward + backward) >= max over chunks (sum of the forwards, sum of the backwards of the input).
-    """
-    wholes = map(sum, zip(times.forward, times.backward_input, times.backward_weight, strict=True))
-    slowest = max(wholes, default=0.0)
-    passing = max(
-        (sum(values[first : first + devices]) for values in (times.forward, times.backward_input)
-         for first in range(0, len(values), devices)),
-        default=0.0,
-    )  # fmt: skip
-    group = least_group(devices)
-    while group < devices and group * slowest < passing:
-        group += 1
-    return group
 
 
 def _visits(chunks: Sequence[int], groups: int, group: int) -> list[tuple[int, int]]:

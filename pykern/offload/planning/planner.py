@@ -5,9 +5,10 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from .advice import advise_group
 from .arena import Stay, colour
 from .choosing import Choice, choose, most
 from .copying import CopySpans, CopyTimes, Key, Run, run_copies
@@ -84,7 +85,8 @@ def plan(
     order = make_order(schedule, devices, chunks, microbatches, group=group, split_backward=split_backward)
     request = read_request(order, arguments)
     drafts = _Drafts(request)
-    return _finish(request, drafts.best(), drafts.alone_seconds, arguments)
+    made = _finish(request, drafts.best(), drafts.alone_seconds, arguments)
+    return made if group is not None else replace(made, notes=made.notes + advise_group(order, request.times))
 
 
 def replan(
