@@ -149,7 +149,9 @@ bool Engine::settle(int64_t number) {
     const ItemPointer item = find(number);
     // Somebody waits for this one: ahead of what was queued before it.
     if (erase_from(writes_, item)) writes_.push_front(item);
-    const auto settled = [&] { return item->released || item->failed || (item->stored && item->active == 0); };
+    const auto settled = [&] {
+      return item->released || item->failed || (item->stored && (!item->held || item->active == 0));
+    };
     if (!settled()) {
       const auto begin = Clock::now();
       work_ended_.wait(lock, settled);
