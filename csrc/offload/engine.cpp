@@ -54,10 +54,11 @@ std::string Engine::preallocate(int64_t bytes) {
 int64_t Engine::store(std::vector<Tensor> sources, std::vector<Piece> pieces, int64_t bytes, int64_t slot,
                       int64_t tier) {
   drop_finished();
-  Lock lock(mutex_);
   const auto item = std::make_shared<Item>();
+  if (hunting()) item->fingerprint = fingerprint(pieces);
   item->bytes = bytes;
   item->slot = slot;
+  Lock lock(mutex_);
   wait_for_queue(lock, bytes);
   if (!find_place(lock, *item, tier)) return -1;
   item->sources = std::move(sources);
