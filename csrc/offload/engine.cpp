@@ -127,6 +127,9 @@ void Engine::vacate(Lock& lock, int64_t slot) {
       drop_sources(*holder);
       ++holder->reservations;  // for good: the buffer is all there is
       return_place(*holder);
+    } else if (!holder->error.empty()) {
+      throw std::runtime_error("offload: slot " + std::to_string(slot) + " still holds item " +
+                               std::to_string(holder->number) + ", which can't be brought back: " + holder->error);
     } else {
       if (holder->reading && erase_from(reads_, holder)) reads_.push_front(holder);
       if (!holder->released && holder->reservations > 0 && !holder->reading && !holder->buffer) {
