@@ -163,10 +163,9 @@ def others(records: list[dict], chosen: dict) -> str:
     return "; ".join(f"{run['rate']:g}: {run['loss']:.4f}" for run in of(records, **fields) if run is not chosen)
 
 
-def spread(values: list[float], signed: bool = False) -> str:
-    """Mean, and the standard deviation of a single value where there is more than one."""
-    mean = f"{statistics.fmean(values):+.4f}" if signed else f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation of a value, or nothing where there is one only."""
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
 
 
 def main_table(records: list[dict], steps: int) -> list[str]:
@@ -178,15 +177,15 @@ def main_table(records: list[dict], steps: int) -> list[str]:
         for name, run in chosen.items()
     }  # fmt: skip
     lines = [
-        "| optimizer | rate | held-out loss | minus AdamW's, seed by seed | other rates, first seed | state, MB | "
-        "C4 at 60M, published |",
-        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+        "| optimizer | rate | held-out loss | mean over seeds | minus AdamW's, seed by seed | other rates, first seed "
+        "| state, MB | C4 at 60M, published |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for name, run in chosen.items():
         pairs = [loss - losses["AdamW"][seed] for seed, loss in losses[name].items() if seed in losses["AdamW"]]
         lines.append(
-            f"| {name} | {run['rate']:g} | {spread(list(losses[name].values()))} | "
-            f"{'' if name == 'AdamW' else spread(pairs, signed=True)} | {others(records, run)} | "
+            f"| {name} | {run['rate']:g} | {run['loss']:.4f} | {spread(list(losses[name].values()))} | "
+            f"{'' if name == 'AdamW' else '; '.join(f'{pair:+.4f}' for pair in pairs)} | {others(records, run)} | "
             f"{run['state_bytes'] / 1e6:.1f} | {table[name].published or ''} |"
         )
     return lines
@@ -246,8 +245,8 @@ def gradients_table(records: list[dict], steps: int) -> list[str]:
 def table(records: list[dict], steps: int) -> str:
     weights = sum(param.numel() for param in Transformer(SHAPE).parameters())
     return "\n".join([
-        f"{weights / 1e6:.1f}M weights, rank {RANK}, {steps} steps of {ROWS * LENGTH} bytes; held out, nats per byte; "
-        f"mean ± standard deviation over seeds.",
+        f"{weights / 1e6:.1f}M weights, rank {RANK}, {steps} steps of {ROWS * LENGTH} bytes; held out, nats per byte, "
+        "of the first seed; mean ± standard deviation where there are more.",
         "",
         *main_table(records, steps),
         "",
@@ -284,6 +283,11 @@ def plot(records: list[dict], steps: int, file: Path) -> None:
     figure.savefig(file)
 
 
+def save(record: dict, steps: int, file: Path | None) -> None:
+    if file is not None:
+        harness.write({**record, "table": table(record["runs"], steps)}, file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, metavar="FILE", help="any file; its bytes are the text")
@@ -297,17 +301,19 @@ def main() -> None:
     text = torch.frombuffer(bytearray(arguments.text.read_bytes()), dtype=torch.uint8)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    records, environment = [], harness.environment(torch.device("cpu"))
+    record = {"environment": harness.environment(torch.device("cpu")), "table": "", "runs": []}
     if arguments.json and arguments.json.exists():
         before = json.loads(arguments.json.read_text())
-        records = before["runs"]
+        record["runs"] = before["runs"]
+        if arguments.threads == 0:
+            record["environment"] = before["environment"]
+    records = record["runs"]
     for run in plan(records, arguments.steps, arguments.seeds) if arguments.threads != 0 else ():
         if of(records, **asdict(run)) or (arguments.only and run.setting not in arguments.only):
             continue
         records.append(train(run, text))
-        if arguments.json:
-            harness.write({"environment": environment, "table": table(records, arguments.steps), "runs": records},
-                          arguments.json)  # fmt: skip
+        save(record, arguments.steps, arguments.json)
+    save(record, arguments.steps, arguments.json)
     print(table(records, arguments.steps))
     if arguments.plot:
         plot(records, arguments.steps, arguments.plot)

@@ -111,7 +111,8 @@ class Indices:
 
     def store(self, job, chosen):
         indices = job.state["projector_indices"]
-        stays, known = torch.isin(indices, chosen), torch.isin(chosen, indices)
+        same = indices[:, None] == chosen
+        stays, known = same.any(dim=1), same.any(dim=0)
         # Stable sorts bring the free places, and what is new, to the front: no mask whose count a device must tell.
         free, new = (taken.to(torch.uint8).sort(stable=True).indices for taken in (stays, known))
         indices.scatter_(0, free, torch.where(stays[free], indices[free], chosen[new]))

@@ -6,7 +6,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .subspace import contiguous, inverse_factor, multiply_one, narrowed, normal, orthonormalize, polished
+from .subspace import (
+    contiguous,
+    inner_products,
+    inverse_factor,
+    multiply_one,
+    narrowed,
+    normal,
+    orthonormalize,
+    polished,
+)
 
 DIRECT_SIZE = 384
 """Up to this order all eigenvectors cost no more than an iteration for the leading ones."""
@@ -29,7 +38,8 @@ _DAMPED = 1.15
 matrix once."""
 
 _LOCKED = 0.75
-"""The part of the wanted vectors that is taken as the last polynomial leaves it."""
+_LOCKING = 128
+"""The part of the wanted vectors that is taken as the last polynomial leaves it, if they are _LOCKING or more."""
 
 
 def iterates(size: int, rank: int) -> bool:
@@ -76,7 +86,7 @@ def leading_eigenvectors(
         vectors = _filtered(matrix, gram, vectors, image, bound, degree)
         if last:
             vectors = _orthonormal(vectors)
-            found = _chosen(gram, vectors, rank, values[:rank].sum(), outside)
+            found = _chosen(gram, vectors, rank, values[:rank].sum())
             if found is not None:
                 basis = polished(found)
                 return orthonormalize(found) if basis is None else basis
@@ -85,28 +95,32 @@ def leading_eigenvectors(
     return None
 
 
-def _chosen(gram: Tensor, vectors: Tensor, rank: int, energy: Tensor, outside: Tensor) -> Tensor | None:
+def _chosen(gram: Tensor, vectors: Tensor, rank: int, energy: Tensor) -> Tensor | None:
     """The wanted ones [n, rank] among filtered orthonormal vectors (rows), if they miss no more than LOST_ENERGY of
     this energy."""
-    locked = int(_LOCKED * rank)
+    locked = int(_LOCKED * rank) if rank >= _LOCKING else 0
     kept = rank - locked
     first, tail = vectors[:locked], vectors[locked:]
     image = multiply_one(gram, tail.mT)
     values, rotation = _eigenvectors(multiply_one(contiguous(image.mT, gram.dtype), tail.mT))
-    tail, image = (multiply_one(rows, rotation[:, :kept]) for rows in (tail, image))
-    residuals = image - values[:kept, None] * tail
-    residuals = residuals - (residuals @ first.mT) @ first
-    lost = _missed(residuals, values[:kept], outside)
-    # What is missing falls with the eigenvalue.
-    share = (lost.sum() + locked * lost[: max(1, kept // 4)].mean()) / energy
-    if not bool(share <= LOST_ENERGY):
+    tail, image = multiply_one(tail, rotation[:, :kept]), multiply_one(image, rotation)
+    shared = image @ first.mT
+    residuals = image[:kept] - values[:kept, None] * tail - shared[:kept] @ first
+    # The eigenvalues that the residuals belong to are at most about the smallest here.
+    lost = _missed(residuals, values[:kept], values[-1])
+    share = lost.sum()
+    if locked:
+        # Those before miss less each, and what they should have exchanged with the vectors that are dropped.
+        share += locked * lost[: max(1, kept // 4)].mean()
+        share += (shared[kept:].square().sum(dim=1) / (values[0] - values[kept:])).sum()
+    if not bool(share <= LOST_ENERGY * energy):
         return None
     return torch.cat([first, tail]).mT.contiguous()
 
 
 def _missed(residuals: Tensor, values: Tensor, outside: Tensor) -> Tensor:
     """The energy that Ritz vectors miss by their residuals, if these lie where eigenvalues are `outside`."""
-    return residuals.square().sum(dim=1) / torch.maximum(values - outside, values / 4)
+    return residuals.square().sum(dim=1) / torch.maximum(values - outside, values / 16)
 
 
 def _block(rank: int) -> int:
@@ -122,9 +136,8 @@ def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _orthonormal(rows: Tensor) -> Tensor:
     """Rows with the span of these, orthonormal or nearly so."""
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    columns = rows.mT.contiguous()
-    inverse = inverse_factor(multiply_one(columns, columns))
-    return orthonormalize(columns).mT.contiguous() if inverse is None else multiply_one(rows, inverse.mT)
+    inverse = inverse_factor(inner_products(rows.mT))
+    return orthonormalize(rows.mT).mT.contiguous() if inverse is None else multiply_one(rows, inverse.mT)
 
 
 def _degree(vectors: Tensor, image: Tensor, values: Tensor, bound: Tensor, outside: Tensor) -> tuple[int, float, bool]:
@@ -150,25 +163,26 @@ def _filtered(matrix: Tensor, gram: Tensor, vectors: Tensor, image: Tensor, boun
     for step in range(2, degree + 1):
         following = multiply_one(gram if step == degree else matrix, after.mT)
         before, after = after, following.mul_(4 / bound).sub_(after, alpha=2).sub_(before)
-        # The last one leaves rows that a Cholesky factor can make orthonormal.
-        _part(before, after, (32,) if step < degree else (32, 4))
+        if step < degree:
+            _part(after, 32, before)
+    # More of them after the last step: what that leaves a Cholesky factor can make orthonormal.
+    if degree > 1:
+        _part(after, 32)
+        _part(after, 4)
     return after
 
 
-def _part(before: Tensor, after: Tensor, shares: tuple[int, ...]) -> None:
-    """Takes the leading rows, these parts of all, out of the rows of `after` behind them, and does the same to
-    `before`, so that the recurrence goes on: else what rows have of the leading eigenvectors grows until it buries
-    their own."""
-    first = 0
-    for share in shares:
-        last = after.shape[0] // share
-        leading, others = after[first:last], after[last:]
-        norms = torch.linalg.vector_norm(leading, dim=1)[:, None]
-        unit = leading / norms
-        inverse = inverse_factor(unit @ unit.mT)
-        if inverse is None:
-            return
-        steps = ((others @ unit.mT) @ (inverse.mT @ inverse)) / norms.mT
-        others.addmm_(steps, leading, alpha=-1)
-        before[last:].addmm_(steps, before[first:last], alpha=-1)
-        first = last
+def _part(after: Tensor, share: int, before: Tensor | None = None) -> None:
+    """Takes the leading rows, one in `share`, out of the rows of `after` behind them, and does the same to `before`, so
+    that the recurrence goes on: else what rows have of the leading eigenvectors grows until it buries their own."""
+    count = -(-after.shape[0] // share)
+    leading, others = after[:count], after[count:]
+    norms = torch.linalg.vector_norm(leading, dim=1)[:, None]
+    unit = leading / norms
+    inverse = inverse_factor(unit @ unit.mT)
+    if inverse is None:
+        return
+    steps = ((others @ unit.mT) @ (inverse.mT @ inverse)) / norms.mT
+    others.addmm_(steps, leading, alpha=-1)
+    if before is not None:
+        before[count:].addmm_(steps, before[:count], alpha=-1)

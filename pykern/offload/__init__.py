@@ -4,6 +4,7 @@ from typing import Any
 from .activation import ActivationOffload
 from .norms import layer_norm, rms_norm
 from .pipeline import PipelineOffload
+from .planning import Plan, plan, replan
 from .pointwise import dropout, gated_activation, gelu, swiglu
 from .recompute import recompute_saved
 from .staging import StagingLayout
@@ -14,12 +15,15 @@ _SCHEDULES = ("ScheduleGIS", "SchedulePipeOffload", "SchedulePlanned", "stages_o
 __all__ = [
     "ActivationOffload",
     "PipelineOffload",
+    "Plan",
     "StagingLayout",
     "dropout",
     "gated_activation",
     "gelu",
     "layer_norm",
+    "plan",
     "recompute_saved",
+    "replan",
     "rms_norm",
     "swiglu",
 ]

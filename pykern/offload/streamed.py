@@ -39,7 +39,7 @@ class _Item:
 
     __slots__ = (
         "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
-        "home", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
+        "home", "is_planned", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
     )  # fmt: skip
 
     def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
@@ -57,7 +57,7 @@ class _Item:
         self.users: dict[Stream, None] = {}
         self.reservations = 0
         self.file_item: int | None = None
-        self.fetched = self.goes_to_file = False
+        self.fetched = self.goes_to_file = self.is_planned = False
 
 
 class StreamedEngine:
@@ -162,7 +162,7 @@ class StreamedEngine:
                     raise
                 self._failure = f"copying out of {self._device.name} failed: {error}"
                 return -1
-            item.goes_to_file = tier == "file"
+            item.goes_to_file, item.is_planned = tier == "file", place.index == slot
             place.owner = item
             self._items[item.number] = item
             self._writing.append(item)
@@ -293,13 +293,14 @@ class StreamedEngine:
             self._forward(item)
             return
         device = self._device
-        # Held until the block is dropped: no slot may hold it.
-        item.landing = self._read_file(item) if item.slot is None else self._memory(item)[: item.nbytes]
+        if item.slot is None:
+            self._read_file(item)
+        source = item.landing if item.slot is None else self._memory(item)[: item.nbytes]
         block = device.allocate(item.nbytes)
         item.block, item.block_home = block, device.compute_stream()
         try:
             self._order_copy_in(item, self._point(item.block_home))
-            device.copy(device.back_stream, block, item.landing)
+            device.copy(device.back_stream, block, source)
         except BaseException as error:
             item.arrived = self._point(device.back_stream)
             self._drop_block(item)
@@ -345,6 +346,8 @@ class StreamedEngine:
         if item.block is None:
             return
         self._order_drop_of_block(item)
+        if item.landing is not None:
+            self._device.synchronize(item.arrived.event)
         # A forwarded source is let go as a source: after it was copied out, too.
         if not item.held or item.block is not item.held[0][1]:
             self._device.free(item.block, item.block_home)
@@ -389,6 +392,8 @@ class StreamedEngine:
             slot = self._arena.acquire(nbytes, index)
             while slot is None and self._make_room(nbytes, index):
                 slot = self._arena.acquire(nbytes, index)
+            if slot is None and index >= 0:
+                return self._place(nbytes, -1)
         except MemoryError as error:
             self._failure = str(error)
             self._arena.stop_growing()
@@ -399,11 +404,15 @@ class StreamedEngine:
         """Takes the slot of an item that has its bytes elsewhere, or can have; False if there is none."""
         if index >= 0:
             owner = self._arena.planned(index).owner
+            # The file may still be reading the slot, so it comes first.
+            if owner.file_item is not None and self._evict(owner):
+                return True
             if owner.block is not None and not owner.held:
                 self._give_slot(owner)
                 return True
-            if owner.file_item is not None and self._evict(owner):
-                return True
+            if not owner.is_planned:
+                # It found the slot free, and nobody told that it would stay.
+                return False
             raise RuntimeError(
                 f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
                 "released; follow the plan's order"
@@ -455,10 +464,12 @@ class StreamedEngine:
             return True
         if not self._can_spill or item.slot is None:
             return False
-        self._device.synchronize(item.written.event)
+        self._order_host_read(item)
         item.goes_to_file = False
         self._settle(item)
-        number = self._file.store([self._memory(item)[: item.nbytes]], [0], item.nbytes)
+        memory = self._memory(item)[: item.nbytes]
+        self._device.touch_host(memory, writes=False)
+        number = self._file.store([memory], [0], item.nbytes)
         if number < 0:
             self._stop_spilling()
             return False
@@ -466,6 +477,9 @@ class StreamedEngine:
         self._spills += 1
         self._spilled_bytes += item.nbytes
         return True
+
+    def _order_host_read(self, item: _Item) -> None:
+        self._device.synchronize(item.written.event)
 
     def _evict(self, item: _Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
@@ -481,20 +495,25 @@ class StreamedEngine:
         self._can_spill = False
         self._failure = self._file.take_failure() or "the spill file is full"
 
-    def _read_file(self, item: _Item) -> Tensor:
-        """The item's bytes, in a slot again if there is one, from which the copy back is faster."""
+    def _read_file(self, item: _Item) -> None:
+        """To a slot, if there is one, from which the copy back is faster; else `landing` is the file's buffer."""
         data = self._file.load(item.file_item)
         if item.fetched:
             self._file.unreserve(item.file_item)
             item.fetched = False
         slot = self._place(item.nbytes, -1)
         if slot is None:
-            return data
+            item.landing = data
+            return
+        self._order_host_write(slot)
+        memory = slot.memory[: item.nbytes]
+        self._device.touch_host(memory, writes=True)
+        memory.copy_(data)
+        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
+
+    def _order_host_write(self, slot: Slot) -> None:
         for end in slot.ends.values():
             self._device.synchronize(end.event)
-        slot.memory[: item.nbytes].copy_(data)
-        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
-        return slot.memory[: item.nbytes]
 
     # --- all of it ----------------------------------------------------------------------------------
 
@@ -572,9 +591,10 @@ class StreamedEngine:
 def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
     for stream in (device.out_stream, device.back_stream):
         device.synchronize(device.record(stream))
-    arena.close()
+    # It may still read slots.
     if file is not None:
         file.close()
+    arena.close()
 
 
 def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:

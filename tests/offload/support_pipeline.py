@@ -70,11 +70,11 @@ def loss_of(output: Tensor, target: Tensor) -> Tensor:
 
 
 def plain_gradients(
-    model: str, stages: int, microbatches: int, steps: int = 1
+    model: str, stages: int, microbatches: int, step: int = 0
 ) -> tuple[list[list[Tensor]], list[float]]:
-    """By stage, the gradients of the last step, one microbatch after the other; and its losses."""
+    """By stage, the gradients of a step, one microbatch after the other; and its losses."""
     modules = [make_stage(model, index) for index in range(stages)]
-    x, target = make_batch(microbatches, steps - 1)
+    x, target = make_batch(microbatches, step)
     losses = []
     for one, other in zip(x.chunk(microbatches), target.chunk(microbatches), strict=True):
         for module in modules:

@@ -206,6 +206,7 @@ def test_what_cannot_be_had_becomes_the_nearest_and_is_told():
     assert note("zb_v", 4, 3, 8).startswith("gis, loop: ZB-V has two chunks per device, not 3")
     assert note("v_half", 4, 1, 8).startswith("gis_h, loop: V-Half has two chunks per device, not 1")
     assert note("v_min", 4, 4, 8).startswith("gis_h, loop: V-Min has two chunks per device, not 4")
+    assert note("zb_v", 4, 2, 8, group=3) == "zb_v, v: group=3 is left out: zb_v has no such choice"
 
 
 def test_unequal_stages_need_larger_groups():

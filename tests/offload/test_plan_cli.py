@@ -1,5 +1,6 @@
 """`python -m pykern plan`: what its options mean, what it writes, and one line for what cannot be."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pykern.offload import planning
 from pykern.offload.planning.cli import InputError, main, make_plan
 from pykern.offload.planning.cost import layer_bytes, layer_flops
 from pykern.offload.planning.orders import SCHEDULES
@@ -133,6 +135,19 @@ def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
         four = tmp_path / "four"
         four.write_text("1,1,1,4\n" * 8)
         make_plan(["gis", *SMALL, "--stages", str(four), "--bytes", "4"])
+
+
+def test_planning_needs_neither_torch_nor_matplotlib():
+    for path in Path(planning.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom) and node.level == 0}
+        found = {name.partition(".")[0] for name in names} & {"torch", "numpy", "pykern", "matplotlib"}
+        assert found <= ({"matplotlib"} if path.name == "drawing.py" else set()), path.name
+        # Only when something is drawn, or for a type checker.
+        assert not any(isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
+                       for node in tree.body)  # fmt: skip
 
 
 def test_no_png_without_matplotlib(tmp_path, monkeypatch, capsys):

@@ -91,16 +91,17 @@ def choose(
     insist: bool = False,
     housed: int | None = None,
 ) -> Choice:
-    """Blocks of `asked` and times for their copies, such that each is back in time, or all of them if `insist`.
+    """Blocks of `asked` and times for their copies, such that each is back in time.
 
     budget: no more than are needed to keep the rank's peak within so many bytes. housed: how many blocks the host has
-    room for; the others go on to a file if there is one, and else stay.
+    room for; the others go on to a file if there is one, and else stay. insist: don't look for
+    what is best if not all fit.
     """
     worth = rank.worthwhile(asked, slot)
     worthwhile = set(worth)
     choice = Choice([], brief=[block for block in asked if block not in worthwhile])
     if budget is not None:
-        held = list(accumulate(rank.changes))
+        held = accumulate(made - before for made, before in zip(rank.made, [0, *rank.dropped], strict=False))
         over = [number for number, now in enumerate(held) if now > budget]
         worth = [block for block in worth if bisect_left(over, block.forward) < bisect_left(over, block.last)]
     ordered = by_lifespan(rank, worth)
@@ -109,7 +110,7 @@ def choose(
         ordered = ordered[:housed]
 
     def lay_out(count: int) -> tuple[list[Placed], list[Block]]:
-        return place(rank, _in_order(ordered[:count]), origin, slot, late="place" if insist else "leave")
+        return place(rank, _in_order(ordered[:count]), origin, slot)
 
     @cache
     def peak(count: int) -> int:
@@ -134,4 +135,7 @@ def choose(
         choice.unread = [copy.block for copy in unread]
         choice.placed = [copy for copy in choice.placed if copy.block in kept] + to_file
         choice.placed.sort(key=lambda copy: copy.block.forward)
+    if budget is not None and peak_bytes(rank, choice.placed) <= budget:
+        # More need not leave.
+        choice.brief, choice.late, choice.unread, choice.unhoused = [], [], [], []
     return choice

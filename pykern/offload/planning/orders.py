@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from .group_orders import fuse, gis, gis_h, least_group, one_f_one_b, one_f_one_b_interleaved, too_small
 from .types import Action, Order
@@ -108,4 +109,7 @@ def make_order(
     if split_backward is not None and not isinstance(split_backward, bool):
         raise TypeError(f"split_backward: expected a bool or None, got {type(split_backward).__name__}; pass True, "
                         "False, or None for the schedule's own")  # fmt: skip
-    return SCHEDULES[schedule](devices, chunks, microbatches, group=group, split_backward=split_backward)
+    order = SCHEDULES[schedule](devices, chunks, microbatches, group=group, split_backward=split_backward)
+    if group is not None and order.schedule not in ("gis", "gis_h", "po"):
+        order = replace(order, notes=(*order.notes, f"group={group} is left out: {order.schedule} has no such choice"))
+    return order

@@ -4,7 +4,7 @@
 (9, 9, 8, 8, 8, 7, 7, 6)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ def plan(
         stall: "avoid" leaves blocks on the device that cannot be back in time; "allow" moves all that were asked for,
             and predicts how long computation waits for them.
         slack: with stall="avoid", the part by which copies may lengthen the step: the tightest memory has its price
-            while the pipeline fills up and runs dry. 0 never lets an action wait.
+            while the pipeline fills up and runs dry. With 0, actions wait only where others wait for longer.
         shortest: blocks stay if the device would miss them for less than so many times their copies, out and back.
         lone_speedup: how much faster copies out are before the first of a pair's copies back.
 
@@ -151,11 +151,28 @@ class _Drafts:
         return bases
 
     def best(self) -> _Draft:
+        if self.request.insist:
+            return self._insist(self._bases()[0])
         for number, basis in enumerate(self._bases()):
             draft = self._within_host_budget(basis, number)
-            if self.request.insist or self._is_quick(draft):
+            if self._is_quick(draft):
                 return draft
         return draft
+
+    def _insist(self, basis: _Basis) -> _Draft:
+        """All that was asked for, laid out by times that are stretched until it fits: computation will wait as long."""
+
+        def is_late(stretch: float) -> bool:
+            layouts = self._choose_all(_stretched(basis, stretch), [None] * self.order.devices)
+            return any(choice.late for _, choices in layouts for choice in choices)
+
+        fits, late = 1.0, 0.0
+        while is_late(fits):
+            fits, late = 2 * fits, fits
+        while fits - late > 0.02 * fits and late:
+            middle = (fits + late) / 2
+            fits, late = (fits, middle) if is_late(middle) else (middle, late)
+        return self._within_host_budget(_stretched(basis, fits), 0)
 
     def _is_quick(self, draft: _Draft) -> bool:
         return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
@@ -186,11 +203,10 @@ class _Drafts:
         choices: list[Choice] = [Choice([])] * order.devices
         transfers: list[tuple[Transfer, ...]] = [()] * order.devices
         copy_times: list[Mapping[Key, CopyTimes]] = [{}] * order.devices
-        for members in request.groups:
-            ranks = [RankTimes(order, rank, request.times, basis.spans, request.sizes, self.link) for rank in members]
-            for rank, choice in zip(ranks, self._choose(ranks, housed), strict=True):
+        for ranks, of_ranks in self._choose_all(basis, housed):
+            for rank, choice in zip(ranks, of_ranks, strict=True):
                 choices[rank.rank] = choice
-            placed = [choices[rank.rank].placed for rank in ranks]
+            placed = [choice.placed for choice in of_ranks]
             if basis.hurry:
                 placed = hurry_warm_up(ranks, placed)
             for rank, copies in zip(ranks, placed, strict=True):
@@ -213,6 +229,17 @@ class _Drafts:
         )
         return _Draft(tuple(transfers), tuple(choices), run, peaks, number)
 
+    def _choose_all(
+        self, basis: _Basis, housed: Sequence[int | None]
+    ) -> Iterator[tuple[list[RankTimes], list[Choice]]]:
+        """By ranks that share a switch."""
+        for members in self.request.groups:
+            ranks = [
+                RankTimes(self.order, rank, self.request.times, basis.spans, self.request.sizes, self.link)
+                for rank in members
+            ]
+            yield ranks, self._choose(ranks, housed)
+
     def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
         request = self.request
         asked = [
@@ -225,7 +252,8 @@ class _Drafts:
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
             return choices
         short = [
-            [block for block in blocks if rank.longest(block.chunk) <= shorter] for rank, blocks in zip(ranks, asked)
+            [block for block in blocks if rank.longest(block.chunk) <= shorter]
+            for rank, blocks in zip(ranks, asked, strict=True)
         ]
         choices = self._choose_in_slots(ranks, short, shorter, housed)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
@@ -246,6 +274,12 @@ class _Drafts:
             )
             for number, (rank, blocks) in enumerate(zip(ranks, asked, strict=True))
         ]  # fmt: skip
+
+
+def _stretched(basis: _Basis, by: float) -> _Basis:
+    if by == 1.0:
+        return basis
+    return _Basis(tuple(tuple((by * start, by * end) for start, end in rank) for rank in basis.spans), basis.hurry)
 
 
 def _longest(ranks: Sequence[RankTimes], blocks: Sequence[Sequence[Block]]) -> float:
@@ -284,17 +318,19 @@ class _Stays(NamedTuple):
 
 
 def _stays(copies: Mapping[Key, CopySpans], transfers: Sequence[Transfer], sizes: Sequence[int]) -> _Stays:
-    position = {(step.kind, step.chunk, step.microbatch): number for number, step in enumerate(transfers)}
+    position: dict[Key, dict[str, int]] = {}
+    for number, step in enumerate(transfers):
+        position.setdefault((step.chunk, step.microbatch), {})[step.kind] = number
     stays = _Stays({}, {}, [])
     for key, spans in copies.items():
-        asked, freed, size = position["offload", *key], position["reload", *key], sizes[key[0]]
-        whole = Stay(spans.out[0], spans.back[1], asked, freed, size)
-        if ("spill", *key) not in position:
+        at, size = position[key], sizes[key[0]]
+        whole = Stay(spans.out[0], spans.back[1], at["offload"], at["reload"], size)
+        if "spill" not in at:
             stays.host[key] = whole
             continue
         stays.file[key] = whole
-        stays.staging.append(Stay(spans.out[0], spans.write[1], asked, position["spill", *key], size))
-        stays.staging.append(Stay(spans.read[0], spans.back[1], position["fetch", *key], freed, size))
+        stays.staging.append(Stay(spans.out[0], spans.write[1], at["offload"], at["spill"], size))
+        stays.staging.append(Stay(spans.read[0], spans.back[1], at["fetch"], at["reload"], size))
     return stays
 
 

@@ -1,6 +1,8 @@
 """Whether a plan can be carried out as it stands, and does what it predicts."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
+from itertools import pairwise
 
 from .simulation import live_blocks
 from .transfers import find_blocks
@@ -10,9 +12,13 @@ from .types import Copy, Plan, Transfer
 def check_plan(plan: Plan) -> None:
     """Raises ValueError for the first rank whose transfers are out of order, whose copies overlap in a slot or on the
     link, or whose peak or stalls aren't those of its transfers and copies."""
+    waits = _waits(plan)
     for rank in range(plan.order.devices):
         try:
             _check_rank(plan, rank)
+            stall = plan.stall_seconds[rank]
+            _demand(math.isclose(waits[rank], stall, rel_tol=1e-6, abs_tol=1e-9 * plan.seconds),
+                    f"actions wait for copies for {waits[rank]:.6g} s, not {stall:.6g} s as predicted")  # fmt: skip
         except _Wrong as wrong:
             raise ValueError(f"plan: rank {rank}: {wrong}") from None
 
@@ -29,14 +35,13 @@ def _demand(condition: bool, message: str) -> None:
 def _check_rank(plan: Plan, rank: int) -> None:
     order, spans, copies, transfers = plan.order, plan.spans[rank], plan.copies[rank], plan.transfers[rank]
     sizes = plan.block_bytes
-    _demand(all(a.before <= b.before for a, b in zip(transfers, transfers[1:], strict=False)), "transfers not sorted")
+    _demand(all(a.before <= b.before for a, b in pairwise(transfers)), "transfers not sorted")
     told: dict[tuple[int, int], list[tuple[int, Transfer]]] = {}
     for position, transfer in enumerate(transfers):
         told.setdefault((transfer.chunk, transfer.microbatch), []).append((position, transfer))
     of_block = {(copy.chunk, copy.microbatch): copy for copy in copies}
     _demand(len(of_block) == len(copies) and of_block.keys() == told.keys(), "copies and transfers of other blocks")
     blocks = {(block.chunk, block.microbatch): block for block in find_blocks(order, rank)}
-    stall = plan.stall_seconds[rank]
     rounding = 1e-6 * max((copy.out_end - copy.out_start for copy in copies), default=0.0)
     for key, copy in of_block.items():
         name, block, steps = f"chunk {key[0]}, microbatch {key[1]}", blocks[key], [step for _, step in told[key]]
@@ -52,9 +57,6 @@ def _check_rank(plan: Plan, rank: int) -> None:
         _demand(copy.back_end <= spans[block.backward][0] + rounding, f"{name} comes back during its backward")
         dropped = steps[1].before
         _demand(dropped >= len(spans) or copy.out_end <= spans[dropped][0] + rounding, f"{name} is dropped too early")
-        if stall == 0.0:
-            # Nothing waits; so the backward follows the action before it, or what it needs from other ranks.
-            _demand(copy.back_end <= spans[block.backward][0] + rounding, f"{name} is back late without a stall")
     positions = {(step.kind, *key): position for key, steps in told.items() for position, step in steps}
     for tier, rooms in (("host", plan.slot_bytes[rank]), ("file", plan.file_slot_bytes[rank])):
         among = [copy for copy in copies if copy.tier == tier]
@@ -72,7 +74,7 @@ def _check_rank(plan: Plan, rank: int) -> None:
     out, back = [(c.out_start, c.out_end) for c in copies], [(c.back_start, c.back_end) for c in copies]
     for link in (out, back) if plan.both_directions else (out + back,):
         link.sort()
-        _demand(all(a[1] <= b[0] + rounding for a, b in zip(link, link[1:], strict=False)), "two copies at once")
+        _demand(all(a[1] <= b[0] + rounding for a, b in pairwise(link)), "two copies at once")
     held = live_blocks(order, rank, transfers)
     _demand(
         max(held, default=0) == plan.peak_blocks[rank], f"a peak of {max(held, default=0)} blocks, not as predicted"
@@ -80,6 +82,30 @@ def _check_rank(plan: Plan, rank: int) -> None:
     held = live_blocks(order, rank, transfers, sizes)
     _demand(min(held, default=0) >= 0, "a block is dropped twice")
     _demand(max(held, default=0) == plan.peak_bytes[rank], f"a peak of {max(held, default=0)} bytes, not as predicted")
+
+
+def _waits(plan: Plan) -> list[float]:
+    """Seconds for which each rank's actions start later than the rank and what they need from others allow."""
+    order, hop = plan.order, plan.times.transfer
+    ended = {
+        (action.kind == "F", order.stage(rank, action.chunk), action.microbatch): (rank, span[1])
+        for rank, actions in enumerate(order.ranks)
+        for action, span in zip(actions, plan.spans[rank], strict=True)
+        if action.kind != "W"
+    }
+    waits = []
+    for rank, actions in enumerate(order.ranks):
+        total = free = 0.0
+        for (kind, chunk, microbatch), (start, end) in zip(actions, plan.spans[rank], strict=True):
+            possible, stage = free, order.stage(rank, chunk)
+            needed = (kind == "F", stage + (-1 if kind == "F" else 1), microbatch)
+            if kind != "W" and needed in ended:
+                other, moment = ended[needed]
+                possible = max(possible, moment + (hop if other != rank else 0.0))
+            total += start - possible
+            free = end
+        waits.append(total)
+    return waits
 
 
 def _neighbours(copies: Iterable[Copy]) -> list[tuple[Copy, Copy]]:
@@ -90,5 +116,5 @@ def _neighbours(copies: Iterable[Copy]) -> list[tuple[Copy, Copy]]:
     pairs = []
     for among in slots.values():
         among.sort(key=lambda copy: copy.out_start)
-        pairs += list(zip(among, among[1:], strict=False))
+        pairs += pairwise(among)
     return pairs

@@ -5,8 +5,8 @@ that of the stage before, a backward (of the input) needs the stage's own forwar
 a backward of the weights needs that of the input.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 from .types import Order, Times, Transfer
 
@@ -92,24 +92,30 @@ def live_blocks(
     transfers: Iterable[Transfer] = (),
     block_sizes: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """How many blocks the device holds during each action of a rank; with `block_sizes`, one per stage, how many bytes.
+    """How many blocks the device holds at most during each action of a rank, and while the rank waits for it; with
+    `block_sizes`, one per stage, how many bytes.
 
-    A block lives from its forward to the end of its backward of the weights, or of its whole backward; `transfers`
-    take it away between release and reload.
+    A block lives from its forward to the end of its backward of the weights, or of its whole backward; `transfers`, in
+    their order, take it away between release and reload.
     """
     sizes = [1 if block_sizes is None else block_sizes[order.stage(rank, chunk)] for chunk in range(order.chunks)]
-    changes = [0] * (len(order.ranks[rank]) + 1)
-    for number, action in enumerate(order.ranks[rank]):
-        if action.kind == "F":
-            changes[number] += sizes[action.chunk]
-        elif action.kind != "I":
-            changes[number + 1] -= sizes[action.chunk]
-    for transfer in transfers:
-        if transfer.kind == "release":
-            changes[transfer.before] -= sizes[transfer.chunk]
-        elif transfer.kind == "reload":
-            changes[transfer.before] += sizes[transfer.chunk]
-    return tuple(accumulate(changes[:-1]))
+    moves = deque(
+        sorted((step for step in transfers if step.kind in ("release", "reload")), key=lambda step: step.before)
+    )
+    result = []
+    held = 0
+    for number, (kind, chunk, _) in enumerate(order.ranks[rank]):
+        most = 0
+        while moves and moves[0].before <= number:
+            step = moves.popleft()
+            held += sizes[step.chunk] if step.kind == "reload" else -sizes[step.chunk]
+            most = max(most, held if step.kind == "reload" else 0)
+        if kind == "F":
+            held += sizes[chunk]
+        result.append(max(most, held))
+        if kind in ("W", "B"):
+            held -= sizes[chunk]
+    return tuple(result)
 
 
 def bubbles(order: Order, spans: Spans) -> tuple[float, ...]:

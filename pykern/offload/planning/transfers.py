@@ -10,7 +10,6 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from .simulation import Spans
@@ -126,11 +125,10 @@ class RankTimes:
         self.back_seconds = [size / link.back_rate for size in self.sizes]
         self.unit = max(times.forward + times.backward_input + times.backward_weight) or 1.0
         """The longest action."""
-        self.changes = [0] * (len(self.spans) + 1)
-        """Bytes that each action adds to those held during the one before, if nothing leaves."""
+        # Bytes that come to be with each action, and that go with its end.
+        self.made, self.dropped = [0] * len(self.spans), [0] * len(self.spans)
         for block in self.blocks:
-            self.changes[block.forward] += self.sizes[block.chunk]
-            self.changes[block.last + 1] -= self.sizes[block.chunk]
+            self.made[block.forward] = self.dropped[block.last] = self.sizes[block.chunk]
 
     def ready(self, block: Block) -> float:
         return self.ends[block.forward]
@@ -155,13 +153,10 @@ class RankTimes:
         return [block for block in blocks if self.deadline(block) - self.ready(block) > least[block.chunk]]
 
 
-def place(
-    rank: RankTimes, blocks: Sequence[Block], origin: float, slot: float, *, late: str = "leave"
-) -> tuple[list[Placed], list[Block]]:
+def place(rank: RankTimes, blocks: Sequence[Block], origin: float, slot: float) -> tuple[list[Placed], list[Block]]:
     """Times of copies out and back for `blocks` (by their forwards), and the blocks that cannot be back in time.
 
-    `origin`: where the slots out and back in turn begin, each `slot` seconds, if there is one direction. late="place":
-    those come back as soon as they are out.
+    `origin`: where the slots out and back in turn begin, each `slot` seconds, if there is one direction.
     """
     ready, deadlines = [rank.ready(block) for block in blocks], [rank.deadline(block) for block in blocks]
     outs, backs = [rank.out_seconds[block.chunk] for block in blocks], [rank.back_seconds[b.chunk] for b in blocks]
@@ -169,16 +164,14 @@ def place(
         out_starts, back_starts = place_apart(ready, deadlines, outs, backs)
     else:
         out_starts, back_starts = place_in_turn(ready, deadlines, origin, slot, rank.unit)
-    placed, left = [], []
+    placed, late = [], []
     for block, out_start, out, back_start, back in zip(blocks, out_starts, outs, back_starts, backs, strict=True):
         out_end = out_start + out
         if back_start < out_end - ROUNDING * slot:
-            left.append(block)
-            if late == "leave":
-                continue
-            back_start = out_end
-        placed.append(Placed(block, out_start, out_end, back_start, back_start + back))
-    return placed, left
+            late.append(block)
+        else:
+            placed.append(Placed(block, out_start, out_end, back_start, back_start + back))
+    return placed, late
 
 
 def place_in_turn(
@@ -309,36 +302,46 @@ def _rounding(placed: Sequence[Placed]) -> float:
 def peak_bytes(rank: RankTimes, placed: Sequence[Placed]) -> int:
     """The rank's peak if `placed` leave: that of `anchor`'s transfers, found faster."""
     rounding = _rounding(placed)
-    changes = list(rank.changes)
+    moves: list[list[tuple[float, int]]] = [[] for _ in rank.spans]
     for copy in placed:
         if window := find_window(rank, copy, rounding):
             size = rank.sizes[copy.block.chunk]
-            changes[window.release] -= size
-            changes[window.reload] += size
-    return max(accumulate(changes))
+            moves[window.release].append((copy.out_end - rounding, -size))
+            moves[window.reload].append((copy.back_start, size))
+    held = peak = 0
+    for made, dropped, of_action in zip(rank.made, rank.dropped, moves, strict=True):
+        if len(of_action) > 1:
+            of_action.sort()
+        for _, size in of_action:
+            held += size
+            peak = max(peak, held)
+        held += made
+        peak = max(peak, held)
+        held -= dropped
+    return peak
 
 
 def anchor(rank: RankTimes, placed: Sequence[Placed]) -> tuple[Transfer, ...]:
     """The transfers of a rank that keep to the times planned, as far as its order allows."""
     rounding = _rounding(placed)
-    events: list[tuple[int, int, float, int, Transfer]] = []
+    events: list[tuple[int, float, int, Transfer]] = []
 
-    def add(kind: str, copy: Placed, before: int, urgency: int, moment: float) -> None:
+    def add(kind: str, copy: Placed, before: int, moment: float) -> None:
         transfer = Transfer(kind, copy.block.chunk, copy.block.microbatch, before)
-        events.append((before, urgency, moment, len(events), transfer))
+        events.append((before, moment, len(events), transfer))
 
     for copy in placed:
         window = find_window(rank, copy, rounding)
         if window is None:
             continue
         offload, release, reload = window
-        add("offload", copy, offload, 1, copy.out_start)
-        # What is dropped makes room for what is taken back before the same action.
-        add("release", copy, release, 0 if release > offload else 1, copy.out_end)
+        add("offload", copy, offload, copy.out_start)
+        # What is dropped makes room for what is taken back at the same time.
+        add("release", copy, release, max(copy.out_start, copy.out_end - rounding))
         if copy.write_start is not None and copy.read_start is not None:
             spill = min(max(release, bisect_right(rank.ends, copy.write_start + rounding)), reload)
             fetch = min(max(spill, bisect_right(rank.ends, copy.read_start + rounding)), reload)
-            add("spill", copy, spill, 1, max(copy.out_end, copy.write_start))
-            add("fetch", copy, fetch, 1, copy.read_start)
-        add("reload", copy, reload, 1, copy.back_start)
-    return tuple(event[-1] for event in sorted(events, key=lambda event: event[:4]))
+            add("spill", copy, spill, max(copy.out_end, copy.write_start))
+            add("fetch", copy, fetch, max(copy.out_end, copy.write_start, copy.read_start))
+        add("reload", copy, reload, copy.back_start)
+    return tuple(event[-1] for event in sorted(events, key=lambda event: event[:3]))
