@@ -3,8 +3,8 @@
     python -m bench.offload.pipeline_memory [--json FILE] [--path FOLDER]
 
 Each schedule runs in processes of its own, one rank each with one thread; the first rank, which holds the most, is
-reported. Stages are MLPs that save about 40 MB for the backward of one microbatch. Peaks are those of a step beyond what
-model, gradients and batch take; buffers that the first step leaves count. All processes return freed memory to the
+reported. Stages are MLPs that save about 40 MB for the backward of one microbatch. Peaks are those of a step, beyond
+what model, gradients and batch take; buffers that the first step leaves count. Freed memory returns to the
 system (MALLOC_MMAP_THRESHOLD_), so that what is measured is what is in use.
 
 "modelled link" is a device whose copies take as long as a link would of which k is 0.9: a block's way out and back
