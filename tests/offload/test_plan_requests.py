@@ -1,8 +1,12 @@
 """What plans make of requests: chunks and budgets, waits that are allowed, measured numbers, and refused arguments."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 import pykern
+from pykern.offload import planning
 from pykern.offload.planning import Times, check_plan, plan, replan
 from pykern.offload.planning.copying import CopyTimes, run_copies
 from pykern.offload.planning.types import Action, Order, Plan, Transfer
@@ -22,6 +26,14 @@ def moved_chunks(made: Plan, rank: int) -> set[int]:
 
 def test_public_names():
     assert pykern.plan is plan and pykern.replan is replan and pykern.Plan is Plan
+
+
+def test_planning_needs_no_torch():
+    for path in Path(planning.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not any(name.split(".")[0] in ("torch", "pykern") for name in names), path.name
 
 
 def test_which_chunks_leave():
