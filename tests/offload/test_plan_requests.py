@@ -121,6 +121,15 @@ def test_copies_too_slow():
     assert max(strict.peak_blocks) >= max(plan_of("po_f").peak_blocks)
 
 
+def test_memory_below_the_peak_shortens_waits(monkeypatch):
+    request = {"times": ((1.0, 1.1, 0.9, 1.0) * 4, (1.0,) * 16, (1.0,) * 16), "offload": "full"}
+    relaxed = plan_of("po", **request)
+    monkeypatch.setattr(planning.planner, "_RELAXING_ROUNDS", 0)
+    hasty = plan_of("po", **request)
+    assert relaxed.peak_blocks == hasty.peak_blocks and len(relaxed.copies[0]) == len(hasty.copies[0])
+    assert relaxed.seconds <= hasty.seconds and sum(relaxed.stall_seconds) < 0.5 * sum(hasty.stall_seconds)
+
+
 def test_blocks_missed_too_briefly_stay():
     made = plan_of("gis", 4, 1, 8, offload="full")
     assert any("3 times their copies out and back: chunk 0 of rank" in note for note in made.notes)
