@@ -11,9 +11,9 @@ from pykern.lowrank.projectors import PROJECTORS, Choice
 WORDS = {
     "consecutive": "cosine between the gradients of two consecutive steps",
     "gram": "energy in the leading singular vectors",
-    "gram before": "energy in those of the step before",
+    "gram before": "energy in those that the step before had",
     "dct": "energy in the chosen vectors of the cosine transform",
-    "dct before": "energy in those of the step before",
+    "dct before": "energy in those that the step before chose",
     "dct kept": "vectors of the cosine transform that the step before chose too",
     "random": "energy in a random subspace",
 }

@@ -36,7 +36,6 @@ from bench.lowrank.pretraining_settings import (
     Run,
     Setting,
     larger,
-    same_steps,
     settings,
 )
 from pykern.train.model import Transformer, causal_attention
@@ -87,21 +86,6 @@ def optimizer_of(setting: Setting, model: Transformer, rate: float, seed: int) -
     return setting.make(groups, rate, seed=seed)
 
 
-class AveragedGradients:
-    """Replaces the gradients of the low-rank weights by their exponential averages, bias corrected."""
-
-    def __init__(self, params: list[Tensor], decay: float):
-        self.params, self.decay, self.steps = params, decay, 0
-        self.averages = [torch.zeros_like(param) for param in params]
-
-    @torch.no_grad()
-    def replace(self) -> None:
-        self.steps += 1
-        for param, average in zip(self.params, self.averages, strict=True):
-            average.lerp_(param.grad, 1 - self.decay)
-            param.grad.copy_(average / (1 - self.decay**self.steps))
-
-
 def train(run: Run, text: Tensor) -> dict:
     """Held-out losses by step, training losses MEAN_OF steps each, bytes of the optimizer's state; of AdamW also what
     subspaces see of the gradients.
@@ -111,7 +95,6 @@ def train(run: Run, text: Tensor) -> dict:
     model = Transformer(SHAPE).to(setting.dtype)
     optimizer = optimizer_of(setting, model, run.rate, run.seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, steps=run.steps))
-    averaged = AveragedGradients(optimizer.param_groups[0]["params"], setting.average) if setting.average else None
     blocks = [param for param in model.blocks.parameters() if param.dim() == 2]
     cut = len(text) * 19 // 20
     curve, losses, seen, before, tenth = [], [], [], [], max(1, run.steps // 10)
@@ -124,8 +107,6 @@ def train(run: Run, text: Tensor) -> dict:
         if run.setting == "AdamW" and before and (step + 1) % tenth == 0:
             seen.append((step + 1, gradients.seen([param.grad for param in blocks], before, RANK)))
         before = [param.grad for param in blocks]
-        if averaged is not None:
-            averaged.replace()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -140,11 +121,15 @@ def train(run: Run, text: Tensor) -> dict:
 
 def plan(records: list[dict], steps: int, seeds: int):
     """All runs in the order of their worth; which rate is best is asked of the records as they are by then."""
-    yield from same_steps(steps)
+    everything = settings(steps)
+    table = [name for name, setting in everything.items() if not setting.changes]
+    yield from (Run(name, rate, steps=steps) for name in table for rate in everything[name].rates)
     for seed in SEEDS[1:seeds]:
-        for name, setting in settings(steps).items():
-            if not setting.changes and of(records, setting=name, seed=0, steps=steps, rows=ROWS):
+        for name in table:
+            if of(records, setting=name, seed=0, steps=steps, rows=ROWS):
                 yield Run(name, best(records, name, steps)["rate"], seed, steps)
+    yield from (Run(name, rate, steps=steps) for name in everything if name not in table
+                for rate in everything[name].rates)  # fmt: skip
     yield from larger(steps)
 
 

@@ -28,7 +28,6 @@ class Setting:
         rank: of its subspaces; None for an optimizer without them.
         changes: the setting of the main table that this one differs from; "" for those of the table.
         published: perplexity on C4 of a 60M model in the papers' table.
-        average: the optimizer sees an average of the gradients with this decay, not the gradient.
         dtype: of weights and gradients.
     """
 
@@ -38,7 +37,6 @@ class Setting:
     rank: int | None = RANK
     changes: str = ""
     published: float | None = None
-    average: float = 0.0
     dtype: torch.dtype = torch.float32
 
 
@@ -63,9 +61,6 @@ def settings(steps: int) -> dict[str, Setting]:
         "APOLLO": apollo,
         "DCT": dct,
         "AdamW without momentum": changed("AdamW", (5e-4, 1e-3), adamw, options={"betas": (0.0, 0.999)}),
-        "APOLLO on averaged gradients": changed(
-            "APOLLO", (6e-4, 2.5e-3), apollo, average=0.9, options={"betas": (0.0, 0.999)}
-        ),
         "APOLLO, all channels seen": changed(
             "APOLLO", (2.5e-3, 5e-3), apollo, rank=SHAPE.width, options={"projector": "coordinates"}
         ),
@@ -100,12 +95,6 @@ class Run:
     seed: int = 0
     steps: int = STEPS
     rows: int = ROWS
-
-
-def same_steps(steps: int) -> Iterator[Run]:
-    """Every setting at all its rates, those of the main table first."""
-    for name, setting in settings(steps).items():
-        yield from (Run(name, rate, steps=steps) for rate in setting.rates)
 
 
 def larger(steps: int) -> Iterator[Run]:

@@ -3,9 +3,9 @@
     python -m bench.offload.pipeline_memory [--json FILE] [--path FOLDER]
 
 Each schedule runs in processes of its own, one rank each with one thread; the first rank, which holds the most, is
-reported. Stages are MLPs that save about 40 MB for the backward of one microbatch. Peaks are those of one step, from
-what the process takes before it, gradients included. All processes return freed memory to the system
-(MALLOC_MMAP_THRESHOLD_), so that what is measured is what is in use.
+reported. Stages are MLPs that save about 40 MB for the backward of one microbatch. Peaks are those of a step, beyond
+what model, gradients and batch take; buffers that the first step leaves count. Freed memory returns to the
+system (MALLOC_MMAP_THRESHOLD_), so that what is measured is what is in use.
 
 "modelled link" is a device whose copies take as long as a link would of which k is 0.9: a block's way out and back
 takes 0.9 of the time in which one block is computed. The host's memory for it is the same process's, so only its time
@@ -110,13 +110,17 @@ def work(rank: int, folder: str, provider: str, steps: int, path: str | None, bl
     batch = torch.randn(ROWS * MICROBATCHES, WIDTH, generator=generator) if rank in (0, DEVICES - 1) else None
     arguments = (batch,) if rank == 0 else ()
     keywords = {"target": batch} if rank == DEVICES - 1 else {}
-    seconds, peaks = [], []
+    for stage in stages:
+        for parameter in stage.submod.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    distributed.barrier()
+    before, seconds, peaks = resident_bytes(), [], []
     for _ in range(steps + 1):
         for stage in stages:
             stage.submod.zero_grad(set_to_none=False)
         distributed.barrier()
         forget_peak()
-        before, begin = resident_bytes(), time.perf_counter()
+        begin = time.perf_counter()
         schedule.step(*arguments, return_outputs=False, **keywords)
         distributed.barrier()
         seconds.append(time.perf_counter() - begin)

@@ -105,8 +105,8 @@ class Engine:
         capacity: bytes of the arena, or of the file if there is one; None: it grows as needed.
         threads: threads that copy.
         queue_bytes: bytes of blocks whose writing has not ended, at most (or one larger block).
-        delay_seed: for hunting: copies are delayed and a file's transfers cut short at random by this seed, and freed
-            bytes and those between the parts of a block are poisoned.
+        delay_seed: for hunting: copies are delayed and a file's transfers cut short at random by this seed, freed bytes
+            and those between the parts of a block are poisoned, and a block that is not what was stored is an error.
         memory: with a folder: bytes of an arena in front of the file; None or 0: none. Blocks go there while there is
             room, and above seven eighths the oldest without a slot are spilled to the file in the background.
         slots: sizes of planned slots, for `store(slot=n)`. They lie in the memory, or in the file without memory.

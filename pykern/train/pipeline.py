@@ -109,15 +109,15 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, subtree_end: Tensor, position: Tensor) -> Tensor:
         """One packed row: tokens [1, T], or hidden states [1, T, width] -> hidden states [1, T, width]."""
-        x, tree = x[0], (subtree_end[0], position[0])
-        cos, sin = rotation(position[0], self.head_size)
+        tree = subtree_end[0], position[0]
+        cos, sin = rotation(position, self.head_size)
         angles = cos.to(self.working), sin.to(self.working)
         with arithmetic(self.config):
             x = x if self.embedding is None else self.embedding(x)
             for block in self.blocks:
-                x = block(x, angles, lambda q, k, v: prefix_attention(q, k, v, tree))
-            x = x if self.norm is None else self.norm(x)
-        return x[None]
+                x = block(x, angles, lambda q, k, v: prefix_attention(q[0], k[0], v[0], tree)[None])
+            # Never a view: torch's runtime detaches it in place.
+            return x if self.norm is None else self.norm(x)
 
 
 class PipelineTrainer(Trainer):

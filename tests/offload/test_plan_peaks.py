@@ -103,6 +103,14 @@ def test_where_not_all_fit_the_longest_lived_leave():
         assert sum(copy.chunk == 0 for copy in copies) == 64
 
 
+def test_asking_for_more_than_fits_does_no_harm():
+    # Copies at their limit (k = 1), and beyond it: here the published planner stops with an error.
+    for schedule, counts in (("po", (5, 6)), ("gis", (15, 15)), ("gis_h", (8, 7))):
+        assert peaks(schedule, 8, 4, 32, 1.0, [3, 4]) == counts
+    for k, least in ((1.2, 7), (1.6, 11), (3.0, 16)):
+        assert peaks("po", 8, 4, 16, k, ["full"])[0] <= least
+
+
 def test_every_schedule_saves():
     for schedule, chunks in (("1f1b", 1), ("1f1b_interleaved", 2), ("gis", 2), ("gis_h", 2), ("po", 2), ("v_half", 2)):
         for split_backward in (False, True):

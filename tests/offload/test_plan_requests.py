@@ -100,6 +100,9 @@ def test_copies_too_slow():
     assert max(insisted.peak_blocks) == 3 < max(kept.peak_blocks)
     length = 100 * (insisted.seconds / insisted.seconds_alone - 1)
     assert any(note == f"copies lengthen the step by {length:.2g} %" for note in insisted.notes)
+    # However slow.
+    hopeless = plan_of("gis", **{**slow, "bandwidth": 1e-3}, stall="allow")
+    assert hopeless.seconds > 1e5 * hopeless.seconds_alone and hopeless.peak_blocks == insisted.peak_blocks
     # No slack: not even while the pipeline fills.
     strict = plan_of("po_f", slack=0.0)
     assert strict.seconds <= strict.seconds_alone * (1 + 1e-9)

@@ -1,5 +1,6 @@
 """Planned slots, memory before a file, a modelled link, and how a file is written."""
 
+import os
 import threading
 import time
 
@@ -112,6 +113,18 @@ def test_against_the_plan(folder):
     assert is_there(engine, item, 5000, 1)
     engine.synchronize()
     assert engine.counters()["slots"] == 1
+
+
+def test_a_slot_that_can_not_be_read_is_not_taken_over(tmp_path):
+    engine = open_engine(str(tmp_path), slots=[5000])
+    item = store(engine, 5000, 1, slot=0)
+    engine.settle(item)
+    os.truncate(descriptors(tmp_path)[0], 0)
+    engine.reserve(item)
+    with pytest.raises(RuntimeError, match=f"slot 0 still holds item {item}, which can't be brought back: reading .*"):
+        store(engine, 10, 2, slot=0)
+    with pytest.raises(RuntimeError, match="the file ends there"):
+        engine.load(item)
 
 
 def test_slots_beside_others(folder):

@@ -118,10 +118,10 @@ def test_a_loaded_state_continues_bit_for_bit(found):
 def test_the_command(tmp_path):
     """Started by torchrun, compared with plain PyTorch: one folder, one table."""
     options = [*TINY_OPTIONS, "--layers", "4", "--prompts", "4", "--steps", "2", "--compare", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "pykern", "train", *options, "--pipeline", "2", "--offload", "full", "--out", "run"]
     environment = {**os.environ, "PYTHONPATH": str(Path(pykern.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("largest gradient difference") == 1
     difference = float(ended.stdout.split("largest gradient difference")[1].split()[0])

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import accumulate
 from statistics import median
 
-from .transfers import Block, Placed, RankTimes, peak_bytes, place, place_in_file
+from .transfers import Block, Placed, RankTimes, hurry_warm_up, peak_bytes, place, place_in_file
 
 
 @dataclass
@@ -87,15 +87,16 @@ def choose(
     origin: float,
     slot: float,
     *,
+    sharing: int = 0,
     budget: int | None = None,
     insist: bool = False,
     housed: int | None = None,
 ) -> Choice:
     """Blocks of `asked` and times for their copies, such that each is back in time.
 
-    budget: no more than are needed to keep the rank's peak within so many bytes. housed: how many blocks the host has
-    room for; the others go on to a file if there is one, and else stay. insist: don't look for
-    what is best if not all fit.
+    sharing: how many ranks hurry together while the pipeline fills up; 0 if they don't. budget: no more than are needed
+    to keep the rank's peak within so many bytes. insist: don't look for what is best if not all fit. housed: how many
+    blocks the host has room for; the others go on to a file if there is one, and else stay.
     """
     worth = rank.worthwhile(asked, slot)
     worthwhile = set(worth)
@@ -114,15 +115,15 @@ def choose(
 
     @cache
     def peak(count: int) -> int:
-        return peak_bytes(rank, lay_out(count)[0])
+        placed = lay_out(count)[0]
+        return peak_bytes(rank, hurry_warm_up([rank], [placed], sharing)[0] if sharing else placed)
 
     count = len(ordered)
     if budget is not None:
         if peak(count) > budget:
             count = lowest(ordered, peak)
         count = fewest(count, lambda number: peak(number) <= budget)
-        if peak(count) > budget:
-            choice.late = ordered[count:]
+        choice.late = ordered[count:]
     elif not insist and lay_out(count)[1]:
         count = lowest(ordered, peak)
         choice.late = ordered[count:]
@@ -135,7 +136,4 @@ def choose(
         choice.unread = [copy.block for copy in unread]
         choice.placed = [copy for copy in choice.placed if copy.block in kept] + to_file
         choice.placed.sort(key=lambda copy: copy.block.forward)
-    if budget is not None and peak_bytes(rank, choice.placed) <= budget:
-        # More need not leave.
-        choice.brief, choice.late, choice.unread, choice.unhoused = [], [], [], []
     return choice

@@ -104,6 +104,10 @@ def replan(
     return plan(**{**plan_.request, **{name: value for name, value in measured.items() if value is not None}})
 
 
+# By which computation is slowed down for a request that insists: what is late even so stays.
+_LONGEST_STRETCH = float(1 << 24)
+
+
 @dataclass(frozen=True)
 class _Basis:
     """The times that copies are laid out by."""
@@ -162,17 +166,37 @@ class _Drafts:
     def _insist(self, basis: _Basis) -> _Draft:
         """All that was asked for, laid out by times that are stretched until it fits: computation will wait as long."""
 
-        def is_late(stretch: float) -> bool:
+        def attempt(stretch: float) -> tuple[int, int]:
+            """How many blocks leave, and are late."""
             layouts = self._choose_all(_stretched(basis, stretch), [None] * self.order.devices)
-            return any(choice.late for _, choices in layouts for choice in choices)
+            choices = [choice for _, of_ranks in layouts for choice in of_ranks]
+            return sum(len(choice.placed) for choice in choices), sum(len(choice.late) for choice in choices)
 
-        fits, late = 1.0, 0.0
-        while is_late(fits):
-            fits, late = 2 * fits, fits
-        while fits - late > 0.02 * fits and late:
-            middle = (fits + late) / 2
-            fits, late = (fits, middle) if is_late(middle) else (middle, late)
-        return self._within_host_budget(_stretched(basis, fits), 0)
+        # At first by as much as copying alone takes: then what is away only briefly is known, too.
+        stretch = max(1.0, self._copying_seconds() / self.alone_seconds) if self.alone_seconds else 1.0
+        leaving, late = attempt(stretch)
+        while late and stretch < _LONGEST_STRETCH:
+            stretch *= 2
+            leaving, late = attempt(stretch)
+        too_little = 1.0
+        if stretch > 1.0 and attempt(1.0) == (leaving, late):
+            stretch = 1.0
+        while stretch - too_little > 0.02 * stretch:
+            middle = (stretch + too_little) / 2
+            if attempt(middle) == (leaving, late):
+                stretch = middle
+            else:
+                too_little = middle
+        return self._within_host_budget(_stretched(basis, stretch), 0)
+
+    def _copying_seconds(self) -> float:
+        """Of the rank that copies for longest, if all that was asked for leaves."""
+        request, longest = self.request, 0.0
+        for rank in range(self.order.devices):
+            total = request.order.microbatches * sum(request.sizes_of(rank)[: request.offload[rank]])
+            seconds = [total / rate for rate in request.rates]
+            longest = max(longest, max(seconds) if request.both_directions else sum(seconds))
+        return longest
 
     def _is_quick(self, draft: _Draft) -> bool:
         return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
@@ -208,7 +232,7 @@ class _Drafts:
                 choices[rank.rank] = choice
             placed = [choice.placed for choice in of_ranks]
             if basis.hurry:
-                placed = hurry_warm_up(ranks, placed)
+                placed = hurry_warm_up(ranks, placed, len(ranks))
             for rank, copies in zip(ranks, placed, strict=True):
                 transfers[rank.rank] = anchor(rank, copies)
                 file_rate = request.file_rate or 1.0
@@ -238,15 +262,15 @@ class _Drafts:
                 RankTimes(self.order, rank, self.request.times, basis.spans, self.request.sizes, self.link)
                 for rank in members
             ]
-            yield ranks, self._choose(ranks, housed)
+            yield ranks, self._choose(ranks, housed, len(members) if basis.hurry else 0)
 
-    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
+    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None], sharing: int) -> list[Choice]:
         request = self.request
         asked = [
             [b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks
         ]
         slot = _longest(ranks, asked)
-        choices = self._choose_in_slots(ranks, asked, slot, housed)
+        choices = self._choose_in_slots(ranks, asked, slot, housed, sharing)
         # Slots are as long as the longest copy. If not all fit, the longest may not be worth it.
         shorter = _longest(ranks, [choice.ordered for choice in choices])
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
@@ -255,20 +279,25 @@ class _Drafts:
             [block for block in blocks if rank.longest(block.chunk) <= shorter]
             for rank, blocks in zip(ranks, asked, strict=True)
         ]
-        choices = self._choose_in_slots(ranks, short, shorter, housed)
+        choices = self._choose_in_slots(ranks, short, shorter, housed, sharing)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
             among = set(few)
             choice.late += [block for block in all_asked if block not in among]
         return choices
 
     def _choose_in_slots(
-        self, ranks: Sequence[RankTimes], asked: Sequence[list[Block]], slot: float, housed: Sequence[int | None]
+        self,
+        ranks: Sequence[RankTimes],
+        asked: Sequence[list[Block]],
+        slot: float,
+        housed: Sequence[int | None],
+        sharing: int,
     ) -> list[Choice]:
         request = self.request
         origin = ranks[0].ends[0] if ranks[0].ends else 0.0
         return [
             choose(
-                rank, blocks, origin + slot * number, slot,
+                rank, blocks, origin + slot * number, slot, sharing=sharing,
                 budget=None if request.budget is None else request.budget[rank.rank],
                 insist=request.insist, housed=housed[rank.rank],
             )

@@ -21,6 +21,9 @@ def tell(
         ranks_of: dict[int, list[int]] = {}
         count = 0
         for rank, choice in enumerate(choices):
+            if request.budget is not None and peaks[rank] <= request.budget[rank]:
+                # No more need leave.
+                continue
             staying = getattr(choice, name)
             count += len(staying)
             for chunk in sorted({block.chunk for block in staying}):

@@ -249,10 +249,11 @@ def place_in_file(rank: RankTimes, placed: Sequence[Placed]) -> tuple[list[Place
     return kept, late
 
 
-def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]]) -> list[list[Placed]]:
-    """Copies out before the first copy back of ranks that share a switch: without gaps, and at the faster rate.
+def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]], sharing: int) -> list[list[Placed]]:
+    """Copies out before the first copy back of the `sharing` ranks at a switch: without gaps, and at the faster rate.
 
-    Nothing travels the other way yet; so the ranks take turns.
+    Nothing travels the other way yet; so the ranks take turns. If not all of them are given, the others are taken to
+    copy as much.
     """
     copies = [copy for of_rank in placed for copy in of_rank]
     first_back = min((copy.back_start for copy in copies), default=math.inf)
@@ -267,10 +268,10 @@ def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]]
     free = -math.inf
     for out_start, number, position in sorted(early):
         copy = placed[number][position]
-        seconds = (copy.out_end - out_start) / (ranks[number].link.lone_speedup if len(ranks) > 1 else 1.0)
+        seconds = (copy.out_end - out_start) / (ranks[number].link.lone_speedup if sharing > 1 else 1.0)
         start = min(max(free, ranks[number].ready(copy.block)), out_start)
-        free = start + seconds
-        result[number][position] = copy._replace(out_start=start, out_end=free)
+        free = start + seconds * (sharing / len(ranks))
+        result[number][position] = copy._replace(out_start=start, out_end=start + seconds)
     return result
 
 
