@@ -46,11 +46,16 @@ class BlockStore:
         self._slots: list[int] = []
         self._first_of_file = 0
 
-    def open(self, plan: Plan, rank: int) -> None:
-        """Makes room for a plan's blocks; no block may be stored at this moment."""
+    def open(self, plan: Plan, rank: int, sizes_known: bool) -> None:
+        """Makes room for a plan's blocks; no block may be stored at this moment.
+
+        sizes_known: the plan's slots have the sizes that blocks will have. Otherwise room is made as it is needed.
+        """
         self.close()
         self._copies = {(copy.chunk, copy.microbatch): copy for copy in plan.copies[rank]}
-        host, file = list(plan.slot_bytes[rank]), list(plan.file_slot_bytes[rank]) if plan.file_slot_bytes else []
+        host, file = [], []
+        if sizes_known:
+            host, file = list(plan.slot_bytes[rank]), list(plan.file_slot_bytes[rank]) if plan.file_slot_bytes else []
         has_file = self._storage == "file" or any(copy.tier == "file" for copy in plan.copies[rank])
         folder = self._folder if has_file else None
         # All of a file's slots lie in it; those of an arena are the host's alone.
@@ -59,11 +64,15 @@ class BlockStore:
         keywords = {"threads": self._threads, "queue_bytes": 1 << 50, "delay_seed": self._delay_seed, "buffer_bytes": 0}
         if self._storage == "pinned":
             spill = Engine(folder, None, **keywords) if has_file else None
-            self.engine = StreamedEngine(self._device, slot_bytes=host if sum(host) else None, file=spill)
+            # Beside the plan's slots: room for what is on its way to and from the file.
+            largest = max(file, default=0)
+            passing = [largest] * -(-plan.staging_bytes[rank] // largest) if largest else []
+            self.engine = StreamedEngine(self._device, slot_bytes=host + passing or None, file=spill)
         elif self._storage == "file" or not has_file:
             self.engine = Engine(folder, None, **keywords, slots=self._slots)
         else:
-            memory = sum(-(-size // 4096) * 4096 for size in host)
+            # Without slots no more than what fits before the file is full.
+            memory = sum(-(-size // 4096) * 4096 for size in host) or 1 << 40
             self.engine = Engine(folder, None, **keywords, slots=self._slots, memory=memory)
         if has_file:
             if self._storage != "pinned":

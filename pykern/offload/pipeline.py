@@ -184,6 +184,8 @@ class PipelineOffload:
         map_allocations: with a file, set glibc's M_MMAP_THRESHOLD so that freed memory leaves the process; see
             `ActivationOffload`.
         device: with storage="pinned": the GPU, by default the current one; or another `StreamDevice`.
+        sizes_known: whether the plan was made with the sizes of blocks: each then has its slot, and what is stored is
+            allocated once. With "pinned", larger blocks than that stay.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -205,6 +207,7 @@ class PipelineOffload:
         threads: int = 2,
         map_allocations: bool = True,
         device: StreamDevice | str | None = None,
+        sizes_known: bool = True,
         debug_delays: int | None = None,
     ) -> None:
         self._store = BlockStore(storage, path, threads, device, map_allocations, debug_delays)
@@ -220,9 +223,9 @@ class PipelineOffload:
         self.measuring = False
         """Whether the times of actions are taken, which makes an accelerator wait for each to end."""
         self.rank = rank
-        self.set_plan(plan)
+        self.set_plan(plan, sizes_known)
 
-    def set_plan(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan, sizes_known: bool = True) -> None:
         """Follow another plan from the next step on."""
         ranks = len(plan.order.ranks)
         if not 0 <= self.rank < ranks:
@@ -232,7 +235,7 @@ class PipelineOffload:
         self.plan = plan
         self._actions = plan.order.ranks[self.rank]
         self._transfers = plan.transfers[self.rank]
-        self._store.open(plan, self.rank)
+        self._store.open(plan, self.rank, sizes_known)
         self.reset_counters()
 
     def close(self) -> None:

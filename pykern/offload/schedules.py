@@ -175,13 +175,14 @@ class SchedulePipeOffload(SchedulePlanned):
         )
         if isinstance(offload, Plan):
             first = offload
-            self._measured = {}
+            self._measured, self._is_guessed = {}, False
         else:
             given = {"times": times, "bytes": block_bytes, "bandwidth": bandwidth}
             # Whatever is chosen leaves at once and comes back late, as if copies took no time.
             guessed = {"times": (1.0, 1.0, 1.0), "bytes": 1, "bandwidth": 1e6}
             self._measured = {name: value for name, value in given.items() if value is not None}
-            known = self._measured if len(self._measured) == len(given) else guessed
+            self._is_guessed = len(self._measured) < len(given)
+            known = guessed if self._is_guessed else self._measured
             first = plan(
                 schedule, len(self.order.ranks), self.order.chunks, n_microbatches, offload=offload, group=group,
                 split_backward=split_backward, **known, **(planning or {}),
@@ -191,9 +192,9 @@ class SchedulePipeOffload(SchedulePlanned):
         self.offload = PipelineOffload(
             first, self.rank, storage=storage, path=path, min_bytes=min_bytes, skip=skip, threads=threads,
             parameters=[tensor for stage in stages for tensor in (*stage.submod.parameters(), *stage.submod.buffers())],
-            map_allocations=map_allocations, device=device, debug_delays=debug_delays,
+            map_allocations=map_allocations, device=device, sizes_known=not self._is_guessed, debug_delays=debug_delays,
         )  # fmt: skip
-        self.offload.measuring = self._is_guessed = not isinstance(offload, Plan) and len(self._measured) < 3
+        self.offload.measuring = self._is_guessed
         self._buffers = {stage.stage_index: ReceiveBuffers(stage) for stage in stages}
         self._stage_of = {stage.stage_index: stage for stage in stages}
         self._waits = safe_waits(

@@ -1,13 +1,16 @@
 """A plan's blocks, without a pipeline: one process plays a rank, and the gradients that it receives are made up."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import pykern
+from pykern.offload.hunting import HuntingDevice
 from pykern.offload.planning.orders import make_order
+from pykern.offload.simulated import SimulatedDevice
 
 from .support_pipeline import WIDTH, hasty_plan, make_stage
 
@@ -95,6 +98,51 @@ def test_gradients_are_the_same(model, split, storage):
     assert counters["peak_blocks"] == counters["planned_peak_blocks"]
     # Every block was freed: what is needed once more would have to be there.
     assert counters["engine"]["slots"] == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_on_a_device_with_streams(seed):
+    """Races would be errors there; every block is in its slot or, by turns, in none."""
+    rank = Rank("attention", "pinned", chunks=(0, 1), device=HuntingDevice(seed, directions=1 + seed % 2, lags=False))
+    rank.offload.set_plan(rank.offload.plan, sizes_known=False)
+    for _ in range(2):
+        assert_same(rank)
+    counters = rank.offload.counters()
+    assert counters["offloads"] == 2 * len(rank.offload.plan.copies[0]) and counters["stayed"] == 0
+
+
+def with_tiers(plan, sizes):
+    """Every other block goes on to the file; slots that no two blocks share."""
+    copies, transfers, slots = [], [], {"host": [], "file": []}
+    for number, copy in enumerate(plan.copies[0]):
+        tier = ("host", "file")[number % 2]
+        copies.append(copy._replace(tier=tier, slot=len(slots[tier])))
+        slots[tier].append(sizes[copy.chunk])
+    tiers = {(copy.chunk, copy.microbatch): copy.tier for copy in copies}
+    for transfer in plan.transfers[0]:
+        kinds = (transfer.kind,)
+        if tiers[transfer.chunk, transfer.microbatch] == "file":
+            kinds = {"release": ("release", "spill"), "reload": ("fetch", "reload")}.get(transfer.kind, kinds)
+        transfers += [transfer._replace(kind=kind) for kind in kinds]
+    return replace(
+        plan, copies=(tuple(copies), ()), transfers=(tuple(transfers), ()), slot_bytes=(tuple(slots["host"]), ()),
+        file_slot_bytes=(tuple(slots["file"]), ()), staging_bytes=(2 * max(sizes), 0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["memory", "file", "pinned"])
+def test_two_tiers_and_planned_slots(storage, tmp_path):
+    device = SimulatedDevice() if storage == "pinned" else None
+    rank = Rank("attention", storage, path=tmp_path, device=device)
+    rank.offload.set_plan(rank.offload.plan, sizes_known=False)
+    rank.step(True)
+    sizes = [size for _, size in sorted(rank.offload.counters()["block_bytes"].items())]
+    rank.offload.set_plan(with_tiers(rank.offload.plan, sizes))
+    for _ in range(2):
+        assert_same(rank)
+    counters = rank.offload.counters()
+    assert counters["offloads"] == 2 * len(rank.offload.plan.copies[0]) and counters["stayed"] == 0
+    assert counters["peak_blocks"] == counters["planned_peak_blocks"]
 
 
 def test_inputs_come_and_go():
