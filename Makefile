@@ -26,17 +26,20 @@ train: build
 	$(PY) -m pykern train $(ARGS)
 
 # The kernels' emulator serves the tests alone. Files of tests are shared out to processes, whose threads must not spin
-# while they wait for one another.
+# while they wait for one another. They go in the order of collection (tests/conftest.py), which begins with the longest:
+# that of xdist goes by the number of tests, and would end with files of few tests that take minutes.
 TEST_PROCESSES ?= 2
+PARALLEL = --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: export PYKERN_EMULATOR ?= checked;address
 test: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/.ready
 	$(BUILD)
-	$(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 # The peers live in an environment of their own, which sees the packages of the first one.
+test-peers: export OMP_WAIT_POLICY ?= passive
 test-peers: build $(PEERS)/.ready
-	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
+	$(PEERS)/bin/python -m pytest tests/peers $(PARALLEL) $(ARGS)
 
 bench: build
 	$(PY) -m pykern bench $(ARGS)

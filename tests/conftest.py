@@ -1,5 +1,7 @@
 """What every test shares: the instruction-set levels of this machine, and a count that a run must reach."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,14 @@ LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 # A run of the whole suite that executes fewer tests than this has lost some to skips or collection.
 MINIMUM_EXECUTED = 300
+
+# These files take longest, most of them by what one test or fixture does. Processes that files are shared out to begin
+# with them: one that came last would be run by one process while the others had nothing left to do.
+LONGEST = [
+    "emulator/test_address_sanitizer.py", "packaging/test_wheel.py", "packaging/test_kernel_budgets.py",
+    "lowrank/test_step.py", "policy/test_loss.py", "policy/test_kernels_loss.py", "lowrank/test_shards.py",
+    "train/test_command.py",
+]  # fmt: skip
 
 
 def available_levels() -> list[str]:
@@ -41,6 +51,12 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(map(Path.exists, ranks)), "LONGEST in tests/conftest.py names a file that is not there"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_terminal_summary(terminalreporter, config):

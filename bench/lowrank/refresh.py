@@ -21,7 +21,10 @@ SHAPES = ((1024, 2736, 256), (2048, 2048, 512))
 TAILS = (0.5, 1.0)
 PREFIX = "pykern "
 # Those whose basis depends on the gradient, and one that doesn't; the record has all.
-SHOWN = ("stale", *(PREFIX + name for name in ("gram", "power", "randomized", "dct", "rows", "random_orthonormal")))
+SHOWN = (
+    "stale",
+    *(PREFIX + name for name in ("gram", "power", "plain_power", "randomized", "dct", "rows", "random_orthonormal")),
+)
 
 
 def record(rows: int, columns: int, rank: int, tail: float, rounds: int) -> dict[str, dict[str, float]]:

@@ -54,10 +54,11 @@ std::string Engine::preallocate(int64_t bytes) {
 int64_t Engine::store(std::vector<Tensor> sources, std::vector<Piece> pieces, int64_t bytes, int64_t slot,
                       int64_t tier) {
   drop_finished();
-  Lock lock(mutex_);
   const auto item = std::make_shared<Item>();
+  if (hunting()) item->fingerprint = fingerprint(pieces);
   item->bytes = bytes;
   item->slot = slot;
+  Lock lock(mutex_);
   wait_for_queue(lock, bytes);
   if (!find_place(lock, *item, tier)) return -1;
   item->sources = std::move(sources);
@@ -126,6 +127,9 @@ void Engine::vacate(Lock& lock, int64_t slot) {
       drop_sources(*holder);
       ++holder->reservations;  // for good: the buffer is all there is
       return_place(*holder);
+    } else if (!holder->error.empty()) {
+      throw std::runtime_error("offload: slot " + std::to_string(slot) + " still holds item " +
+                               std::to_string(holder->number) + ", which can't be brought back: " + holder->error);
     } else {
       if (holder->reading && erase_from(reads_, holder)) reads_.push_front(holder);
       if (!holder->released && holder->reservations > 0 && !holder->reading && !holder->buffer) {
@@ -149,7 +153,9 @@ bool Engine::settle(int64_t number) {
     const ItemPointer item = find(number);
     // Somebody waits for this one: ahead of what was queued before it.
     if (erase_from(writes_, item)) writes_.push_front(item);
-    const auto settled = [&] { return item->released || item->failed || (item->stored && item->active == 0); };
+    const auto settled = [&] {
+      return item->released || item->failed || (item->stored && (!item->held || item->active == 0));
+    };
     if (!settled()) {
       const auto begin = Clock::now();
       work_ended_.wait(lock, settled);

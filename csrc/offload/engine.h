@@ -39,7 +39,9 @@ class Engine {
     int64_t threads = 2;
     int64_t queue_bytes = 0;    // sources held by unfinished writes, unless a single block is larger
     int64_t buffer_bytes = 0;   // buffers kept for the next loads
-    int64_t delay_seed = -1;    // >= 0: random pauses around each copy, and freed bytes are poisoned
+    // >= 0, for hunting: random pauses around each copy, freed bytes are poisoned, and what comes
+    // back must be what was stored.
+    int64_t delay_seed = -1;
     Link::Rates link;
   };
 
@@ -97,6 +99,7 @@ class Engine {
     bool held = true;                    // the sources are there
     bool stored = false, failed = false, reading = false, spilling = false, released = false;
     std::string error;
+    uint64_t fingerprint = 0;            // of what was stored, when hunting
   };
   using ItemPointer = std::shared_ptr<Item>;
   using Lock = std::unique_lock<std::mutex>;
@@ -133,6 +136,8 @@ class Engine {
   void end_spill(Item& item);
   void cancel_spill(const ItemPointer& item);
   void fill_gaps(const Item& item, char* block) const;
+  // Of the pieces where they are now, or in a block that was read.
+  static uint64_t fingerprint(const std::vector<Piece>& pieces, const char* block = nullptr);
   void pause(std::mt19937_64& random) const;
   bool hunting() const { return options_.delay_seed >= 0; }
 

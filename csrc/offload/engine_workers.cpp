@@ -89,7 +89,13 @@ void Engine::run_read(Lock& lock, const ItemPointer& item, std::mt19937_64& rand
     error = medium.read(offset, buffer->data(), item->bytes);
     std::this_thread::sleep_until(end);
   }
-  if (error.empty()) fill_gaps(*item, buffer->data());
+  if (error.empty() && hunting()) {
+    fill_gaps(*item, buffer->data());
+    if (fingerprint(item->pieces, buffer->data()) != item->fingerprint) {
+      error = "item " + std::to_string(item->number) + " is not what was stored: its parts changed before they were "
+              "written, or somebody else wrote into its slot";
+    }
+  }
   lock.lock();
   item->reading = false;
   if (error.empty()) {
@@ -180,13 +186,23 @@ void Engine::poison(Tier& tier, int64_t offset, int64_t bytes) {
 }
 
 void Engine::fill_gaps(const Item& item, char* block) const {
-  if (!hunting()) return;
   int64_t filled = 0;
   for (const Piece& piece : item.pieces) {
     std::memset(block + filled, kPoison, piece.offset - filled);
     filled = piece.end();
   }
   std::memset(block + filled, kPoison, item.bytes - filled);
+}
+
+uint64_t Engine::fingerprint(const std::vector<Piece>& pieces, const char* block) {
+  uint64_t value = 0;
+  for (const Piece& piece : pieces) {
+    const char* data = block ? block + piece.offset : piece.data;
+    for (int64_t index = 0; index < piece.bytes; ++index) {
+      value = (value ^ static_cast<unsigned char>(data[index])) * uint64_t{0x100000001b3};
+    }
+  }
+  return value;
 }
 
 void Engine::pause(std::mt19937_64& random) const {

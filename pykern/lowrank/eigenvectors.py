@@ -6,7 +6,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .subspace import contiguous, inverse_factor, multiply_one, narrowed, normal, orthonormalize, polished
+from .subspace import (
+    contiguous,
+    inner_products,
+    inverse_factor,
+    multiply_one,
+    narrowed,
+    normal,
+    orthonormalize,
+    polished,
+)
 
 DIRECT_SIZE = 384
 """Up to this order all eigenvectors cost no more than an iteration for the leading ones."""
@@ -127,9 +136,8 @@ def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _orthonormal(rows: Tensor) -> Tensor:
     """Rows with the span of these, orthonormal or nearly so."""
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    columns = rows.mT.contiguous()
-    inverse = inverse_factor(multiply_one(columns, columns))
-    return orthonormalize(columns).mT.contiguous() if inverse is None else multiply_one(rows, inverse.mT)
+    inverse = inverse_factor(inner_products(rows.mT))
+    return orthonormalize(rows.mT).mT.contiguous() if inverse is None else multiply_one(rows, inverse.mT)
 
 
 def _degree(vectors: Tensor, image: Tensor, values: Tensor, bound: Tensor, outside: Tensor) -> tuple[int, float, bool]:
@@ -155,25 +163,26 @@ def _filtered(matrix: Tensor, gram: Tensor, vectors: Tensor, image: Tensor, boun
     for step in range(2, degree + 1):
         following = multiply_one(gram if step == degree else matrix, after.mT)
         before, after = after, following.mul_(4 / bound).sub_(after, alpha=2).sub_(before)
-        # The last one leaves rows that a Cholesky factor can make orthonormal.
-        _part(before, after, (32,) if step < degree else (32, 4))
+        if step < degree:
+            _part(after, 32, before)
+    # More of them after the last step: what that leaves a Cholesky factor can make orthonormal.
+    if degree > 1:
+        _part(after, 32)
+        _part(after, 4)
     return after
 
 
-def _part(before: Tensor, after: Tensor, shares: tuple[int, ...]) -> None:
-    """Takes the leading rows, these parts of all, out of the rows of `after` behind them, and does the same to
-    `before`, so that the recurrence goes on: else what rows have of the leading eigenvectors grows until it buries
-    their own."""
-    first = 0
-    for share in shares:
-        last = after.shape[0] // share
-        leading, others = after[first:last], after[last:]
-        norms = torch.linalg.vector_norm(leading, dim=1)[:, None]
-        unit = leading / norms
-        inverse = inverse_factor(unit @ unit.mT)
-        if inverse is None:
-            return
-        steps = ((others @ unit.mT) @ (inverse.mT @ inverse)) / norms.mT
-        others.addmm_(steps, leading, alpha=-1)
-        before[last:].addmm_(steps, before[first:last], alpha=-1)
-        first = last
+def _part(after: Tensor, share: int, before: Tensor | None = None) -> None:
+    """Takes the leading rows, one in `share`, out of the rows of `after` behind them, and does the same to `before`, so
+    that the recurrence goes on: else what rows have of the leading eigenvectors grows until it buries their own."""
+    count = -(-after.shape[0] // share)
+    leading, others = after[:count], after[count:]
+    norms = torch.linalg.vector_norm(leading, dim=1)[:, None]
+    unit = leading / norms
+    inverse = inverse_factor(unit @ unit.mT)
+    if inverse is None:
+        return
+    steps = ((others @ unit.mT) @ (inverse.mT @ inverse)) / norms.mT
+    others.addmm_(steps, leading, alpha=-1)
+    if before is not None:
+        before[count:].addmm_(steps, before[:count], alpha=-1)

@@ -117,7 +117,7 @@ class Job:
 
     def write_back(self) -> None:
         """Copies the weight to the parameter if it was no view of it."""
-        local = local_tensor(self.param.detach())
+        local = local_tensor(self.param)
         if self.weight.data_ptr() != local.data_ptr():
             matrix = self.weight.mT if self.right else self.weight
             local.copy_(matrix.reshape(local.shape))
@@ -125,7 +125,7 @@ class Job:
 
 def _matrix(tensor: Tensor, right: bool) -> Tensor:
     """A view [n, length] with unit stride along either axis; a copy where there is no such view."""
-    matrix = tensor.reshape(matrix_shape(tensor.shape))
+    matrix = tensor if tensor.dim() == 2 else tensor.reshape(matrix_shape(tensor.shape))
     if 1 not in matrix.stride():
         matrix = matrix.contiguous()
     return compressed_first(matrix, right)

@@ -79,14 +79,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
             around it (LDAdam); "reset", zero, and the count of steps too (FRUGAL, Grass).
         side: "std" compresses the smaller axis, "reverse_std" the larger, "left" the rows, "right" the columns; "full"
             compresses both, R = P^T G Q [rank, rank].
-        projector: what chooses P. Of the gradient: "gram", its leading singular vectors, by its Gram matrix (to 0.9999
-            of their energy or better; a small one's are exact); "power", one step of the block power iteration from
-            the P in use; "randomized", a range finder; "svd", as the packages have it, bit for bit; "dct" and "dct_l2",
-            the vectors of the DCT-II with the largest l1 or l2 norms; "rows" and "rows_sampled", rows by their norms
-            (Grass). Drawn: "random" (normal / sqrt(rank); APOLLO, Flora) and "apollo_torch" (that package's numbers),
-            "random_orthonormal" and "coordinates" (FRUGAL). Of "dct", "rows" and "coordinates" the state has the
-            indices only. Or a function (grad, rank, right) -> P ([columns, rank] if right, else [rows, rank]), or P
-            itself; those belong to the whole optimizer and are not part of its state_dict.
+        projector: what chooses P. Of the gradient: "gram", its leading singular vectors, by its Gram matrix (0.9999
+            of their energy or more, by an iteration that estimates what it misses and else gives way to the whole
+            decomposition; a small one's are exact); "power", one step of the block power iteration from the P in use,
+            with a shift, and "plain_power" without (LDAdam); "randomized", a range finder; "svd", as the packages have
+            it, bit for bit; "dct" and "dct_l2", the vectors of the DCT-II with the largest l1 or l2 norms; "rows" and
+            "rows_sampled", rows by their norms (Grass). Drawn: "random" (normal / sqrt(rank); APOLLO, Flora) and
+            "apollo_torch" (that package's numbers), "random_orthonormal" and "coordinates" (FRUGAL). Of "dct", "rows"
+            and "coordinates" the state has the indices only. Or a function (grad, rank, right) -> P ([columns, rank] if
+            right, else [rows, rank]), or P itself; those belong to the whole optimizer and are not part of its
+            state_dict.
         projector_format: "dense", P in the weight's dtype, or "int8" and "int4" (Q-GaLore): P in 8.25 or 4.25 bits an
             element. Rounding costs P its orthonormality; what depends on that takes P^T P into account.
         projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -

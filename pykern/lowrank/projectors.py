@@ -82,6 +82,8 @@ def gram(choice: Choice) -> Tensor | None:
     """The leading left singular vectors of the matrix, by its Gram matrix; largest first.
 
     Of the shorter axis: mapped to the longer one, and made orthonormal even where the gradient's rank is below `rank`.
+    Where lowrank.eigenvectors.iterates, they have 0.9999 of the energy of these or more, and of float32 the Gram matrix
+    is of the gradient rounded to bfloat16: that costs about 1e-6 of the energy. Else the whole decomposition has them.
     """
     gradient = choice.gradient()
     if gradient is None:

@@ -61,22 +61,13 @@ class Gradient:
         return tensor
 
     def gram(self, narrow: bool = False) -> Tensor:
-        """G G^T [n, n]; the half above the diagonal blocks is mirrored, not computed.
-
-        `narrow`: of float32, its elements rounded to bfloat16 first; the sums are not rounded.
-        """
-        rows = self.matrix.shape[0]
-        gram = torch.zeros(rows, rows, dtype=self.dtype, device=self.matrix.device)
-        width = max(128, -(-rows // 8))
-        blocks = [(first, min(first + width, rows)) for first in range(0, rows, width)]
+        """G G^T [n, n]; `narrow`: of float32, its elements rounded to bfloat16 first, the sums not rounded."""
+        gram = None
         for piece in self.pieces():
-            piece = narrowed(piece) if narrow else piece
-            columns = [contiguous(piece[first:last].mT, piece.dtype) for first, last in blocks]
-            products = multiply([piece[:last].mT for _, last in blocks], columns)
-            for (first, last), product in zip(blocks, products, strict=True):
-                gram[first:last, :last] += product
-        for first, last in blocks[1:]:
-            gram[:first, first:last] = gram[first:last, :first].mT
+            product = inner_products((narrowed(piece) if narrow else piece).mT)
+            gram = product if gram is None else gram.add_(product)
+        if gram is None:  # A process's shard may be empty.
+            gram = torch.zeros(2 * self.matrix.shape[:1], dtype=self.dtype, device=self.matrix.device)
         return self.summed(gram)
 
     def gram_times(self, vectors: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +124,8 @@ def narrowed(tensor: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    # Both at once is several times slower, where it transposes.
+    return tensor.to(dtype).contiguous()
 
 
 def multiply(matrices: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
@@ -156,6 +148,24 @@ def multiply_one(matrix: Tensor, vectors: Tensor) -> Tensor:
     return multiply([matrix], [contiguous(vectors, matrix.dtype)])[0]
 
 
+def inner_products(columns: Tensor) -> Tensor:
+    """columns^T columns [k, k] of vectors [n, k]; the half above the diagonal blocks is mirrored, not computed."""
+    size = columns.shape[1]
+    width = max(128, -(-size // 8))
+    blocks = [(first, min(first + width, size)) for first in range(0, size, width)]
+    strips = multiply(
+        [columns[:, :last] for _, last in blocks],
+        [contiguous(columns[:, first:last], columns.dtype) for first, last in blocks],
+    )
+    if len(strips) == 1:
+        return strips[0]
+    products = torch.empty(size, size, dtype=_wide(columns), device=columns.device)
+    for (first, last), strip in zip(blocks, strips, strict=True):
+        products[first:last, :last] = strip
+        products[:first, first:last] = strip[:, :first].mT
+    return products
+
+
 def orthonormalize(vectors: Tensor) -> Tensor:
     """An orthonormal basis [n, k] of what the columns span, each within the span of the columns up to it.
 
@@ -174,32 +184,39 @@ def orthonormalize(vectors: Tensor) -> Tensor:
 
 
 def polished(basis: Tensor) -> Tensor | None:
-    """Nearly orthonormal columns made orthonormal by Newton-Schulz; None where they are too far from it."""
+    """Nearly orthonormal columns made orthonormal; None where they are too far from it."""
     identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
-    for _ in range(4):
-        gram = multiply_one(basis, basis)
-        error = torch.linalg.matrix_norm(gram - identity).item()
-        if not error < 0.5:
-            return None
-        basis = multiply_one(basis.mT, 1.5 * identity - 0.5 * gram).mT.contiguous()
-        # One step leaves 3 / 4 error^2, or the rounding of a product.
-        if error < 1e-3 if basis.dtype == torch.float32 else error < 1e-8:
-            return basis
-    return None
+    gram = inner_products(basis)
+    error = torch.linalg.matrix_norm(gram - identity).item()
+    if not error < 0.5:
+        return None
+    # A step of Newton-Schulz leaves 3 / 4 error^2.
+    near = error < (1e-3 if basis.dtype == torch.float32 else 1e-8)
+    factor = 1.5 * identity - 0.5 * gram if near else inverse_factor(gram).mT
+    return multiply_one(basis.mT, factor).mT.contiguous()
 
 
 def inverse_factor(gram: Tensor) -> Tensor | None:
     """The inverse of the lower Cholesky factor; None where there is none."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
-        return None
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False)
+    return None if failed else _inverse(factor)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """Of a lower triangular matrix, by its quarters: half of a solver's work, and most of it in products."""
+    size = factor.shape[0]
+    if size <= 128:
+        return torch.linalg.solve_triangular(factor, torch.eye(size).to(factor), upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half], inverse[half:, half:] = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])
+    inverse[half:, :half] = inverse[half:, half:] @ (factor[half:, :half] @ inverse[:half, :half]).neg_()
+    return inverse
 
 
 def _cholesky_qr(vectors: Tensor) -> Tensor | None:
     """The vectors times the inverse factor of their Gram matrix."""
-    inverse = inverse_factor(multiply_one(vectors, vectors))
+    inverse = inverse_factor(inner_products(vectors))
     return None if inverse is None else multiply_one(vectors.mT, inverse.mT).mT.contiguous()
 
 

@@ -2,6 +2,7 @@ from importlib import import_module
 from typing import Any
 
 from .activation import ActivationOffload
+from .bandwidth import measure_bandwidth
 from .norms import layer_norm, rms_norm
 from .pipeline import PipelineOffload
 from .planning import Plan, plan, replan
@@ -21,6 +22,7 @@ __all__ = [
     "gated_activation",
     "gelu",
     "layer_norm",
+    "measure_bandwidth",
     "plan",
     "recompute_saved",
     "replan",

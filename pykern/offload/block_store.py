@@ -82,9 +82,8 @@ class BlockStore:
         slot = copy.slot + (self._first_of_file if is_file else 0)
         if not 0 <= slot < len(self._slots) or self._slots[slot] < nbytes:
             slot = -1
-        if isinstance(self.engine, StreamedEngine):
-            return self.engine.store(parts, offsets, nbytes, None if slot < 0 else slot)
-        tier = copy.tier if len(self.engine.tiers) == 2 else None
+        # Streams copy to the host, and the plan says when a block goes on from there.
+        tier = copy.tier if len(self.engine.tiers) == 2 and self._device is None else None
         return self.engine.store(parts, offsets, nbytes, slot=slot, tier=tier)
 
     def measure(self, nbytes: int = 16 << 20) -> Rates:

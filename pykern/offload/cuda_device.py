@@ -116,6 +116,9 @@ class CudaDevice:
             self._registered.remove(memory.data_ptr())
             cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
+    def touch_host(self, memory: Tensor, writes: bool) -> None:
+        pass
+
     def forget_host(self, memory: Tensor) -> None:
         pass
 

@@ -105,10 +105,10 @@ class Engine:
         capacity: bytes of the arena, or of the file if there is one; None: it grows as needed.
         threads: threads that copy.
         queue_bytes: bytes of blocks whose writing has not ended, at most (or one larger block).
-        delay_seed: for hunting: copies are delayed and a file's transfers cut short at random by this seed, and freed
-            bytes and those between the parts of a block are poisoned.
-        memory: with a folder: bytes of an arena in front of the file. Blocks go there while there is room, and above
-            seven eighths the oldest are spilled to the file in the background.
+        delay_seed: for hunting: copies are delayed and a file's transfers cut short at random by this seed, freed bytes
+            and those between the parts of a block are poisoned, and a block that is not what was stored is an error.
+        memory: with a folder: bytes of an arena in front of the file; None or 0: none. Blocks go there while there is
+            room, and above seven eighths the oldest without a slot are spilled to the file in the background.
         slots: sizes of planned slots, for `store(slot=n)`. They lie in the memory, or in the file without memory.
         buffer_bytes: bytes of buffers that are kept for the next loads; by default two of the largest slot, and at
             least queue_bytes. A steady state allocates nothing if it never needs more at once.
@@ -133,6 +133,7 @@ class Engine:
         link: Link | None = None,
         transfers: Literal["best", "threads"] = "best",
     ) -> None:
+        memory = memory or None
         if folder is None:
             memory = capacity or machine_memory()
             file = []
@@ -230,11 +231,13 @@ class Engine:
     def reset_counters(self) -> None:
         _reset_counters(self.handle)
 
-    def measure(self, nbytes: int, *, rounds: int = 3, tier: Literal["host", "file"] | None = None) -> Rates:
+    def measure(
+        self, nbytes: int, *, rounds: int = 3, slot: int = -1, tier: Literal["host", "file"] | None = None
+    ) -> Rates:
         """Bytes per second of one block of `nbytes` at a time, out and back: the medians of some rounds.
 
         A block's way out ends when its parts are free, its way back when it can be used. A first round, which may have
-        to make the storage grow, does not count.
+        to make the storage grow, does not count; in a planned slot that is free, nothing grows.
 
         Raises:
             MemoryError: there is no room for one block.
@@ -243,7 +246,7 @@ class Engine:
         seconds: list[tuple[float, float]] = []
         for _ in range(rounds + 1):
             begin = time.perf_counter()
-            item = self.store([block], [0], nbytes, tier=tier)
+            item = self.store([block], [0], nbytes, slot=slot, tier=tier)
             if item < 0 or not self.settle(item):
                 raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes {self.take_failure()}; pass fewer")
             stored = time.perf_counter()

@@ -1,6 +1,7 @@
 """Slots for offloaded blocks in the host's memory."""
 
 import bisect
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -15,8 +16,8 @@ Ends = dict[Stream, Point]
 ALIGNMENT = 4096
 """Slots begin at multiples of this, so that they can go to a file as they are."""
 
-GROWTH = 256 << 20
-"""By how much an arena without a plan grows at least."""
+GROWTH = 64 << 20
+"""By how much an arena without a plan grows at least; later, by an eighth of what it has."""
 
 
 class Slot:
@@ -131,7 +132,7 @@ class HostArena:
         size = _round_up(nbytes)
         best = min((free for free in self._free if free.end - free.begin >= size), key=_size_and_place, default=None)
         if best is None:
-            growth = max(size, self._growth)
+            growth = max(size, self._growth, _round_up(self.extent // 8))
             if self._capacity is not None:
                 growth = min(growth, self._capacity - self.extent)
             if growth < size:
@@ -194,7 +195,8 @@ def map_pages(nbytes: int) -> Tensor:
         pages = mmap.mmap(-1, nbytes)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes} bytes on the host: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # A kernel without huge pages refuses, which is no harm.
+    with contextlib.suppress(AttributeError, OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 

@@ -88,12 +88,12 @@ class HuntingDevice:
         names = ["compute", "second compute", "copies out", "copies back"][: 2 + directions]
         if directions == 1:
             names[2] = "copies"
-        # The host has place 0 in the clocks.
+        self._host = HuntedStream(0, "the host", len(names) + 1)
         self.streams = [HuntedStream(index + 1, name, len(names) + 1) for index, name in enumerate(names)]
         self.current, self.second, self.out_stream = self.streams[:3]
         self.back_stream = self.streams[-1]
         self._eagerness = [self._random.choice((0.02, 0.3, 1.0)) for _ in self.streams]
-        self._host_clock, self._host_version = [0] * (len(names) + 1), 0
+        self._host_version = 0
         self._memories: dict[int, _Memory] = {}
         self._blocks = 0
         self._host_left = host_bytes
@@ -118,7 +118,7 @@ class HuntingDevice:
     def synchronize(self, event: HuntedEvent) -> None:
         while not event.is_complete():
             self._do_one()
-        self._host_clock = _later(self._host_clock, event.clock)
+        self._host.clock = _later(self._host.clock, event.clock)
         self._host_version += 1
 
     def stall_seconds(self) -> float:
@@ -174,6 +174,11 @@ class HuntingDevice:
     def free_host(self, memory: Tensor) -> None:
         del self._memories[memory.untyped_storage().data_ptr()]
 
+    def touch_host(self, memory: Tensor, writes: bool) -> None:
+        self._host.clock[0] += 1
+        self._check(memory, self._host, writes, "writing" if writes else "reading")
+        self._host_version += 1
+
     def forget_host(self, memory: Tensor) -> None:
         begin, end = _range_of(memory)
         self._memory_of(memory).free.append((begin, end))
@@ -204,7 +209,7 @@ class HuntingDevice:
 
     def _know_host(self, stream: HuntedStream) -> None:
         if stream.host_version != self._host_version:
-            stream.clock = _later(stream.clock, self._host_clock)
+            stream.clock = _later(stream.clock, self._host.clock)
             stream.host_version = self._host_version
 
     def _put(
@@ -236,8 +241,8 @@ class HuntingDevice:
                 if (writes or other.writes) and stream.clock[other.stream.index] < other.tick:
                     raise Race(
                         f"{memory.name}, bytes {max(begin, other.begin)} to {min(end, other.end)}: {_told(other)} and "
-                        f"{_told(access)} are not in order; {stream.name}, or the host before it, has to wait for an "
-                        f"event of {other.stream.name} after the {other.what}"
+                        f"{_told(access)} are not in order; {_waiter(stream)} has to wait for an event of "
+                        f"{other.stream.name} after the {other.what}"
                     )
                 if (
                     begin <= other.begin
@@ -283,7 +288,7 @@ class HuntingDevice:
         if not self.lags and stream in self.streams[:2]:
             while stream.work:
                 self._do_one()
-            self._host_clock = _later(self._host_clock, stream.clock)
+            self._host.clock = _later(self._host.clock, stream.clock)
             self._host_version += 1
         while self._random.random() < 0.4:
             at = int(self._random.random() * len(self.streams))
@@ -319,6 +324,10 @@ def _later(one: Sequence[int], other: Sequence[int]) -> list[int]:
 def _range_of(tensor: Tensor) -> tuple[int, int]:
     begin = tensor.storage_offset()
     return begin, begin + tensor.numel()
+
+
+def _waiter(stream: HuntedStream) -> str:
+    return stream.name if stream.index == 0 else f"{stream.name}, or the host before it,"
 
 
 def _told(access: _Access) -> str:

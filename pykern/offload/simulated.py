@@ -128,6 +128,9 @@ class SimulatedDevice:
         if self._host_left is not None:
             self._host_left += memory.numel()
 
+    def touch_host(self, memory: Tensor, writes: bool) -> None:
+        pass
+
     def forget_host(self, memory: Tensor) -> None:
         pass
 

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .engine import Engine
-from .host_arena import GROWTH, Ends, HostArena, Slot, later_ends
+from .host_arena import GROWTH, HostArena, Slot, later_ends
 from .staging import ALIGNMENT
+from .streamed_items import Item, check_parts, runs_of
 from .streams import Point, Stream, StreamDevice
 
 PACKED_BELOW = 1 << 20
@@ -19,45 +19,6 @@ PACKED_BELOW = 1 << 20
 
 _SPILLED_AHEAD = 4
 """Items that are written to the file when one must give up its slot."""
-
-
-class _Item:
-    """One block on its way. What it owns tells its state:
-
-        held  slot  block
-        yes   yes   -      being copied out; the sources, or staging blocks made of them, are held until the stream
-                           that made them knows the end of the copy
-        -     yes   -      in the host's memory, and perhaps in the file too
-        -     -     -      in the file
-        -     yes   yes    copied back, or on the way; `arrived` is the end of the copy
-        yes   yes   yes    forwarded: given back before it was gone
-        -     -     yes    copied back, and its slot is another's: the block stays until the item is released
-
-    home: the stream that computed when it was stored. block_home: the one that the block was allocated in, to which
-    its memory returns. users: the streams to which the block was handed out. ends: the copies that touch the slot.
-    """
-
-    __slots__ = (
-        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
-        "home", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
-    )  # fmt: skip
-
-    def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
-        self.number, self.nbytes, self.home = number, nbytes, home
-        self.slot = slot
-        self.generation = -1 if slot is None else slot.generation
-        self.ends: Ends = {}
-        self.held: list[tuple[int, Tensor]] = []
-        self.ready: Point | None = None
-        self.written: Point | None = None
-        self.block: Tensor | None = None
-        self.block_home: Stream | None = None
-        self.arrived: Point | None = None
-        self.landing: Tensor | None = None
-        self.users: dict[Stream, None] = {}
-        self.reservations = 0
-        self.file_item: int | None = None
-        self.fetched = self.goes_to_file = False
 
 
 class StreamedEngine:
@@ -102,8 +63,8 @@ class StreamedEngine:
             asked = sum(slot_bytes)
             raise MemoryError(f"slot_bytes: {error} ({asked} bytes for {len(slot_bytes)} slots of the plan)") from error
         self._queue_bytes, self._file = queue_bytes, file
-        self._items: dict[int, _Item] = {}
-        self._writing: deque[_Item] = deque()
+        self._items: dict[int, Item] = {}
+        self._writing: deque[Item] = deque()
         self._writing_bytes = 0
         self._released: deque[int] = deque()
         # Taken without waiting by `release`, which a garbage collection may call in the midst of anything.
@@ -144,7 +105,7 @@ class StreamedEngine:
         """
         with self._lock:
             self._begin()
-            _check_parts(parts, offsets, nbytes)
+            check_parts(parts, offsets, nbytes)
             if tier is not None and tier not in self.tiers:
                 raise ValueError(f"tier: expected {' or '.join(map(repr, self.tiers))}, got {tier!r}; pass file=")
             if nbytes == 0:
@@ -153,7 +114,7 @@ class StreamedEngine:
             if place is None:
                 return -1
             self._next_item += 1
-            item = _Item(self._next_item, nbytes, place, self._device.compute_stream())
+            item = Item(self._next_item, nbytes, place, self._device.compute_stream())
             try:
                 self._copy_out(item, parts, offsets)
             except BaseException as error:
@@ -162,7 +123,7 @@ class StreamedEngine:
                     raise
                 self._failure = f"copying out of {self._device.name} failed: {error}"
                 return -1
-            item.goes_to_file = tier == "file"
+            item.goes_to_file, item.is_planned = tier == "file", place.index == slot
             place.owner = item
             self._items[item.number] = item
             self._writing.append(item)
@@ -179,7 +140,7 @@ class StreamedEngine:
 
     def _store_nothing(self) -> int:
         self._next_item += 1
-        item = self._items[self._next_item] = _Item(self._next_item, 0, None, self._device.compute_stream())
+        item = self._items[self._next_item] = Item(self._next_item, 0, None, self._device.compute_stream())
         item.block, item.block_home, item.arrived = self._device.allocate(0), item.home, self._point(item.home)
         return item.number
 
@@ -193,9 +154,9 @@ class StreamedEngine:
             self._settle(self._find(item))
             return True
 
-    def _copy_out(self, item: _Item, parts: Sequence[Tensor], offsets: Sequence[int]) -> None:
+    def _copy_out(self, item: Item, parts: Sequence[Tensor], offsets: Sequence[int]) -> None:
         device = self._device
-        for begin, size, neighbours in _runs(parts, offsets, self._packed_below):
+        for begin, size, neighbours in runs_of(parts, offsets, self._packed_below):
             if len(neighbours) == 1:
                 item.held.append((begin, neighbours[0][1]))
                 continue
@@ -210,14 +171,14 @@ class StreamedEngine:
         item.written = self._point(device.out_stream)
         item.ends = {device.out_stream: item.written}
 
-    def _order_copy_out(self, item: _Item) -> None:
+    def _order_copy_out(self, item: Item) -> None:
         stream = self._device.out_stream
         self._device.wait(stream, item.ready.event)
         for end in item.slot.ends.values():
             if end.stream != stream:
                 self._device.wait(stream, end.event)
 
-    def _give_up_copy_out(self, item: _Item, parts: Sequence[Tensor]) -> None:
+    def _give_up_copy_out(self, item: Item, parts: Sequence[Tensor]) -> None:
         """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
         item.written = self._point(self._device.out_stream)
         self._order_drop_of_sources(item)
@@ -227,7 +188,7 @@ class StreamedEngine:
                 self._device.free(source, item.home)
         self._arena.give(item.slot, later_ends(item.slot.ends, {item.written.stream: item.written}))
 
-    def _settle(self, item: _Item) -> None:
+    def _settle(self, item: Item) -> None:
         if item in self._writing:
             self._writing.remove(item)
             self._writing_bytes -= item.nbytes
@@ -236,14 +197,14 @@ class StreamedEngine:
                 if item.goes_to_file:
                     self._spill(item)
 
-    def _drop_sources(self, item: _Item) -> None:
+    def _drop_sources(self, item: Item) -> None:
         if item.held:
             self._order_drop_of_sources(item)
         for _, source in item.held:
             self._device.free(source, item.home)
         item.held = []
 
-    def _order_drop_of_sources(self, item: _Item) -> None:
+    def _order_drop_of_sources(self, item: Item) -> None:
         self._device.wait(item.home, item.written.event, measured=True)
 
     # --- back ---------------------------------------------------------------------------------------
@@ -286,20 +247,21 @@ class StreamedEngine:
             found.users[stream] = None
             return found.block
 
-    def _bring_back(self, item: _Item) -> None:
+    def _bring_back(self, item: Item) -> None:
         if item.block is not None:
             return
         if item.held:
             self._forward(item)
             return
         device = self._device
-        # Held until the block is dropped: no slot may hold it.
-        item.landing = self._read_file(item) if item.slot is None else self._memory(item)[: item.nbytes]
+        if item.slot is None:
+            self._read_file(item)
+        source = item.landing if item.slot is None else self._memory(item)[: item.nbytes]
         block = device.allocate(item.nbytes)
         item.block, item.block_home = block, device.compute_stream()
         try:
             self._order_copy_in(item, self._point(item.block_home))
-            device.copy(device.back_stream, block, item.landing)
+            device.copy(device.back_stream, block, source)
         except BaseException as error:
             item.arrived = self._point(device.back_stream)
             self._drop_block(item)
@@ -312,16 +274,16 @@ class StreamedEngine:
         self._reloads += 1
         self._reloaded_bytes += item.nbytes
 
-    def _order_copy_in(self, item: _Item, allocated: Point) -> None:
+    def _order_copy_in(self, item: Item, allocated: Point) -> None:
         stream = self._device.back_stream
         self._device.wait(stream, allocated.event)
         if item.written.stream != stream:
             self._device.wait(stream, item.written.event)
 
-    def _order_use(self, item: _Item, stream: Stream) -> None:
+    def _order_use(self, item: Item, stream: Stream) -> None:
         self._device.wait(stream, item.arrived.event, measured=item.arrived.stream == self._device.back_stream)
 
-    def _forward(self, item: _Item) -> None:
+    def _forward(self, item: Item) -> None:
         """What has not gone yet serves as the block, or is put together on the device."""
         device = self._device
         begin, source = item.held[0]
@@ -340,11 +302,13 @@ class StreamedEngine:
         self._forwards += 1
         self._forwarded_bytes += item.nbytes
 
-    def _drop_block(self, item: _Item) -> None:
+    def _drop_block(self, item: Item) -> None:
         """The block's memory returns to the stream it came from, after the copy into it and all that used it."""
         if item.block is None:
             return
         self._order_drop_of_block(item)
+        if item.landing is not None:
+            self._device.synchronize(item.arrived.event)
         # A forwarded source is let go as a source: after it was copied out, too.
         if not item.held or item.block is not item.held[0][1]:
             self._device.free(item.block, item.block_home)
@@ -353,7 +317,7 @@ class StreamedEngine:
         if item.held and item not in self._writing:
             self._drop_sources(item)
 
-    def _order_drop_of_block(self, item: _Item) -> None:
+    def _order_drop_of_block(self, item: Item) -> None:
         home = item.block_home
         if home not in item.users:
             self._device.wait(home, item.arrived.event)
@@ -389,6 +353,8 @@ class StreamedEngine:
             slot = self._arena.acquire(nbytes, index)
             while slot is None and self._make_room(nbytes, index):
                 slot = self._arena.acquire(nbytes, index)
+            if slot is None and index >= 0:
+                return self._place(nbytes, -1)
         except MemoryError as error:
             self._failure = str(error)
             self._arena.stop_growing()
@@ -399,11 +365,15 @@ class StreamedEngine:
         """Takes the slot of an item that has its bytes elsewhere, or can have; False if there is none."""
         if index >= 0:
             owner = self._arena.planned(index).owner
+            # The file may still be reading the slot, so it comes first.
+            if owner.file_item is not None and self._evict(owner):
+                return True
             if owner.block is not None and not owner.held:
                 self._give_slot(owner)
                 return True
-            if owner.file_item is not None and self._evict(owner):
-                return True
+            if not owner.is_planned:
+                # It found the slot free, and nobody told that it would stay.
+                return False
             raise RuntimeError(
                 f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
                 "released; follow the plan's order"
@@ -415,16 +385,16 @@ class StreamedEngine:
         spilling = [item for item in victims[:_SPILLED_AHEAD] if self._spill(item)]
         return bool(spilling) and self._evict(spilling[0])
 
-    def _give_slot(self, item: _Item) -> None:
+    def _give_slot(self, item: Item) -> None:
         self._check_generation(item)
         slot, item.slot = item.slot, None
         self._arena.give(slot, item.ends)
 
-    def _memory(self, item: _Item) -> Tensor:
+    def _memory(self, item: Item) -> Tensor:
         self._check_generation(item)
         return item.slot.memory
 
-    def _check_generation(self, item: _Item) -> None:
+    def _check_generation(self, item: Item) -> None:
         if item.slot.generation != item.generation:
             raise RuntimeError(
                 f"ActivationOffload: the slot of item {item.number} was given away: it is of generation "
@@ -445,20 +415,22 @@ class StreamedEngine:
             self._begin()
             self._fetch(self._find(item))
 
-    def _fetch(self, item: _Item) -> None:
+    def _fetch(self, item: Item) -> None:
         if item.slot is None and item.block is None and not item.fetched:
             self._file.reserve(item.file_item)
             item.fetched = True
 
-    def _spill(self, item: _Item) -> bool:
+    def _spill(self, item: Item) -> bool:
         if item.file_item is not None:
             return True
         if not self._can_spill or item.slot is None:
             return False
-        self._device.synchronize(item.written.event)
+        self._order_host_read(item)
         item.goes_to_file = False
         self._settle(item)
-        number = self._file.store([self._memory(item)[: item.nbytes]], [0], item.nbytes)
+        memory = self._memory(item)[: item.nbytes]
+        self._device.touch_host(memory, writes=False)
+        number = self._file.store([memory], [0], item.nbytes)
         if number < 0:
             self._stop_spilling()
             return False
@@ -467,7 +439,10 @@ class StreamedEngine:
         self._spilled_bytes += item.nbytes
         return True
 
-    def _evict(self, item: _Item) -> bool:
+    def _order_host_read(self, item: Item) -> None:
+        self._device.synchronize(item.written.event)
+
+    def _evict(self, item: Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
         if not self._file.settle(item.file_item):
             self._file.release(item.file_item)
@@ -481,20 +456,25 @@ class StreamedEngine:
         self._can_spill = False
         self._failure = self._file.take_failure() or "the spill file is full"
 
-    def _read_file(self, item: _Item) -> Tensor:
-        """The item's bytes, in a slot again if there is one, from which the copy back is faster."""
+    def _read_file(self, item: Item) -> None:
+        """To a slot, if there is one, from which the copy back is faster; else `landing` is the file's buffer."""
         data = self._file.load(item.file_item)
         if item.fetched:
             self._file.unreserve(item.file_item)
             item.fetched = False
         slot = self._place(item.nbytes, -1)
         if slot is None:
-            return data
+            item.landing = data
+            return
+        self._order_host_write(slot)
+        memory = slot.memory[: item.nbytes]
+        self._device.touch_host(memory, writes=True)
+        memory.copy_(data)
+        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
+
+    def _order_host_write(self, slot: Slot) -> None:
         for end in slot.ends.values():
             self._device.synchronize(end.event)
-        slot.memory[: item.nbytes].copy_(data)
-        slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
-        return slot.memory[: item.nbytes]
 
     # --- all of it ----------------------------------------------------------------------------------
 
@@ -558,7 +538,7 @@ class StreamedEngine:
             raise RuntimeError("ActivationOffload: closed before its saved tensors were used")
         self._forget_released()
 
-    def _find(self, number: int) -> _Item:
+    def _find(self, number: int) -> Item:
         item = self._items.get(number)
         if item is None:
             raise RuntimeError("ActivationOffload: the saved tensor was released before its use")
@@ -572,38 +552,7 @@ class StreamedEngine:
 def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
     for stream in (device.out_stream, device.back_stream):
         device.synchronize(device.record(stream))
-    arena.close()
+    # It may still read slots.
     if file is not None:
         file.close()
-
-
-def _check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:
-    if len(parts) != len(offsets):
-        raise ValueError(f"offsets: expected one per part ({len(parts)}), got {len(offsets)}")
-    end = 0
-    for index, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
-        if part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous():
-            raise TypeError(
-                f"parts[{index}]: expected contiguous uint8 of one dimension, got {part.dtype} {part.shape}"
-            )
-        if offset < end or offset % ALIGNMENT:
-            raise ValueError(f"offsets[{index}]: expected a multiple of {ALIGNMENT} from {end} on, got {offset}")
-        end = offset + part.numel()
-    if end > nbytes:
-        raise ValueError(f"nbytes: expected room for the parts, which end at {end}, got {nbytes}")
-
-
-def _runs(
-    parts: Sequence[Tensor], offsets: Sequence[int], packed_below: int
-) -> list[tuple[int, int, list[tuple[int, Tensor]]]]:
-    """Begin and size of what one copy moves, and its parts: small neighbours together, each large part by itself."""
-    runs: list[list[tuple[int, Tensor]]] = []
-    joins = False
-    for offset, part in zip(offsets, parts, strict=True):
-        small = part.numel() < packed_below
-        if small and joins and offset - (runs[-1][-1][0] + runs[-1][-1][1].numel()) < ALIGNMENT:
-            runs[-1].append((offset, part))
-        elif part.numel():
-            runs.append([(offset, part)])
-            joins = small
-    return [(run[0][0], run[-1][0] + run[-1][1].numel() - run[0][0], run) for run in runs]
+    arena.close()

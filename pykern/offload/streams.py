@@ -70,6 +70,9 @@ class StreamDevice(Protocol):
     def free_host(self, memory: Tensor) -> None:
         """Gives back what `allocate_host` returned; no copy on it is under way."""
 
+    def touch_host(self, memory: Tensor, writes: bool) -> None:
+        """The host itself reads or writes these bytes now."""
+
     def forget_host(self, memory: Tensor) -> None:
         """What these bytes of the host's memory hold will not be read again before they are written."""
 

@@ -55,11 +55,13 @@ class View(NamedTuple):
         """The view over `data`, a uint8 tensor that holds the storage's bytes from `begin` on."""
         width = self.dtype.itemsize
         offset = (data.storage_offset() - begin) // width + self.offset
-        return torch.empty(0, dtype=self.dtype).set_(data.untyped_storage(), offset, self.size, self.stride)
+        return torch.empty(0, dtype=self.dtype, device=data.device).set_(
+            data.untyped_storage(), offset, self.size, self.stride
+        )
 
     def gather(self, tensor: Tensor) -> Tensor:
         """A dense uint8 copy of the distinct elements of `tensor`, which this view describes."""
-        dense = torch.empty(self._dense_size(), dtype=self.dtype)
+        dense = torch.empty(self._dense_size(), dtype=self.dtype, device=tensor.device)
         dense.copy_(tensor.as_strided(self._dense_size(), self.stride))
         return dense.view(-1).view(torch.uint8)
 
@@ -68,8 +70,8 @@ class View(NamedTuple):
         begin, end = self.span()
         width = self.dtype.itemsize
         lead = begin % ALIGNMENT // width
-        target = torch.empty(lead + (end - begin) // width, dtype=self.dtype)
-        dense = torch.empty(0, dtype=self.dtype).set_(
+        target = torch.empty(lead + (end - begin) // width, dtype=self.dtype, device=data.device)
+        dense = torch.empty(0, dtype=self.dtype, device=data.device).set_(
             data.untyped_storage(), data.storage_offset() // width, self._dense_size()
         )
         target.as_strided(self._dense_size(), self.stride, lead).copy_(dense)

@@ -15,6 +15,7 @@ from . import data
 from .config import ARITHMETIC, Config, InputError, settle
 from .device import GPU_DEFAULTS, choose, resolve
 from .files import METRICS, load_checkpoint, new_folder
+from .pipeline import SCHEDULES, check_pipeline, is_main_process, process_group
 from .plain import PLAIN_LOSSES
 from .precision import DTYPES
 
@@ -82,17 +83,27 @@ def parser() -> argparse.ArgumentParser:
         option(group, name, text, metavar="N")
     option(group, "--key-heads", "key and value heads, a divisor of the query heads", metavar="N")
     group.add_argument("--tie-head", action="store_true", help="use the embedding as the output head")
+    group = top.add_argument_group("pipeline", "started with torchrun --nproc-per-node N -m pykern train --pipeline N")
+    option(group, "--pipeline", "ranks over which the blocks are cut; 0: one process", metavar="N")
+    option(group, "--chunks", "stages per rank", metavar="N")
+    option(group, "--microbatches", "of a step; 0: two per rank", metavar="N")
+    option(group, "--schedule", "order of forwards and backwards", choices=SCHEDULES)
     group = top.add_argument_group("run")
     group.add_argument("--compare", type=int, nargs="?", const=1, metavar="EVERY",
                        help="run the same update in plain PyTorch beside every (EVERYth) step; 0: never "
                        "(every 100th for arithmetic, else never)")  # fmt: skip
     option(
-        group, "--offload", "where activations wait for the backward; on a GPU none", choices=["none", "memory", "file"]
+        group,
+        "--offload",
+        "where activations wait for the backward: none, memory or file, on a GPU none; with --pipeline, how many of a "
+        "rank's chunks leave: none, half, full or a number, half by default",
+        metavar="WHERE|HOW",
     )
     option(
         group,
         "--spill-dir",
-        "folder of the spill file of --offload file (the system's temporary folder)",
+        "folder of the spill file of --offload file (the system's temporary folder); with --pipeline, activations "
+        "leave to a file there",
         metavar="DIR",
     )
     group.add_argument(
@@ -110,10 +121,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def prepare(arguments: list[str]):
-    """Checks all that can be checked before a file is touched. Returns the Run. Raises InputError."""
-    from .run import Run
-
+def prepare(arguments: list[str]) -> tuple[Config, data.Dataset, Path, dict | None]:
+    """Checks all that can be checked before a file is touched: what a Run is made of. Raises InputError."""
     given = vars(parser().parse_args(arguments))
     out, resume = given.pop("out", None), given.pop("resume", None)
     if resume is not None:
@@ -130,7 +139,7 @@ def prepare(arguments: list[str]):
         state = config = None
         device = given.pop("device", "auto")
         if choose(device) == "cuda":
-            given = {**GPU_DEFAULTS, **given}
+            given = {**GPU_DEFAULTS, **({"offload": "half"} if given.get("pipeline") else {}), **given}
 
     name = config.data if config else given.get("data", ARITHMETIC)
     if name == ARITHMETIC:
@@ -144,6 +153,7 @@ def prepare(arguments: list[str]):
         raise InputError(
             "--estimator remax: needs the policy's greedy response to each prompt, which given groups lack"
         )
+    check_pipeline(config)
     config = replace(config, device=resolve(config, config.device if resume else device))
     if out is None:
         out = new_folder(ARITHMETIC if name == ARITHMETIC else Path(name).stem)
@@ -151,13 +161,17 @@ def prepare(arguments: list[str]):
         raise InputError(f"--out {out}: already holds a run; continue it with --resume {out}, or name another folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
-    return Run(config, dataset, out, state)
+    return config, dataset, out, state
 
 
 def main(arguments: list[str]) -> int:
+    from .run import Run
+
     threads = torch.get_num_threads()
     try:
-        return prepare(arguments).execute()
+        config, *rest = prepare(arguments)
+        with process_group(config):
+            return Run(config, *rest).execute()
     except InputError as error:
         return _refuse(str(error))
     except NotImplementedError as error:
@@ -173,5 +187,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"pykern train: {' '.join(message.split())}", file=sys.stderr)
+    if is_main_process():
+        print(f"pykern train: {' '.join(message.split())}", file=sys.stderr)
     return 2

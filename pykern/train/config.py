@@ -47,6 +47,11 @@ class Config:
     # Memory
     offload: str = "memory"
     spill_dir: str = ""
+    # Pipeline
+    pipeline: int = 0
+    chunks: int = 2
+    microbatches: int = 0
+    schedule: str = "po"
     # Run
     evaluate_every: int = 25
     checkpoint_every: int = 100
@@ -77,11 +82,17 @@ DATA_DEFAULTS = {
 
 def settle(form: str, given: dict) -> Config:
     """The options given, over the defaults of this form of data, over Config's own. Raises InputError."""
-    config = Config(**{**DATA_DEFAULTS[form], **given})
+    more = {"offload": "half", "compare": 0} if given.get("pipeline") else {}
+    config = Config(**{**DATA_DEFAULTS[form], **more, **given})
+    kinds = ("none", "half", "full") if config.pipeline else ("none", "memory", "file")
+    if config.offload not in kinds and not (config.pipeline and config.offload.isdecimal()):
+        counted = " or a number of chunks with --pipeline" if config.pipeline else " without --pipeline"
+        raise InputError(f"--offload {config.offload}: expected {', '.join(kinds)}{counted}")
     at_least = {
         "shots": 0, "largest": 0, "held_out": 0, "layers": 1, "width": 1, "heads": 1, "key_heads": 1, "warmup_steps": 0,
         "warmup_prompts": 1, "steps": 0, "prompts": 1, "responses": 1, "max_response": 1, "updates": 1, "rank": 1,
         "refresh_every": 1, "evaluate_every": 0, "checkpoint_every": 0, "compare": 0, "seed": 0, "threads": 0,
+        "pipeline": 0, "chunks": 1, "microbatches": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if getattr(config, name) < least:

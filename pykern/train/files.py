@@ -55,7 +55,20 @@ def load_checkpoint(folder: Path) -> dict:
     return state
 
 
-class MetricsFile:
+class Rows:
+    """The rows of a process that writes none: those before it began are another's to know."""
+
+    def __init__(self, lines: int):
+        self.rows: list[dict] = [{} for _ in range(lines)]
+
+    def append(self, row: dict) -> None:
+        self.rows.append(row)
+
+    def close(self) -> None:
+        pass
+
+
+class MetricsFile(Rows):
     """One JSON object a line, each on disk before the next step begins."""
 
     def __init__(self, folder: Path, lines: int):
@@ -71,7 +84,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: dict) -> None:
-        self.rows.append(row)
+        super().append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 

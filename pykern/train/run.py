@@ -13,7 +13,8 @@ from .compare import PlainPyTorch
 from .config import Config
 from .data import Dataset
 from .device import describe
-from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, save_checkpoint, write_atomically, write_json
+from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, Rows, save_checkpoint, write_atomically, write_json
+from .pipeline import PipelineTrainer, is_main_process
 from .report import draw
 from .trainer import Trainer, use_threads
 
@@ -51,14 +52,16 @@ class Run:
     def __init__(self, config: Config, dataset: Dataset, folder: Path, state: dict | None = None):
         self.config, self.dataset, self.folder = config, dataset, folder
         use_threads(config)
-        self.trainer = Trainer(config, dataset)
+        self.trainer = PipelineTrainer(config, dataset) if config.pipeline else Trainer(config, dataset)
+        self.is_main = is_main_process()
         self.accuracy_before: float | None = None
         lines = 0
         if state is not None:
             self.trainer.load(state["trainer"])
             self.accuracy_before, lines = state["accuracy_before"], state["lines"]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(folder, lines)
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsFile(folder, lines) if self.is_main else Rows(lines)
         self._saved_lines = lines if state is not None else -1
         self._plain: PlainPyTorch | None = None
 
@@ -71,12 +74,14 @@ class Run:
             "accuracy_before": self.accuracy_before,
             "lines": len(self.metrics.rows),
         }
-        save_checkpoint(self.folder, state)
+        if self.is_main:
+            save_checkpoint(self.folder, state)
         self._saved_lines = len(self.metrics.rows)
 
     def execute(self) -> int:
         """Runs to the end, or to Ctrl-C; then writes checkpoint and report. The exit status."""
-        print(describe(self.config), file=sys.stderr)
+        if self.is_main:
+            print(describe(self.config), file=sys.stderr)
         with Stop().on_interrupt() as stop:
             try:
                 self._warm_up(stop)
@@ -93,9 +98,10 @@ class Run:
         trainer, config = self.trainer, self.config
         if trainer.warming_up:
             with tqdm(
-                total=config.warmup_steps, initial=trainer.warmup_steps, desc="warm-up", unit="step", dynamic_ncols=True
-            ) as bar:
-                while trainer.warming_up and not stop:
+                total=config.warmup_steps, initial=trainer.warmup_steps, desc="warm-up", unit="step",
+                dynamic_ncols=True, disable=not self.is_main,
+            ) as bar:  # fmt: skip
+                while trainer.warming_up and not self._stopping(stop):
                     row = trainer.supervised_step()
                     done = trainer.warmup_steps == config.warmup_steps
                     probing = config.warmup_accuracy < 1  # No target, no probe: sampled answers to questions are slow.
@@ -107,25 +113,34 @@ class Run:
                     if done:
                         trainer.end_warmup()
                     self._step_ended(row, trainer.warmup_steps)
-        if self.accuracy_before is None and self.dataset.held_out and not stop:
+        if self.accuracy_before is None and self.dataset.held_out and not self._stopping(stop):
             self.accuracy_before = trainer.accuracy(self.dataset.held_out)
-            tqdm.write(f"held-out greedy accuracy before GRPO: {self.accuracy_before:.3f}")
+            if self.is_main:
+                tqdm.write(f"held-out greedy accuracy before GRPO: {self.accuracy_before:.3f}")
 
     def _reinforce(self, stop: Stop) -> None:
         trainer, config = self.trainer, self.config
-        if stop or trainer.step >= config.steps:
+        if self._stopping(stop) or trainer.step >= config.steps:
             return
-        with tqdm(total=config.steps, initial=trainer.step, desc="GRPO", unit="step", dynamic_ncols=True) as bar:
-            while trainer.step < config.steps and not stop:
-                comparing = config.compare and trainer.step % config.compare == 0
-                if comparing and self._plain is None:
+        with tqdm(
+            total=config.steps, initial=trainer.step, desc="GRPO", unit="step", dynamic_ncols=True,
+            disable=not self.is_main,
+        ) as bar:  # fmt: skip
+            while trainer.step < config.steps and not self._stopping(stop):
+                comparing = bool(config.compare) and trainer.step % config.compare == 0
+                if comparing and self._plain is None and self.is_main:
                     self._plain = PlainPyTorch(config)
-                row = trainer.grpo_step(self._plain if comparing else None)
+                row = trainer.grpo_step(self._plain if comparing else None, comparing)
                 if self.dataset.held_out and config.evaluate_every and trainer.step % config.evaluate_every == 0:
                     row["accuracy"] = trainer.accuracy(self.dataset.held_out)
                 bar.update()
                 bar.set_postfix(reward=f"{row['reward']:.3f}", **_shown(row, "accuracy"))
                 self._step_ended(row, trainer.step)
+
+    def _stopping(self, stop: Stop) -> bool:
+        """All processes of a run end after the same step, whichever of them was interrupted."""
+        stop.asked = self.trainer.agree(stop.asked)
+        return stop.asked
 
     def _step_ended(self, row: dict, step: int) -> None:
         self.metrics.append(row)
@@ -138,7 +153,10 @@ class Run:
         if self.dataset.held_out and not self.trainer.warming_up:
             last = rows[-1] if rows else {}
             after = last.get("accuracy") if last.get("phase") == "grpo" else None
-            after = self.trainer.accuracy(self.dataset.held_out) if after is None else after
+            if self.trainer.agree(after is None):
+                after = self.trainer.accuracy(self.dataset.held_out)
+        if not self.is_main:
+            return
         found = summary.summarize(self.config, rows, self.accuracy_before, after)
         write_json(self.folder / SUMMARY, found)
         if found["compare"]:

@@ -38,13 +38,20 @@ def make_model(config: Config, device: torch.device) -> Transformer:
     return Transformer(shape).to(device=device, dtype=weight_dtype(config))
 
 
-def make_optimizer(config: Config, model: Transformer, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: Config, model: Transformer, learning_rate: float, trained: list[Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """Of all parameters, or of those in `trained`."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+        return torch.optim.AdamW(trained or model.parameters(), lr=learning_rate, weight_decay=0.0)
     kind = {"galore": GaLoreAdamW, "fira": FiraAdamW}[config.optimizer]
     rank = min(config.rank, config.width)
     groups = low_rank_groups(model, rank=rank, targets=r"blocks\..*", refresh_every=config.refresh_every)
-    return kind(groups, lr=learning_rate)
+    if trained is not None:
+        kept = set(map(id, trained))
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+    return kind([group for group in groups if group["params"]], lr=learning_rate)
 
 
 def make_offload(config: Config, model: Transformer):
@@ -58,20 +65,29 @@ def make_offload(config: Config, model: Transformer):
 class Trainer:
     """Steps are pure functions of what `state()` holds, so a resumed run continues bit for bit."""
 
-    def __init__(self, config: Config, dataset: Dataset):
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device | None = None):
         self.config, self.dataset = config, dataset
-        self.device = torch.device(config.device)
+        self.device = device or torch.device(config.device)
         self.model = make_model(config, self.device)
+        self.trained: list[Tensor] | None = None
+        self.make_parts()
         self.warming_up = config.warmup_steps > 0
         self.warmup_steps = 0
         self.step = 0
         self.optimizer = self._new_optimizer()
-        self.offload = make_offload(config, self.model)
         self.generator = torch.Generator(device=self.device).manual_seed(config.seed + 1)
+
+    def make_parts(self) -> None:
+        """What is between the model and its gradients."""
+        self.offload = make_offload(self.config, self.model)
+
+    def agree(self, asked: bool) -> bool:
+        """Whether anybody who takes part in this run asks for it."""
+        return asked
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         rate = self.config.warmup_learning_rate if self.warming_up else self.config.learning_rate
-        return make_optimizer(self.config, self.model, rate)
+        return make_optimizer(self.config, self.model, rate, self.trained)
 
     def state(self) -> dict:
         rng = {"sampling": self.generator.get_state(), "torch": torch.get_rng_state()}
@@ -136,21 +152,26 @@ class Trainer:
         """One step of cross-entropy on worked solutions."""
         config, begin = self.config, time.perf_counter()
         examples = self.dataset.take(self.warmup_steps * config.warmup_prompts, config.warmup_prompts)
-        packed = pack_groups(Groups(self.dataset.shared, *supervised(examples)), self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.offload:
-            loss = -self.logprobs(packed, temperature=1.0).mean()
-            loss.backward()
+        loss, tokens = self.supervised_loss(examples)
         norm = self.descend()
         self.warmup_steps += 1
         return {
             "phase": "warmup",
             "step": self.warmup_steps,
-            "loss": float(loss.detach()),
+            "loss": loss,
             "gradient_norm": norm,
-            "tokens": packed.tree.num_tokens,
+            "tokens": tokens,
             "seconds": {"update": time.perf_counter() - begin},
         }
+
+    def supervised_loss(self, examples: list[Example]) -> tuple[float, int]:
+        """Forward and backward: the loss, and how many tokens went through the model."""
+        packed = pack_groups(Groups(self.dataset.shared, *supervised(examples)), self.device)
+        with self.offload:
+            loss = -self.logprobs(packed, temperature=1.0).mean()
+            loss.backward()
+        return float(loss.detach()), packed.tree.num_tokens
 
     def warmup_probe(self) -> list[Example]:
         """The training examples that come next: what decides when the warm-up ends, so the held-out ones do not."""
@@ -188,42 +209,53 @@ class Trainer:
         facts = {"reward": sum(rewards) / len(rewards), "response_length": sum(lengths) / len(lengths)}
         return groups, facts
 
-    def update(self, groups: Groups) -> dict:
+    def update(self, groups: Groups, comparing: bool = False) -> dict:
         """Pack, forward, loss, backward, step: what `compare` does beside it in plain PyTorch.
 
-        Loss, gradient and its norm are those of the first of `config.updates` passes over the batch.
+        Loss, gradient (if `comparing`) and its norm are those of the first of `config.updates` passes over the batch.
         """
-        config = self.config
-        packed = pack_groups(groups, self.device)
         first = {}
-        for _ in range(config.updates):
+        for _ in range(self.config.updates):
             self.optimizer.zero_grad(set_to_none=True)
-            with self.offload:
-                loss, metrics = policy_loss(
-                    self.logprobs(packed, config.temperature),
-                    groups.old_logprobs,
-                    groups.advantages,
-                    cu_seqlens=packed.cu_seqlens,
-                    loss=config.loss,
-                    horizon=groups.horizon,
-                )
-                loss.backward()
+            loss, policy, tokens = self.policy_update(groups)
             if not first:
-                first = {"loss": float(loss.detach()), "gradient": flat_gradient(self.model)}
+                first = {"loss": loss, "gradient": self.gradient() if comparing else None}
             norm = self.descend()
             first.setdefault("gradient_norm", norm)
-        policy = {name: float(value) for name, value in metrics.items()}
-        return {**first, "tokens": packed.tree.num_tokens, "policy": policy}
+        return {**first, "tokens": tokens, "policy": policy}
 
-    def grpo_step(self, plain: PlainPyTorch | None = None) -> dict:
-        """Collect and update; with `plain`, the same update beside it, whose findings go under "compare"."""
+    def policy_update(self, groups: Groups) -> tuple[float, dict, int]:
+        """Forward and backward: the loss, its metrics, and how many tokens went through the model."""
+        config = self.config
+        packed = pack_groups(groups, self.device)
+        with self.offload:
+            loss, metrics = policy_loss(
+                self.logprobs(packed, config.temperature),
+                groups.old_logprobs,
+                groups.advantages,
+                cu_seqlens=packed.cu_seqlens,
+                loss=config.loss,
+                horizon=groups.horizon,
+            )
+            loss.backward()
+        policy = {name: float(value) for name, value in metrics.items()}
+        return float(loss.detach()), policy, packed.tree.num_tokens
+
+    def gradient(self) -> Tensor:
+        return flat_gradient(self.model)
+
+    def grpo_step(self, plain: PlainPyTorch | None = None, comparing: bool = False) -> dict:
+        """Collect and update; with `plain`, the same update beside it, whose findings go under "compare".
+
+        comparing: whether `plain` does so, here or in another process of this run.
+        """
         begin = time.perf_counter()
         groups, facts = self.collect()
         collected = time.perf_counter()
         other = plain.update(self.model, groups) if plain else None
         started = time.perf_counter()
-        with PeakMemory(self.device, trim=plain is not None) as memory:
-            row = self.update(groups)
+        with PeakMemory(self.device, trim=comparing) as memory:
+            row = self.update(groups, comparing)
         ended = time.perf_counter()
         self.step += 1
         gradient = row.pop("gradient")

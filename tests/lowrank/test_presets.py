@@ -81,7 +81,7 @@ def assert_chosen(projector, basis, matrix, previous):
     if projector == "gram":
         leading = reference.leading_vectors(matrix, basis.shape[1], right=False)
         torch.testing.assert_close(basis @ basis.mT, leading @ leading.mT, rtol=0, atol=1e-9)
-    elif projector == "power" and previous is not None:
+    elif projector == "plain_power" and previous is not None:
         moved = torch.linalg.qr(matrix @ (matrix.mT @ previous))[0]
         torch.testing.assert_close(basis @ basis.mT, moved @ moved.mT, rtol=0, atol=1e-9)
     elif projector == "dct":

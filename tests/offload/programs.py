@@ -19,7 +19,9 @@ class Block:
 class Program:
     """Stores the blocks of a few chunks and microbatches, brings them back, and computes with them."""
 
-    def __init__(self, seed, engine_class=StreamedEngine, device_class=HuntingDevice, directions=None, blocks=12):
+    def __init__(
+        self, seed, engine_class=StreamedEngine, device_class=HuntingDevice, directions=None, blocks=12, file=None
+    ):
         self.random = random.Random(seed)
         self.device = device_class(seed, directions=directions or self.random.choice((1, 2)))
         self.slots = [self.random.choice((1024, 2048, 4096)) for _ in range(self.random.randint(2, 6))]
@@ -32,6 +34,7 @@ class Program:
             self.device,
             queue_bytes=self.random.choice((None, 0, 1500, 5000)),
             packed_below=self.random.choice((0, 256, 1 << 20)),
+            file=file,
             **arena,
         )
         chunks = self.random.choice((1, 2, 3))
@@ -67,8 +70,9 @@ class Program:
         self.device.launch(f"forward {key}", writes=list(zip(parts, values)))
         slot = self.random.randrange(len(self.slots)) if self.names_slots else -1
         block.home = self.device.current
+        tier = self.random.choice((None, "host", self.engine.tiers[-1]))
         try:
-            block.item = self.engine.store(parts, offsets, block.nbytes, slot=slot)
+            block.item = self.engine.store(parts, offsets, block.nbytes, slot=slot, tier=tier)
         except RuntimeError as error:
             assert "neither reserved nor released" in str(error)
         if block.item >= 0:
@@ -76,6 +80,8 @@ class Program:
             block.parts = None
             if self.random.random() < 0.3:
                 self.engine.settle(block.item)
+            if "file" in self.engine.tiers and self.random.random() < 0.3:
+                self.engine.spill(block.item)
         self.live.append(block)
 
     def settle(self):

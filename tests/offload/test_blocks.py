@@ -8,9 +8,9 @@ from random import Random
 import pytest
 import torch
 
-from pykern.offload.engine import Engine
+from pykern.offload.engine import Engine, Link
 
-from .support import STORAGES, bytes_of, file_size_limit
+from .support import STORAGES, bytes_of, descriptors, file_size_limit
 
 
 @pytest.fixture(params=STORAGES)
@@ -18,8 +18,8 @@ def folder(request, tmp_path):
     return str(tmp_path) if request.param == "file" else None
 
 
-def open_engine(folder, *, capacity=8 << 20, threads=2, queue_bytes=32 << 20, delay_seed=None):
-    return Engine(folder, capacity, threads, queue_bytes, delay_seed)
+def open_engine(folder, *, capacity=8 << 20, threads=2, queue_bytes=32 << 20, delay_seed=None, **options):
+    return Engine(folder, capacity, threads, queue_bytes, delay_seed, **options)
 
 
 def layout(sizes, gaps):
@@ -101,13 +101,14 @@ def test_settled_items_have_no_parts(folder):
 
 
 def test_settle_is_for_one_item(folder):
-    engine = open_engine(folder, threads=1, delay_seed=0)
-    items = [engine.store([bytes_of(1000, seed=seed)], [0], 1000) for seed in range(40)]
+    engine = open_engine(folder, threads=1, link=Link(latency=0.05))
+    items = [engine.store([bytes_of(1000, seed=seed)], [0], 1000) for seed in range(20)]
     engine.settle(items[-1])
     # It went ahead of those queued before it.
-    assert engine.counters()["offloads"] < 40
-    for seed, item in enumerate(items):
+    assert engine.counters()["offloads"] < 20
+    for seed, item in enumerate(items[:-1]):
         assert torch.equal(engine.load(item), bytes_of(1000, seed=seed))
+        engine.release(item)
 
 
 def test_settle_of_released_items(folder):
@@ -140,6 +141,25 @@ def test_loads_of_a_block_in_flight_share_one_buffer(folder):
     assert first.data_ptr() == second.data_ptr()
     counters = engine.counters()
     assert counters["forwards"] + counters["reloads"] == 1
+
+
+def test_races_are_told(folder):
+    """A part that changes before it is written, a slot that somebody else wrote into: errors, not wrong bytes."""
+    engine = open_engine(folder, threads=1, delay_seed=0, link=Link(out=5e5))
+    part = bytes_of(5000)
+    items = [engine.store([bytes_of(5000), part], [0, 8192], 13_192) for _ in range(20)]
+    part[7] ^= 1
+    engine.synchronize()
+    with pytest.raises(RuntimeError, match=f"item {items[-1]} is not what was stored: its parts changed before"):
+        engine.load(items[-1])
+    if folder is not None:
+        item = engine.store([bytes_of(5000)], [0], 5000)
+        engine.settle(item)
+        (descriptor,) = descriptors(folder)
+        with open(descriptor, "r+b", buffering=0) as file:
+            file.write(b"\0" * (1 << 20))
+        with pytest.raises(RuntimeError, match="or somebody else wrote into its slot"):
+            engine.load(item)
 
 
 @pytest.mark.parametrize("storage", [*STORAGES, "memory+file"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pykern.offload.engine import Engine
 from pykern.offload.hunting import HuntingDevice, Race
 from pykern.offload.streamed import StreamedEngine
 
@@ -13,6 +14,16 @@ from .programs import Program
 def test_a_thousand_seeds_are_clean(first):
     stored = sum(Program(seed).run() for seed in range(first, first + 250))
     assert stored > 2000
+
+
+def test_a_file_behind_the_slots_is_clean(tmp_path):
+    spills = 0
+    for seed in range(120):
+        file = Engine(str(tmp_path), 1 << 18, 1, 1 << 16, None)
+        program = Program(seed, file=file)
+        program.run()
+        spills += program.engine._spills
+    assert spills > 300
 
 
 # --- planted races: the engine as it is, but for one thing ------------------------------------------------------------
@@ -84,6 +95,20 @@ class SlotGivenAwayUnnoticed(SlotGivenAwayTooEarly):
         pass
 
 
+class SpilledEarly(StreamedEngine):
+    """Writes a slot to the file while the copy into it still runs."""
+
+    def _order_host_read(self, item):
+        pass
+
+
+class ReadIntoASlotInUse(StreamedEngine):
+    """Reads from the file into a slot from which another block is still being copied back."""
+
+    def _order_host_write(self, slot):
+        pass
+
+
 class StaleKey(StreamedEngine):
     """Numbers of released items are given again, as addresses are."""
 
@@ -116,9 +141,9 @@ RACES = [
 ]
 
 
-def first_failure(seeds, **program):
+def first_failure(seeds, file=lambda: None, **program):
     for seed in range(seeds):
-        running = Program(seed, **program)
+        running = Program(seed, file=file(), **program)
         try:
             running.run()
         except (AssertionError, RuntimeError) as error:
@@ -134,8 +159,23 @@ def test_a_planted_race_is_found(engine, directions, message):
         raise first_failure(20, engine_class=engine, directions=directions)
 
 
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (
+            SpilledEarly,
+            r"copy out \(writes, copies.*\) and the reading \(reads, the host\) are not .* the host has to wait",
+        ),
+        (ReadIntoASlotInUse, r"copy back \(reads, copies.*\) and the writing \(writes, the host\) are not in order"),
+    ],
+)
+def test_a_race_with_the_host_is_found(tmp_path, engine, message):
+    with pytest.raises(Race, match=message):
+        raise first_failure(40, engine_class=engine, file=lambda: Engine(str(tmp_path), 1 << 18, 1, 1 << 16, None))
+
+
 def test_a_cached_stream_is_found():
-    with pytest.raises(Race, match="not in order"):
+    with pytest.raises(Race, match="not in order|is freed in compute, but was allocated in second compute"):
         raise first_failure(20, device_class=OneStreamForEver)
 
 

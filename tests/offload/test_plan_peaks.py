@@ -21,7 +21,9 @@ PEAKS = {
 }
 
 
-def plan_of(schedule: str, devices: int, chunks: int, microbatches: int, k: float, unit: float = 1.0, **keywords) -> Plan:
+def plan_of(
+    schedule: str, devices: int, chunks: int, microbatches: int, k: float, unit: float = 1.0, **keywords
+) -> Plan:
     """k: a block's copies out and back over a computation of three `unit` seconds."""
     bandwidth = 1000 / (k / 2 * 3 * unit)
     made = plan(
@@ -86,7 +88,9 @@ def test_two_directions_at_once_need_no_more_memory():
     both = peaks("po", 8, 4, 16, 0.8, range(5), directions="two")
     assert all(at_once <= in_turn for at_once, in_turn in zip(both, PEAKS[8, 4], strict=True))
     # Twice as many blocks fit: all of interleaved 1F1B's, whose copies out alone take most of the time.
-    assert peaks("1f1b_interleaved", 8, 2, 32, 1.2, [2], directions="two") < peaks("1f1b_interleaved", 8, 2, 32, 1.2, [2])
+    assert peaks("1f1b_interleaved", 8, 2, 32, 1.2, [2], directions="two") < peaks(
+        "1f1b_interleaved", 8, 2, 32, 1.2, [2]
+    )
 
 
 def test_where_not_all_fit_the_longest_lived_leave():
@@ -97,6 +101,14 @@ def test_where_not_all_fit_the_longest_lived_leave():
                for note in full.notes)  # fmt: skip
     for copies in full.copies:
         assert sum(copy.chunk == 0 for copy in copies) == 64
+
+
+def test_asking_for_more_than_fits_does_no_harm():
+    # Copies at their limit (k = 1), and beyond it: here the published planner stops with an error.
+    for schedule, counts in (("po", (5, 6)), ("gis", (15, 15)), ("gis_h", (8, 7))):
+        assert peaks(schedule, 8, 4, 32, 1.0, [3, 4]) == counts
+    for k, least in ((1.2, 7), (1.6, 11), (3.0, 16)):
+        assert peaks("po", 8, 4, 16, k, ["full"])[0] <= least
 
 
 def test_every_schedule_saves():

@@ -15,6 +15,7 @@ from pykern.offload.streamed import StreamedEngine
 
 from .programs import Program
 from .support import MODELS, assert_bit_equal, gradients, loss_of, make
+from .test_pipeline import Rank, assert_same
 
 KIB = 1 << 10
 
@@ -251,6 +252,15 @@ def test_a_slot_of_the_plan_goes_on_when_its_block_is_back():
     assert torch.equal(engine.load(second), bytes_of(5000, 1))
 
 
+def test_a_slot_that_somebody_found_free_is_not_fought_for():
+    engine = StreamedEngine(slow(), slot_bytes=[5000, 5000])
+    items = [engine.store([bytes_of(5000, 0)], [0], 5000)]
+    items += [engine.store([bytes_of(5000, seed)], [0], 5000, slot=0) for seed in (1, 2)]
+    assert items[:2] == [1, 2] and items[2] == -1
+    for seed in (0, 1):
+        assert torch.equal(engine.load(items[seed]), bytes_of(5000, seed))
+
+
 def test_slots_of_the_plan_are_checked():
     engine = StreamedEngine(Recorder(), slot_bytes=[5000, 0])
     for slot, size, message in (
@@ -481,6 +491,19 @@ def test_a_model_through_both_tiers(tmp_path):
         assert_bit_equal(gradients(model, x, offload), plain)
     assert offload._engine._file.counters()["reloads"] > 0
     assert offload.stats()["kept"]["capacity"] == 0
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("model", ["attention", "feedforward"])
+def test_a_pipeline_is_free_of_races(model, split):
+    """Blocks of many parts, in planned slots, unpacked twice where the backward is split."""
+    for seed in range(3):
+        device = HuntingDevice(seed, directions=1 + seed % 2, lags=False)
+        rank = Rank(model, "pinned", split, device=device)
+        assert_same(rank)
+        counters = rank.offload.counters()
+        assert counters["offloads"] == len(rank.offload.plan.copies[0]) == counters["engine"]["reloads"]
+        assert counters["stayed"] == counters["engine"]["slots"] == 0
 
 
 def test_a_graph_that_is_kept_is_brought_back_again():

@@ -192,3 +192,15 @@ def test_random_views():
             assert begin % ALIGNMENT == 0
             data = base.view(torch.uint8)[begin:end].clone()
             assert_same(view.restore(data, begin), saved)
+
+
+def test_what_is_made_lies_where_the_bytes_lie():
+    base = torch.empty(4096, device="meta")
+    for saved in (base[10:3000], base[::100], base[5:6].expand(64), base.view(64, 64).t()):
+        view = View.of(saved)
+        gathered = view.gather(saved)
+        assert gathered.device == view.scatter(gathered).device == saved.device
+        restored = view.restore(base.view(torch.uint8), 0)
+        assert (restored.device, restored.stride(), restored.storage_offset()) == (
+            saved.device, saved.stride(), saved.storage_offset(),
+        )  # fmt: skip

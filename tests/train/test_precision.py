@@ -101,5 +101,5 @@ def test_the_plain_update_computes_in_the_same_types():
 def test_defaults_on_a_gpu(monkeypatch, tmp_path, options, dtype, offload):
     monkeypatch.setattr(cli, "choose", lambda name: "cuda")
     monkeypatch.setattr(cli, "resolve", lambda config, name: "cpu")
-    config = cli.prepare([*TINY_OPTIONS, "--out", str(tmp_path / "run"), *options]).config
+    config = cli.prepare([*TINY_OPTIONS, "--out", str(tmp_path / "run"), *options])[0]
     assert (config.dtype, config.offload) == (dtype, offload)

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import accumulate
 from statistics import median
 
-from .transfers import Block, Placed, RankTimes, peak_bytes, place, place_in_file
+from .transfers import Block, Placed, RankTimes, hurry_warm_up, peak_bytes, place, place_in_file
 
 
 @dataclass
@@ -87,14 +87,16 @@ def choose(
     origin: float,
     slot: float,
     *,
+    sharing: int = 0,
     budget: int | None = None,
     insist: bool = False,
     housed: int | None = None,
 ) -> Choice:
-    """Blocks of `asked` and times for their copies, such that each is back in time, or all of them if `insist`.
+    """Blocks of `asked` and times for their copies, such that each is back in time.
 
-    budget: no more than are needed to keep the rank's peak within so many bytes. housed: how many blocks the host has
-    room for; the others go on to a file if there is one, and else stay.
+    sharing: how many ranks hurry together while the pipeline fills up; 0 if they don't. budget: no more than are needed
+    to keep the rank's peak within so many bytes. insist: don't look for what is best if not all fit. housed: how many
+    blocks the host has room for; the others go on to a file if there is one, and else stay.
     """
     worth = rank.worthwhile(asked, slot)
     worthwhile = set(worth)
@@ -109,19 +111,19 @@ def choose(
         ordered = ordered[:housed]
 
     def lay_out(count: int) -> tuple[list[Placed], list[Block]]:
-        return place(rank, _in_order(ordered[:count]), origin, slot, late="place" if insist else "leave")
+        return place(rank, _in_order(ordered[:count]), origin, slot)
 
     @cache
     def peak(count: int) -> int:
-        return peak_bytes(rank, lay_out(count)[0])
+        placed = lay_out(count)[0]
+        return peak_bytes(rank, hurry_warm_up([rank], [placed], sharing)[0] if sharing else placed)
 
     count = len(ordered)
     if budget is not None:
         if peak(count) > budget:
             count = lowest(ordered, peak)
         count = fewest(count, lambda number: peak(number) <= budget)
-        if peak(count) > budget:
-            choice.late = ordered[count:]
+        choice.late = ordered[count:]
     elif not insist and lay_out(count)[1]:
         count = lowest(ordered, peak)
         choice.late = ordered[count:]

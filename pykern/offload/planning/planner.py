@@ -4,7 +4,7 @@
 (9, 9, 8, 8, 8, 7, 7, 6)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -104,6 +104,10 @@ def replan(
     return plan(**{**plan_.request, **{name: value for name, value in measured.items() if value is not None}})
 
 
+# By which computation is slowed down for a request that insists: what is late even so stays.
+_LONGEST_STRETCH = float(1 << 24)
+
+
 @dataclass(frozen=True)
 class _Basis:
     """The times that copies are laid out by."""
@@ -151,11 +155,48 @@ class _Drafts:
         return bases
 
     def best(self) -> _Draft:
+        if self.request.insist:
+            return self._insist(self._bases()[0])
         for number, basis in enumerate(self._bases()):
             draft = self._within_host_budget(basis, number)
-            if self.request.insist or self._is_quick(draft):
+            if self._is_quick(draft):
                 return draft
         return draft
+
+    def _insist(self, basis: _Basis) -> _Draft:
+        """All that was asked for, laid out by times that are stretched until it fits: computation will wait as long."""
+
+        def attempt(stretch: float) -> tuple[int, int]:
+            """How many blocks leave, and are late."""
+            layouts = self._choose_all(_stretched(basis, stretch), [None] * self.order.devices)
+            choices = [choice for _, of_ranks in layouts for choice in of_ranks]
+            return sum(len(choice.placed) for choice in choices), sum(len(choice.late) for choice in choices)
+
+        # At first by as much as copying alone takes: then what is away only briefly is known, too.
+        stretch = max(1.0, self._copying_seconds() / self.alone_seconds) if self.alone_seconds else 1.0
+        leaving, late = attempt(stretch)
+        while late and stretch < _LONGEST_STRETCH:
+            stretch *= 2
+            leaving, late = attempt(stretch)
+        too_little = 1.0
+        if stretch > 1.0 and attempt(1.0) == (leaving, late):
+            stretch = 1.0
+        while stretch - too_little > 0.02 * stretch:
+            middle = (stretch + too_little) / 2
+            if attempt(middle) == (leaving, late):
+                stretch = middle
+            else:
+                too_little = middle
+        return self._within_host_budget(_stretched(basis, stretch), 0)
+
+    def _copying_seconds(self) -> float:
+        """Of the rank that copies for longest, if all that was asked for leaves."""
+        request, longest = self.request, 0.0
+        for rank in range(self.order.devices):
+            total = request.order.microbatches * sum(request.sizes_of(rank)[: request.offload[rank]])
+            seconds = [total / rate for rate in request.rates]
+            longest = max(longest, max(seconds) if request.both_directions else sum(seconds))
+        return longest
 
     def _is_quick(self, draft: _Draft) -> bool:
         return draft.run.seconds <= self.alone_seconds * (1 + self.request.slack) * (1 + 1e-9)
@@ -186,13 +227,12 @@ class _Drafts:
         choices: list[Choice] = [Choice([])] * order.devices
         transfers: list[tuple[Transfer, ...]] = [()] * order.devices
         copy_times: list[Mapping[Key, CopyTimes]] = [{}] * order.devices
-        for members in request.groups:
-            ranks = [RankTimes(order, rank, request.times, basis.spans, request.sizes, self.link) for rank in members]
-            for rank, choice in zip(ranks, self._choose(ranks, housed), strict=True):
+        for ranks, of_ranks in self._choose_all(basis, housed):
+            for rank, choice in zip(ranks, of_ranks, strict=True):
                 choices[rank.rank] = choice
-            placed = [choices[rank.rank].placed for rank in ranks]
+            placed = [choice.placed for choice in of_ranks]
             if basis.hurry:
-                placed = hurry_warm_up(ranks, placed)
+                placed = hurry_warm_up(ranks, placed, len(ranks))
             for rank, copies in zip(ranks, placed, strict=True):
                 transfers[rank.rank] = anchor(rank, copies)
                 file_rate = request.file_rate or 1.0
@@ -213,13 +253,24 @@ class _Drafts:
         )
         return _Draft(tuple(transfers), tuple(choices), run, peaks, number)
 
-    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None]) -> list[Choice]:
+    def _choose_all(
+        self, basis: _Basis, housed: Sequence[int | None]
+    ) -> Iterator[tuple[list[RankTimes], list[Choice]]]:
+        """By ranks that share a switch."""
+        for members in self.request.groups:
+            ranks = [
+                RankTimes(self.order, rank, self.request.times, basis.spans, self.request.sizes, self.link)
+                for rank in members
+            ]
+            yield ranks, self._choose(ranks, housed, len(members) if basis.hurry else 0)
+
+    def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None], sharing: int) -> list[Choice]:
         request = self.request
         asked = [
             [b for b in rank.blocks if b.chunk < request.offload[rank.rank] and rank.sizes[b.chunk]] for rank in ranks
         ]
         slot = _longest(ranks, asked)
-        choices = self._choose_in_slots(ranks, asked, slot, housed)
+        choices = self._choose_in_slots(ranks, asked, slot, housed, sharing)
         # Slots are as long as the longest copy. If not all fit, the longest may not be worth it.
         shorter = _longest(ranks, [choice.ordered for choice in choices])
         if request.insist or not 0.0 < shorter < slot or not any(choice.late for choice in choices):
@@ -228,25 +279,36 @@ class _Drafts:
             [block for block in blocks if rank.longest(block.chunk) <= shorter]
             for rank, blocks in zip(ranks, asked, strict=True)
         ]
-        choices = self._choose_in_slots(ranks, short, shorter, housed)
+        choices = self._choose_in_slots(ranks, short, shorter, housed, sharing)
         for choice, few, all_asked in zip(choices, short, asked, strict=True):
             among = set(few)
             choice.late += [block for block in all_asked if block not in among]
         return choices
 
     def _choose_in_slots(
-        self, ranks: Sequence[RankTimes], asked: Sequence[list[Block]], slot: float, housed: Sequence[int | None]
+        self,
+        ranks: Sequence[RankTimes],
+        asked: Sequence[list[Block]],
+        slot: float,
+        housed: Sequence[int | None],
+        sharing: int,
     ) -> list[Choice]:
         request = self.request
         origin = ranks[0].ends[0] if ranks[0].ends else 0.0
         return [
             choose(
-                rank, blocks, origin + slot * number, slot,
+                rank, blocks, origin + slot * number, slot, sharing=sharing,
                 budget=None if request.budget is None else request.budget[rank.rank],
                 insist=request.insist, housed=housed[rank.rank],
             )
             for number, (rank, blocks) in enumerate(zip(ranks, asked, strict=True))
         ]  # fmt: skip
+
+
+def _stretched(basis: _Basis, by: float) -> _Basis:
+    if by == 1.0:
+        return basis
+    return _Basis(tuple(tuple((by * start, by * end) for start, end in rank) for rank in basis.spans), basis.hurry)
 
 
 def _longest(ranks: Sequence[RankTimes], blocks: Sequence[Sequence[Block]]) -> float:

@@ -21,6 +21,9 @@ def tell(
         ranks_of: dict[int, list[int]] = {}
         count = 0
         for rank, choice in enumerate(choices):
+            if request.budget is not None and peaks[rank] <= request.budget[rank]:
+                # No more need leave.
+                continue
             staying = getattr(choice, name)
             count += len(staying)
             for chunk in sorted({block.chunk for block in staying}):
@@ -28,17 +31,16 @@ def tell(
         if not count:
             continue
         where = "; ".join(f"chunk {chunk} of {_ranks(ranks)}" for chunk, ranks in sorted(ranks_of.items()))
-        if name == "late" and request.insist:
-            notes.append(f"{_blocks(count)} back late, and computation waits, because {reason}: {where}")
-        else:
-            notes.append(f"{_blocks(count)} left on the device, because {reason}: {where}")
+        notes.append(f"{_blocks(count)} left on the device, because {reason}: {where}")
     for rank, (peak, budget) in enumerate(zip(peaks, request.budget or peaks, strict=True)):
         if peak > budget:
             notes.append(f"rank {rank} cannot keep its blocks within {budget} bytes of its device: {peak} at best")
     if layout:
         notes.append("the schedule's tightest layout of copies would let computation wait for too long: laid out wider")
     if seconds > alone * (1 + 1e-9) + 1e-12:
-        notes.append(f"copies lengthen the step by {100 * (seconds / alone - 1):.2g} %")
+        percent = 100 * (seconds / alone - 1)
+        notes.append(f"copies lengthen the step by {percent:.2g} %" if percent < 99 else
+                     f"copies lengthen the step by {percent:.0f} %")  # fmt: skip
     return tuple(notes)
 
 

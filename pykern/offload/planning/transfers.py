@@ -153,13 +153,10 @@ class RankTimes:
         return [block for block in blocks if self.deadline(block) - self.ready(block) > least[block.chunk]]
 
 
-def place(
-    rank: RankTimes, blocks: Sequence[Block], origin: float, slot: float, *, late: str = "leave"
-) -> tuple[list[Placed], list[Block]]:
+def place(rank: RankTimes, blocks: Sequence[Block], origin: float, slot: float) -> tuple[list[Placed], list[Block]]:
     """Times of copies out and back for `blocks` (by their forwards), and the blocks that cannot be back in time.
 
-    `origin`: where the slots out and back in turn begin, each `slot` seconds, if there is one direction. late="place":
-    those come back as soon as they are out.
+    `origin`: where the slots out and back in turn begin, each `slot` seconds, if there is one direction.
     """
     ready, deadlines = [rank.ready(block) for block in blocks], [rank.deadline(block) for block in blocks]
     outs, backs = [rank.out_seconds[block.chunk] for block in blocks], [rank.back_seconds[b.chunk] for b in blocks]
@@ -167,16 +164,14 @@ def place(
         out_starts, back_starts = place_apart(ready, deadlines, outs, backs)
     else:
         out_starts, back_starts = place_in_turn(ready, deadlines, origin, slot, rank.unit)
-    placed, left = [], []
+    placed, late = [], []
     for block, out_start, out, back_start, back in zip(blocks, out_starts, outs, back_starts, backs, strict=True):
         out_end = out_start + out
         if back_start < out_end - ROUNDING * slot:
-            left.append(block)
-            if late == "leave":
-                continue
-            back_start = out_end
-        placed.append(Placed(block, out_start, out_end, back_start, back_start + back))
-    return placed, left
+            late.append(block)
+        else:
+            placed.append(Placed(block, out_start, out_end, back_start, back_start + back))
+    return placed, late
 
 
 def place_in_turn(
@@ -254,10 +249,11 @@ def place_in_file(rank: RankTimes, placed: Sequence[Placed]) -> tuple[list[Place
     return kept, late
 
 
-def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]]) -> list[list[Placed]]:
-    """Copies out before the first copy back of ranks that share a switch: without gaps, and at the faster rate.
+def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]], sharing: int) -> list[list[Placed]]:
+    """Copies out before the first copy back of the `sharing` ranks at a switch: without gaps, and at the faster rate.
 
-    Nothing travels the other way yet; so the ranks take turns.
+    Nothing travels the other way yet; so the ranks take turns. If not all of them are given, the others are taken to
+    copy as much.
     """
     copies = [copy for of_rank in placed for copy in of_rank]
     first_back = min((copy.back_start for copy in copies), default=math.inf)
@@ -272,10 +268,10 @@ def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]]
     free = -math.inf
     for out_start, number, position in sorted(early):
         copy = placed[number][position]
-        seconds = (copy.out_end - out_start) / (ranks[number].link.lone_speedup if len(ranks) > 1 else 1.0)
+        seconds = (copy.out_end - out_start) / (ranks[number].link.lone_speedup if sharing > 1 else 1.0)
         start = min(max(free, ranks[number].ready(copy.block)), out_start)
-        free = start + seconds
-        result[number][position] = copy._replace(out_start=start, out_end=free)
+        free = start + seconds * (sharing / len(ranks))
+        result[number][position] = copy._replace(out_start=start, out_end=start + seconds)
     return result
 
 
