@@ -56,7 +56,8 @@ def _shade(kind: str, chunk: int, chunks: int) -> tuple[float, float, float]:
 def memory_over_time(plan: Plan, rank: int, copies: bool = True) -> list[tuple[float, int]]:
     """(seconds, bytes) wherever the bytes that a rank's blocks take on the device change; `copies=False`: without any.
 
-    A block that comes back takes memory from the start of its copy, or from that of the action its reload precedes.
+    A block that leaves gives its memory back when the rank comes to its release and the copy has ended. One that comes
+    back takes memory from the start of its copy, or from that of the action its reload precedes.
     """
     actions, spans, order = plan.order.ranks[rank], plan.spans[rank], plan.order
     sizes = [plan.block_bytes[order.stage(rank, chunk)] for chunk in range(order.chunks)]
@@ -67,13 +68,15 @@ def memory_over_time(plan: Plan, rank: int, copies: bool = True) -> list[tuple[f
         elif action.kind != "I":
             changes[end] -= sizes[action.chunk]
     if copies:
-        back = {(copy.chunk, copy.microbatch): copy.back_start for copy in plan.copies[rank]}
+        copy_of = {(copy.chunk, copy.microbatch): copy for copy in plan.copies[rank]}
         for kind, chunk, microbatch, before in plan.transfers[rank]:
             at = spans[before][0] if before < len(spans) else spans[-1][1]
+            copy = copy_of.get((chunk, microbatch))
             if kind == "release":
-                changes[at] -= sizes[chunk]
+                arrived = spans[before - 1][1] if before else 0.0
+                changes[at if copy is None else min(at, max(arrived, copy.out_end))] -= sizes[chunk]
             elif kind == "reload":
-                changes[min(at, back.get((chunk, microbatch), at))] += sizes[chunk]
+                changes[at if copy is None else min(at, copy.back_start)] += sizes[chunk]
     total, curve = 0, [(0.0, 0)]
     for at in sorted(changes):
         total += changes[at]
