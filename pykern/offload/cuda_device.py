@@ -65,6 +65,9 @@ class CudaDevice:
         if len(self._waits) > _MOST_WAITS:
             self.stall_seconds()
 
+    def is_complete(self, event: cuda.Event) -> bool:
+        return event.query()
+
     def synchronize(self, event: cuda.Event) -> None:
         event.synchronize()
 

@@ -115,6 +115,12 @@ class HuntingDevice:
         stream.clock = _later(stream.clock, event.clock)
         self._give(stream, event, None)
 
+    def is_complete(self, event: HuntedEvent) -> bool:
+        if event.is_complete():
+            self.synchronize(event)
+            return True
+        return False
+
     def synchronize(self, event: HuntedEvent) -> None:
         while not event.is_complete():
             self._do_one()

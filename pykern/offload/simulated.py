@@ -88,6 +88,9 @@ class SimulatedDevice:
         if measured:
             self._stalled += time.perf_counter() - begin
 
+    def is_complete(self, event: threading.Event) -> bool:
+        return event.is_set()
+
     def synchronize(self, event: threading.Event) -> None:
         event.wait()
 

@@ -66,6 +66,7 @@ class StreamedEngine:
         self._items: dict[int, Item] = {}
         self._writing: deque[Item] = deque()
         self._writing_bytes = 0
+        self._spilling: deque[Item] = deque()
         self._released: deque[int] = deque()
         # Taken without waiting by `release`, which a garbage collection may call in the midst of anything.
         self._lock = threading.Lock()
@@ -195,7 +196,7 @@ class StreamedEngine:
             if item.block is None:
                 self._drop_sources(item)
                 if item.goes_to_file:
-                    self._spill(item)
+                    self._spilling.append(item)
 
     def _drop_sources(self, item: Item) -> None:
         if item.held:
@@ -371,6 +372,8 @@ class StreamedEngine:
             if owner.block is not None and not owner.held:
                 self._give_slot(owner)
                 return True
+            if owner.goes_to_file and self._spill(owner):
+                return self._evict(owner)
             if not owner.is_planned:
                 # It found the slot free, and nobody told that it would stay.
                 return False
@@ -404,10 +407,27 @@ class StreamedEngine:
     # --- file ---------------------------------------------------------------------------------------
 
     def spill(self, item: int) -> bool:
-        """Starts writing the item from its slot to the file; the slot is another's from when it is needed."""
+        """Writes the item from its slot to the file, once it is there; the slot is another's from when it is needed.
+
+        False if that can't be. Nobody waits: what is not in its slot yet is looked after in the calls that follow.
+        """
         with self._lock:
             self._begin()
-            return self._spill(self._find(item))
+            found = self._find(item)
+            if found.file_item is None and found.slot is not None and self._can_spill:
+                found.goes_to_file = True
+                self._spilling.append(found)
+                self._spill_what_is_out()
+            return found.file_item is not None or found.goes_to_file
+
+    def _spill_what_is_out(self) -> None:
+        while self._spilling:
+            item = self._spilling[0]
+            if item.number in self._items and item.goes_to_file:
+                if not self._device.is_complete(item.written.event):
+                    return
+                self._spill(item)
+            self._spilling.popleft()
 
     def fetch(self, item: int) -> None:
         """Starts reading what is only in the file."""
@@ -486,6 +506,9 @@ class StreamedEngine:
                 self._device.synchronize(self._device.record(stream))
             while self._writing:
                 self._settle(self._writing[0])
+            self._spill_what_is_out()
+            if self._file is not None:
+                self._file.synchronize()
 
     def take_failure(self) -> str:
         """Why copying out or making room failed since the last call, or an empty string."""
@@ -537,6 +560,7 @@ class StreamedEngine:
         if not self._closing.alive:
             raise RuntimeError("ActivationOffload: closed before its saved tensors were used")
         self._forget_released()
+        self._spill_what_is_out()
 
     def _find(self, number: int) -> Item:
         item = self._items.get(number)

@@ -46,6 +46,9 @@ class StreamDevice(Protocol):
     def wait(self, stream: Stream, event: Event, measured: bool = False) -> None:
         """What comes next in `stream` runs after `event`. measured: the time it waits counts as stalled."""
 
+    def is_complete(self, event: Event) -> bool:
+        """Whether the device has come to `event`, as the host knows from now on."""
+
     def synchronize(self, event: Event) -> None:
         """The host waits for `event`."""
 

@@ -23,7 +23,7 @@ def test_a_file_behind_the_slots_is_clean(tmp_path):
         program = Program(seed, file=file)
         program.run()
         spills += program.engine._spills
-    assert spills > 300
+    assert spills > 150
 
 
 # --- planted races: the engine as it is, but for one thing ------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_a_planted_race_is_found(engine, directions, message):
             SpilledEarly,
             r"copy out \(writes, copies.*\) and the reading \(reads, the host\) are not .* the host has to wait",
         ),
-        (ReadIntoASlotInUse, r"copy back \(reads, copies.*\) and the writing \(writes, the host\) are not in order"),
+        (ReadIntoASlotInUse, r"copy (back|out) \(.*, copies.*\) and the writing \(writes, the host\) are not in order"),
     ],
 )
 def test_a_race_with_the_host_is_found(tmp_path, engine, message):

@@ -1,8 +1,12 @@
 """What plans make of requests: chunks and budgets, waits that are allowed, measured numbers, and refused arguments."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 import pykern
+from pykern.offload import planning
 from pykern.offload.planning import Times, check_plan, plan, replan
 from pykern.offload.planning.copying import CopyTimes, run_copies
 from pykern.offload.planning.types import Action, Order, Plan, Transfer
@@ -22,6 +26,14 @@ def moved_chunks(made: Plan, rank: int) -> set[int]:
 
 def test_public_names():
     assert pykern.plan is plan and pykern.replan is replan and pykern.Plan is Plan
+
+
+def test_planning_needs_no_torch():
+    for path in Path(planning.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not any(name.split(".")[0] in ("torch", "pykern") for name in names), path.name
 
 
 def test_which_chunks_leave():
@@ -107,6 +119,15 @@ def test_copies_too_slow():
     strict = plan_of("po_f", slack=0.0)
     assert strict.seconds <= strict.seconds_alone * (1 + 1e-9)
     assert max(strict.peak_blocks) >= max(plan_of("po_f").peak_blocks)
+
+
+def test_memory_below_the_peak_shortens_waits(monkeypatch):
+    request = {"times": ((1.0, 1.1, 0.9, 1.0) * 4, (1.0,) * 16, (1.0,) * 16), "offload": "full"}
+    relaxed = plan_of("po", **request)
+    monkeypatch.setattr(planning.planner, "_RELAXING_ROUNDS", 0)
+    hasty = plan_of("po", **request)
+    assert relaxed.peak_blocks == hasty.peak_blocks and len(relaxed.copies[0]) == len(hasty.copies[0])
+    assert relaxed.seconds <= hasty.seconds and sum(relaxed.stall_seconds) < 0.5 * sum(hasty.stall_seconds)
 
 
 def test_blocks_missed_too_briefly_stay():

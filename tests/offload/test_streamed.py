@@ -1,6 +1,7 @@
 """The engine for devices with streams: its state machine, its arena, its failures, and real models on it."""
 
 import gc
+import threading
 import time
 import weakref
 
@@ -394,8 +395,29 @@ def test_what_is_spilled_and_still_in_its_slot_is_forwarded(tmp_path, device):
     engine, file = with_file(tmp_path, device)
     item = engine.store([bytes_of(8000)], [0], 8000)
     assert engine.spill(item)
+    engine.synchronize()
     assert torch.equal(engine.load(item), bytes_of(8000))
-    assert file.counters()["reloads"] == 0
+    assert (file.counters()["offloads"], file.counters()["reloads"]) == (1, 0)
+
+
+def test_nobody_waits_to_spill(tmp_path):
+    class Gated(SimulatedDevice):
+        gate = threading.Event()
+
+        def copy(self, stream, target, source):
+            stream.work.put(self.gate.wait)
+            super().copy(stream, target, source)
+
+    engine, _ = with_file(tmp_path, Gated())
+    item = engine.store([bytes_of(8000)], [0], 8000)
+    assert engine.spill(item)
+    other = engine.store([bytes_of(8000)], [0], 8000)
+    assert engine.spill(other)
+    assert engine.counters()["spills"] == 0
+    Gated.gate.set()
+    engine.release(other)
+    engine.synchronize()
+    assert engine.counters()["spills"] == 1
 
 
 def test_a_block_that_goes_to_the_file_gives_up_its_slot(tmp_path, device):

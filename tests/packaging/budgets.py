@@ -24,7 +24,7 @@ CACHE = ROOT / "build" / "budgets"
 
 ARCHITECTURES = ("80", "90a")
 # As kernels/CMakeLists.txt compiles them.
-FLAGS = ["-std=c++17", "-O3", "-I.", "-DPYKERN_HAS_SM90"]
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DPYKERN_HAS_SM90"]
 TOLD = "-Xptxas=-v"
 
 
@@ -112,29 +112,47 @@ def measured() -> dict[str, dict[str, Usage]]:
 
 
 def _remembered(source: Path, architecture: str) -> dict[str, Usage]:
+    kept = memory(source, architecture)
+    if not kept.exists():
+        remember(kept, compiled(source, architecture, kept.with_suffix(".cubin")))
+    return {name: Usage(**values) for name, values in json.loads(kept.read_text()).items()}
+
+
+def memory(source: Path, architecture: str) -> Path:
+    """The file that what is measured of a source goes to; one for another text of the source is removed."""
     digest = hashlib.sha256(repr((nvcc_version(), disassembler(), FLAGS, TOLD)).encode())
     for path in sorted(closure(source)) + [Path(__file__)]:
         digest.update(path.read_bytes())
-    kept = CACHE / f"{source.parent.name}-{source.stem}-{architecture}-{digest.hexdigest()[:16]}.json"
-    if not kept.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"{source.parent.name}-{source.stem}-{architecture}-*"):
-            old.unlink()
-        usages = compiled(source, architecture, kept.with_suffix(".cubin"))
-        kept.write_text(json.dumps({name: asdict(usage) for name, usage in usages.items()}, indent=1))
-    return {name: Usage(**values) for name, values in json.loads(kept.read_text()).items()}
+    name = f"{source.parent.name}-{source.stem}-{architecture}-"
+    kept = CACHE / f"{name}{digest.hexdigest()[:16]}.json"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(name + "*"):
+        if old.stem != kept.stem:
+            old.unlink(missing_ok=True)
+    return kept
+
+
+def remember(kept: Path, usages: dict[str, Usage]) -> None:
+    temporary = kept.with_suffix(".new")
+    temporary.write_text(json.dumps({name: asdict(usage) for name, usage in usages.items()}, indent=1))
+    temporary.replace(kept)
 
 
 def compiled(source: Path, architecture: str, cubin: Path) -> dict[str, Usage]:
     with tempfile.TemporaryDirectory() as kept:
-        command = [nvcc(), *FLAGS, TOLD, "-cubin", f"-arch=sm_{architecture}", "--keep", "--keep-dir", kept]
+        command = [nvcc(), *FLAGS, "-I.", TOLD, "-cubin", f"-arch=sm_{architecture}", "--keep", "--keep-dir", kept]
         result = subprocess.run([*command, "-o", str(cubin), str(source)], cwd=ROOT, capture_output=True, text=True)
         told = result.stdout + result.stderr
         assert result.returncode == 0, told
-        # Of products of warpgroups that the compiler would not let overlap.
-        assert "serialized" not in told, told
         (ptx,) = Path(kept).glob("*.ptx")
-        usages = parse(told, ptx.read_text())
+        return usages_of(source, told, ptx.read_text(), cubin)
+
+
+def usages_of(source: Path, told: str, ptx: str, cubin: Path) -> dict[str, Usage]:
+    """Of every kernel of a source, by its name, from what its compilation told and left."""
+    # Of products of warpgroups that the compiler would not let overlap.
+    assert "serialized" not in told, told
+    usages = parse(told, ptx)
     code = opcodes(cubin) if disassembler() else {}
     names = dict(zip(usages, readable(list(usages))))
     assert len(set(names.values())) == len(names), f"{source}: kernels of one name"

@@ -38,8 +38,12 @@ class Run:
 
     spans: tuple[tuple[tuple[float, float], ...], ...]
     copies: tuple[Mapping[Key, CopySpans], ...]
-    stalls: tuple[float, ...]
-    """Seconds that actions start later than they could without waiting for copies."""
+    waits: tuple[Mapping[int, float], ...]
+    """By the number of an action: seconds that it starts later than it could without waiting for copies."""
+
+    @property
+    def stalls(self) -> tuple[float, ...]:
+        return tuple(sum(waits.values()) for waits in self.waits)
 
     @property
     def seconds(self) -> float:
@@ -124,7 +128,7 @@ def run_copies(
     following = [0] * order.devices
     passed = [0.0] * order.devices
     """When a rank has also waited for what stands before its next action."""
-    stalls = [0.0] * order.devices
+    waits: list[dict[int, float]] = [{} for _ in order.ranks]
     ready = list(range(order.devices))
     while ready:
         rank = ready.pop()
@@ -153,7 +157,7 @@ def run_copies(
             if (kind == "I" or kind == "B") and (back := engine.back.get((chunk, microbatch))):
                 copied = max(copied, back[1])
             if copied > start:
-                stalls[rank] += copied - start
+                waits[rank][len(done)] = copied - start
                 start = copied
             computed = passed[rank] = start + seconds[kind][stage]
             done.append((start, computed))
@@ -162,4 +166,4 @@ def run_copies(
                 ended[key] = computed
                 if key in waiting:
                     ready.append(waiting.pop(key))
-    return Run(tuple(map(tuple, spans)), tuple(engine.spans() for engine in engines), tuple(stalls))
+    return Run(tuple(map(tuple, spans)), tuple(engine.spans() for engine in engines), tuple(waits))

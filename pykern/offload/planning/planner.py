@@ -14,6 +14,7 @@ from .choosing import Choice, choose, most
 from .copying import CopySpans, CopyTimes, Key, Run, run_copies
 from .group_orders import least_group
 from .orders import make_order, pipe_offload_slots
+from .relaxing import relax
 from .request import Request, read_request
 from .simulation import Spans, live_blocks, simulate
 from .telling import tell
@@ -106,6 +107,10 @@ def replan(
 
 # By which computation is slowed down for a request that insists: what is late even so stays.
 _LONGEST_STRETCH = float(1 << 24)
+
+
+# How often waits are taken out of a layout before what remains is taken as it is.
+_RELAXING_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -246,8 +251,19 @@ class _Drafts:
                 }
         if any(transfers):
             run = run_copies(order, request.times, transfers, copy_times, request.both_directions)
+            # Where copies are what everything waits for, less haste here is more there.
+            for _ in range(0 if request.insist else _RELAXING_ROUNDS):
+                if not any(run.waits):
+                    break
+                relaxed = [
+                    tuple(relax(order, rank, transfers[rank], run, request.sizes)) for rank in range(order.devices)
+                ]
+                again = run_copies(order, request.times, relaxed, copy_times, request.both_directions)
+                if (again.seconds, sum(again.stalls)) >= (run.seconds, sum(run.stalls)):
+                    break
+                transfers, run = relaxed, again
         else:
-            run = Run(self.alone, ({},) * order.devices, (0.0,) * order.devices)
+            run = Run(self.alone, ({},) * order.devices, ({},) * order.devices)
         peaks = tuple(
             max(live_blocks(order, rank, transfers[rank], request.sizes), default=0) for rank in range(order.devices)
         )
