@@ -5,7 +5,8 @@
 Each schedule runs in processes of its own, one rank each with one thread; the first rank, which holds the most, is
 reported. Stages are MLPs that save about 40 MB for the backward of one microbatch. Peaks are those of a step, beyond
 what model, gradients and batch take; buffers that the first step leaves count. Freed memory returns to the
-system (MALLOC_MMAP_THRESHOLD_), so that what is measured is what is in use.
+system (MALLOC_MMAP_THRESHOLD_), so that what is measured is what is in use. All but PyTorch's own schedule let go of
+what was sent once it has arrived, and make receive buffers when they are needed.
 
 "modelled link" is a device whose copies take as long as a link would of which k is 0.9: a block's way out and back
 takes 0.9 of the time in which one block is computed. The host's memory for it is the same process's, so only its time
@@ -30,10 +31,11 @@ ROWS, WIDTH, LAYERS = 4096, 256, 5
 BLOCK_BYTES = 2 * LAYERS * ROWS * WIDTH * 4
 K = 0.9
 
-INTERLEAVED, GIS, PO = "interleaved 1F1B, PyTorch", "GIS", "PO"
+TORCH, INTERLEAVED, GIS, PO = "interleaved 1F1B, PyTorch", "interleaved 1F1B", "GIS", "PO"
 PO_H_FILE, PO_F_FILE, PO_F_LINK = "PO-H, file", "PO-F, file", "PO-F, modelled link"
-PROVIDERS = (INTERLEAVED, GIS, PO, PO_H_FILE, PO_F_FILE, PO_F_LINK)
+PROVIDERS = (TORCH, INTERLEAVED, GIS, PO, PO_H_FILE, PO_F_FILE, PO_F_LINK)
 OFFLOAD = {PO_H_FILE: "half", PO_F_FILE: "full", PO_F_LINK: "full"}
+NAMES = {INTERLEAVED: "1f1b_interleaved", GIS: "gis", PO: "po"}
 
 
 def stage_module(index: int):
@@ -54,12 +56,13 @@ def make_schedule(provider: str, stages: list, path: str | None, block_seconds: 
 
     import pykern
 
-    if provider == INTERLEAVED:
+    if provider == TORCH:
         return ScheduleInterleaved1F1B(stages, MICROBATCHES, loss_of)
-    if provider == GIS:
-        return pykern.ScheduleGIS(stages, MICROBATCHES, loss_of)
-    if provider == PO:
-        return pykern.SchedulePlanned("po", stages, MICROBATCHES, loss_of)
+    if provider in NAMES:
+        return pykern.SchedulePipeOffload(
+            stages, MICROBATCHES, loss_of, schedule=NAMES[provider], offload="none", times=(1.0, 1.0, 1.0),
+            block_bytes=BLOCK_BYTES, bandwidth=1.0,
+        )  # fmt: skip
     if provider == PO_F_LINK:
         from pykern.offload.simulated import SimulatedDevice
 
@@ -82,14 +85,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def planned_blocks(schedule, provider: str, rank: int) -> int:
+def planned_blocks(schedule, rank: int) -> int:
     from pykern.offload.planning.orders import make_order
     from pykern.offload.planning.simulation import live_blocks
 
-    if provider in OFFLOAD:
+    if hasattr(schedule, "offload"):
         return schedule.offload.plan.peak_blocks[rank]
-    name = {INTERLEAVED: "1f1b_interleaved", GIS: "gis", PO: "po"}[provider]
-    return max(live_blocks(make_order(name, DEVICES, CHUNKS, MICROBATCHES), rank))
+    return max(live_blocks(make_order(NAMES[INTERLEAVED], DEVICES, CHUNKS, MICROBATCHES), rank))
 
 
 def work(rank: int, folder: str, provider: str, steps: int, path: str | None, block_seconds: float | None) -> None:
@@ -129,12 +131,12 @@ def work(rank: int, folder: str, provider: str, steps: int, path: str | None, bl
     for stage in stages:
         for parameter in stage.submod.parameters():
             digest.update(parameter.grad.numpy().tobytes())
-    counters = schedule.offload.counters() if provider in OFFLOAD else {}
+    counters = schedule.offload.counters() if hasattr(schedule, "offload") else {}
     result = {
         "peak_bytes": statistics.median(peaks[1:]),
         # The first step makes buffers, and, with offload, measures for the plan.
         "seconds": statistics.median(seconds[1:]),
-        "planned_blocks": planned_blocks(schedule, provider, rank),
+        "planned_blocks": planned_blocks(schedule, rank),
         "blocks": counters.get("peak_blocks"),
         "stall_seconds": (counters["stall_seconds"] + counters["engine"]["stall_seconds"]) / steps if counters else 0.0,
         "offloaded_bytes": counters["offloaded_bytes"] // steps if counters else 0,
@@ -201,7 +203,7 @@ def line(result: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """For README.md."""
-    rows = ["| schedule | blocks | peak MB | of interleaved 1F1B | seconds | time over PO | gradients |"]
+    rows = ["| schedule | blocks | peak MB | of PyTorch's interleaved 1F1B | seconds | time over PO | gradients |"]
     rows.append("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for result in results:
         over = "" if result["time_over_po"] is None else f"{result['time_over_po']:.2f}"

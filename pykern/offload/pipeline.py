@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 
 import torch
@@ -17,8 +17,11 @@ from .planning.types import Action, Plan, Transfer
 from .saving import Copy, Packed, Packing, Saved, placeholder, plain_tensors, unpacked
 from .streams import StreamDevice
 
-# Parts of a block begin at multiples of this.
+# Parts of a block begin at multiples of this; large ones at those of a page, so that they go to a file without being
+# copied on the way.
 _PART_ALIGNMENT = 256
+_PAGE = 4096
+_LARGE_PART = 1 << 18
 
 
 class _BlockCopy(Copy):
@@ -69,28 +72,32 @@ class _Block:
         return self._owner._store.engine
 
     def nbytes(self) -> int:
-        return sum(-(-copy.size // _PART_ALIGNMENT) * _PART_ALIGNMENT for copy in self.living())
+        return self._place()[1]
+
+    def _place(self) -> tuple[list[tuple[_BlockCopy, int]], int]:
+        """What lives, each with its offset in the block, and the block's size."""
+        placed, end = [], 0
+        for copy in self.living():
+            alignment = _PAGE if copy.size >= _LARGE_PART else _PART_ALIGNMENT
+            offset = -(-end // alignment) * alignment
+            placed.append((copy, offset))
+            end = offset + copy.size
+        return placed, end
 
     def offload(self) -> int:
         """Starts copying out; how many bytes, or -1 if there is no room for them."""
-        copies = self.living()
-        parts, offsets, end = [], [], 0
-        for copy in copies:
-            copy.offset = end
-            parts.append(copy.resident)
-            offsets.append(end)
-            end += -(-copy.size // _PART_ALIGNMENT) * _PART_ALIGNMENT
-        if not parts:
+        placed, nbytes = self._place()
+        if not placed:
             return 0
-        # The last part is not padded, so that a single one is the whole block.
-        nbytes = offsets[-1] + parts[-1].numel()
+        for copy, offset in placed:
+            copy.offset = offset
+        parts, offsets = [copy.resident for copy, _ in placed], [offset for _, offset in placed]
         self._item = self._owner._store.store(self.action[1:], parts, offsets, nbytes)
-        return -1 if self._item < 0 else end
+        return -1 if self._item < 0 else nbytes
 
     def release(self) -> bool:
         """Drops the block's memory once it is written; False if it could not be, and stays."""
-        # None: the engine orders by streams, and finds out later.
-        if self._item < 0 or self._engine().settle(self._item) is False:
+        if self._item < 0 or not self._engine().settle(self._item):
             return False
         for copy in self.living():
             copy.resident = None
@@ -203,7 +210,7 @@ class PipelineOffload:
         path: str | os.PathLike | None = None,
         min_bytes: int = 1 << 12,
         parameters: torch.nn.Module | Iterable[Tensor] = (),
-        skip=None,
+        skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
         map_allocations: bool = True,
         device: StreamDevice | str | None = None,
