@@ -32,6 +32,9 @@ TEST_PROCESSES ?= 2
 PARALLEL = --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: export PYKERN_EMULATOR ?= checked;address
 test: export OMP_WAIT_POLICY ?= passive
+# Every call of nvcc goes through the launcher, for what the tests want to know of the kernels; the first build of a folder
+# settles it.
+test: export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(CURDIR)/$(PY);$(CURDIR)/tests/packaging/nvcc_launcher.py
 test: $(VENV)/.ready
 	$(BUILD)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)

@@ -8,6 +8,7 @@ Environment:
   PYKERN_CUDA           auto (default): the CUDA library is built where nvcc is found; 0: never; 1: fail without nvcc
   PYKERN_CUDA_ARCHS     semicolon list of GPU architectures (default 90a), or "release" for all that wheels have
   PYKERN_EMULATOR       semicolon list of the tests' kernel emulators: checked, address
+  PYKERN_DEBUG          1: the CPU library is compiled without optimization, in half the time
   PYKERN_LOCAL_VERSION  1: the version tells what is in the wheel, as in 0.1.0+cpu or 0.1.0+cu130
   PYKERN_BUILD_FOLDER   where CMake works, by default build/cmake
 """
@@ -159,6 +160,7 @@ class CMakeBuild(build_ext):
             "PYKERN_CUDA": "ON" if nvcc() else "OFF",
             "PYKERN_CUDA_ARCHS": os.environ.get("PYKERN_CUDA_ARCHS") or "90a",
             "PYKERN_EMULATOR": ";".join(emulators),
+            "PYKERN_DEBUG": "ON" if os.environ.get("PYKERN_DEBUG") == "1" else "OFF",
             "PYKERN_JOBS": jobs,
         }
         if nvcc():

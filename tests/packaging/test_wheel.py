@@ -27,8 +27,8 @@ SOURCES = ["CMakeLists.txt", "LICENSE", "Makefile", "MANIFEST.in", "README.md", 
 FOLDERS = ["bench", "csrc", "kernels", "pykern", "tests"]
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-# One level and no CUDA: these tests ask for the package, not for its kernels.
-ENVIRONMENT = {**os.environ, "PYKERN_SIMD_LEVELS": "portable", "PYKERN_CUDA": "0", "PYTHONPATH": ""}
+# One level, no CUDA and no optimization: these tests ask for the package, not for its kernels.
+ENVIRONMENT = {**os.environ, "PYKERN_SIMD_LEVELS": "portable", "PYKERN_CUDA": "0", "PYKERN_DEBUG": "1", "PYTHONPATH": ""}
 ENVIRONMENT["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 for name in ("PYKERN_TORCH_ROOT", "PYKERN_EMULATOR", "PYKERN_LOCAL_VERSION"):
     ENVIRONMENT.pop(name, None)
@@ -98,6 +98,7 @@ def tree_wheel(tmp_path_factory):
         "PYKERN_CUDA": "1" if CUDA_LIBRARY else "0",
         "MAX_JOBS": cached["PYKERN_JOBS"],
         "PYKERN_LOCAL_VERSION": "1",
+        "PYKERN_DEBUG": "0",
     }
     if CUDA_LIBRARY:
         same["CUDACXX"] = cached["CMAKE_CUDA_COMPILER"]
