@@ -28,7 +28,8 @@ FOLDERS = ["bench", "csrc", "kernels", "pykern", "tests"]
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 # One level, no CUDA and no optimization: these tests ask for the package, not for its kernels.
-ENVIRONMENT = {**os.environ, "PYKERN_SIMD_LEVELS": "portable", "PYKERN_CUDA": "0", "PYKERN_DEBUG": "1", "PYTHONPATH": ""}
+ENVIRONMENT = {**os.environ, "PYKERN_SIMD_LEVELS": "portable", "PYKERN_CUDA": "0", "PYKERN_DEBUG": "1"}
+ENVIRONMENT["PYTHONPATH"] = ""
 ENVIRONMENT["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 for name in ("PYKERN_TORCH_ROOT", "PYKERN_EMULATOR", "PYKERN_LOCAL_VERSION"):
     ENVIRONMENT.pop(name, None)
