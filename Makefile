@@ -26,14 +26,14 @@ train: build
 	$(PY) -m pykern train $(ARGS)
 
 # The kernels' emulator serves the tests alone. Files of tests are shared out to processes, whose threads must not spin
-# while they wait for one another. They go in the order of collection (tests/conftest.py), which begins with the longest:
-# that of xdist goes by the number of tests, and would end with files of few tests that take minutes.
+# while they wait for one another. They go in the order of collection (tests/conftest.py), longest first: that of xdist
+# goes by the number of tests, and would end with files of few tests that take minutes.
 TEST_PROCESSES ?= 2
 PARALLEL = --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: export PYKERN_EMULATOR ?= checked;address
 test: export OMP_WAIT_POLICY ?= passive
-# Every call of nvcc goes through the launcher, for what the tests want to know of the kernels; the first build of a folder
-# settles it.
+# Every call of nvcc goes through the launcher, for what the tests want to know of the kernels; the first build of a
+# folder settles it.
 test: export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(CURDIR)/$(PY);$(CURDIR)/tests/packaging/nvcc_launcher.py
 test: $(VENV)/.ready
 	$(BUILD)
