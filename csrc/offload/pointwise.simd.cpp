@@ -46,7 +46,7 @@ PYKERN_INLINE Terms gelu_tanh_of(vfloat x) {
   return logistic_terms(x, x * (1.595769122f + 0.0713548163f * square), 1.595769122f + 0.2140644488f * square);
 }
 
-template <class T, class Function>
+template <class T, bool backward, class Function>
 PYKERN_INLINE void elements_by(const ActivationParams& p, int64_t begin, int64_t end, const Function& function) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
   const T* grad = static_cast<const T*>(p.grad);
@@ -54,7 +54,7 @@ PYKERN_INLINE void elements_by(const ActivationParams& p, int64_t begin, int64_t
   const auto visit = [&](int64_t i, int64_t count) {
     const Terms at = function(load_some(gate + i, count));
     const vfloat factor = up ? load_some(up + i, count) : broadcast(1.0f);
-    if (!grad) return store_some(gate_out + i, at.value * factor, count);
+    if constexpr (!backward) return store_some(gate_out + i, at.value * factor, count);
     const vfloat g = load_some(grad + i, count);
     store_some(gate_out + i, g * factor * at.slope, count);
     if (up) store_some(up_out + i, g * at.value, count);
@@ -64,13 +64,19 @@ PYKERN_INLINE void elements_by(const ActivationParams& p, int64_t begin, int64_t
   if (i < end) visit(i, end - i);
 }
 
+template <class T, bool backward>
+void activation_of(const ActivationParams& p, int64_t begin, int64_t end) {
+  const auto by = [&](const auto& function) { elements_by<T, backward>(p, begin, end, function); };
+  switch (p.kind) {
+    case Activation::silu: return by([](vfloat x) { return silu_of(x); });
+    case Activation::gelu: return by([](vfloat x) { return gelu_of(x); });
+    case Activation::gelu_tanh: return by([](vfloat x) { return gelu_tanh_of(x); });
+  }
+}
+
 template <class T>
 void activation_of(const ActivationParams& p, int64_t begin, int64_t end) {
-  switch (p.kind) {
-    case Activation::silu: return elements_by<T>(p, begin, end, [](vfloat x) { return silu_of(x); });
-    case Activation::gelu: return elements_by<T>(p, begin, end, [](vfloat x) { return gelu_of(x); });
-    case Activation::gelu_tanh: return elements_by<T>(p, begin, end, [](vfloat x) { return gelu_tanh_of(x); });
-  }
+  p.grad ? activation_of<T, true>(p, begin, end) : activation_of<T, false>(p, begin, end);
 }
 
 // Calls of Philox whose words are made together: a loop that the compiler turns into vectors.

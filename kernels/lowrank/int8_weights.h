@@ -11,8 +11,8 @@ namespace pykern::lowrank {
 PYKERN_HOST_DEVICE float random_share(uint32_t bits) { return (static_cast<float>(bits) + 0.5f) * (1.0f / 65536.0f); }
 
 // Every group is dequantised, w <- w - (shrink * w + step_size * update), and quantised anew with the range of its new
-// values and stochastic rounding, whose bits are those of kernels/common/philox.h; elements are counted through the rows
-// of the whole matrix.
+// values and stochastic rounding, whose bits are those of kernels/common/philox.h; elements are counted through the
+// rows of the whole matrix.
 struct Int8WeightParams {
   int64_t rows, columns;  // of this block
   int64_t first_row;      // of this block in the matrix

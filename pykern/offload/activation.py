@@ -90,8 +90,8 @@ class ActivationOffload:
 
     A saved tensor that is modified in place before the backward raises autograd's own error, as without offload.
     As there, changes that no version counter sees (through `.data` or numpy) do not; the backward then gets the old or
-    the new bytes or some of both. Storages that are freed and refilled by hand between forward and backward (FSDP's
-    gathered parameters) must be named by `parameters` or `skip`.
+    the new bytes or some of both. Storages that are freed and refilled by hand between forward and backward must be
+    named by `parameters` or `skip`, but for parameters, such as those that FSDP2 gathers.
 
     Under `torch.nn.utils.checkpoint` without reentry, what the checkpoints save (their inputs) is offloaded. Around a
     model from `torch.compile`, what the compiled graphs save is; inside of a compiled function the context is a graph

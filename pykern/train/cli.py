@@ -95,8 +95,8 @@ def parser() -> argparse.ArgumentParser:
     option(
         group,
         "--offload",
-        "where activations wait for the backward: none, memory or file, on a GPU none; with --pipeline, how many of a "
-        "rank's chunks leave: none, half, full or a number, half by default",
+        "where activations wait for the backward: none, memory or file, on a GPU none or pinned; with --pipeline, how "
+        "many of a rank's chunks leave: none, half, full or a number, half by default",
         metavar="WHERE|HOW",
     )
     option(

@@ -84,7 +84,7 @@ def settle(form: str, given: dict) -> Config:
     """The options given, over the defaults of this form of data, over Config's own. Raises InputError."""
     more = {"offload": "half", "compare": 0} if given.get("pipeline") else {}
     config = Config(**{**DATA_DEFAULTS[form], **more, **given})
-    kinds = ("none", "half", "full") if config.pipeline else ("none", "memory", "file")
+    kinds = ("none", "half", "full") if config.pipeline else ("none", "memory", "file", "pinned")
     if config.offload not in kinds and not (config.pipeline and config.offload.isdecimal()):
         counted = " or a number of chunks with --pipeline" if config.pipeline else " without --pipeline"
         raise InputError(f"--offload {config.offload}: expected {', '.join(kinds)}{counted}")

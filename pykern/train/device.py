@@ -16,7 +16,7 @@ _OPS = {
         "linear_token_logprobs_backward",
     ),
     "lowrank": ("low_rank_adamw_step", "adamw_step"),
-    "offload": (),
+    "offload": ("offload_pack",),
 }
 
 
@@ -49,15 +49,18 @@ def resolve(config: Config, name: str) -> str:
                     f"--device {name}: the {family} family has no CUDA kernel for {', '.join(missing)} yet; "
                     "use --device cpu"
                 )
-        if "offload" in families(config):
+        if not config.pipeline and config.offload in ("memory", "file"):
             raise InputError(
-                f"--device {name}: activations on a GPU can't be offloaded yet; use --offload none or --device cpu"
+                f"--offload {config.offload}: is for activations in ordinary memory; use --offload pinned or none on a "
+                "GPU, or --device cpu"
             )
         if config.dtype == "float32":
             raise InputError(
                 f"--dtype float32: attention on a GPU takes bfloat16; use --dtype {GPU_DEFAULTS['dtype']}, which keeps "
                 "float32 weights, or --device cpu"
             )
+    elif config.offload == "pinned":
+        raise InputError("--offload pinned: needs a GPU; use --offload memory or file")
     return device
 
 

@@ -232,7 +232,11 @@ class PipelineTrainer(Trainer):
             self._schedule = offload.SchedulePlanned(config.schedule, stages, microbatches(config), **keywords)
             return
         wanted = int(config.offload) if config.offload.isdecimal() else config.offload
-        storage = {"storage": "file", "path": config.spill_dir} if config.spill_dir else {}
+        storage = {"storage": "file" if config.spill_dir else "memory"}
+        if self.device.type == "cuda":
+            storage = {"storage": "pinned"}
+        if config.spill_dir:
+            storage["path"] = config.spill_dir
         self._schedule = offload.SchedulePipeOffload(
             stages, microbatches(config), schedule=config.schedule, offload=wanted, **storage, **keywords
         )

@@ -44,9 +44,12 @@ def test_float32_is_refused_on_a_gpu(usable_gpu):
 def test_offload_is_refused_on_a_gpu(usable_gpu):
     usable_gpu.setattr(_native, "cuda_ops", ALL_OPS)
     with pytest.raises(
-        InputError, match="--device auto: activations on a GPU can't be offloaded yet; use --offload none"
+        InputError, match="--offload memory: is for activations in ordinary memory; use --offload pinned or none"
     ):
         resolve(Config(offload="memory"), "auto")
+    assert resolve(Config(offload="pinned", dtype="mixed"), "auto") == "cuda"
+    with pytest.raises(InputError, match="--offload pinned: needs a GPU; use --offload memory or file"):
+        resolve(Config(offload="pinned"), "cpu")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
