@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .coding import Coding, check_codec
 from .cuda_device import CudaDevice
 from .engine import Engine, machine_memory, return_freed_memory, spill_folder, warn_if_in_memory
 from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
@@ -23,18 +24,22 @@ _QUEUE_BYTES = {"memory": 32 << 20, "file": 32 << 20, "memory+file": 32 << 20, "
 class _Copy(Copy):
     """A copy that is in memory still, or an item of the engine, whose slot goes back when the copy dies."""
 
-    __slots__ = ("engine", "item")
+    __slots__ = ("_coding", "engine", "item")
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
         self.item: int | None = None
         self.engine: Engine | StreamedEngine | None = None
+        self._coding: Coding | None = None
 
-    def move(self, engine: Engine | StreamedEngine) -> bool:
+    def move(self, engine: Engine | StreamedEngine, codec: str | None) -> bool:
         """Hands the bytes to the engine; False if it has no room."""
-        item = engine.store([self.resident], [0], self.resident.numel())
+        coding = Coding.of(self.resident, self.dtype, codec)
+        source = self.resident if coding is None else coding.encode(self.resident)
+        item = engine.store([source], [0], source.numel())
         if item < 0:
             return False
+        self._coding = coding
         self.engine, self.item = engine, item
         weakref.finalize(self, engine.release, item).atexit = False
         self.resident = None
@@ -42,7 +47,10 @@ class _Copy(Copy):
 
     def data(self) -> Tensor:
         resident = self.resident
-        return self.engine.load(self.item) if resident is None else resident
+        if resident is not None:
+            return resident
+        block = self.engine.load(self.item)
+        return block if self._coding is None else self._coding.decode(block)
 
 
 class _Group:
@@ -82,11 +90,12 @@ class ActivationOffload:
                 loss = model(batch)
             loss.backward()
 
-    Gradients are equal bit for bit to those without it: every tensor comes back with its bytes, shape, strides and
-    alignment. Copies run on threads of their own. A storage that is saved several times, whole or as views, is copied
-    once and comes back as views of one buffer. Tensors that the backward needs while they are still being written are
-    handed back from memory. In the backward, the tensors of the next graph nodes are read ahead. Unpacking may happen
-    any number of times (`retain_graph`, double backward); a copy goes when the graph that needs it goes.
+    Gradients are equal bit for bit to those without it, unless there is a codec: every tensor comes back with its
+    bytes, shape, strides and alignment. Copies run on threads of their own. A storage that is saved several times,
+    whole or as views, is copied once and comes back as views of one buffer. Tensors that the backward needs while they
+    are still being written are handed back from memory. In the backward, the tensors of the next graph nodes are read
+    ahead. Unpacking may happen any number of times (`retain_graph`, double backward); a copy goes when the graph that
+    needs it goes.
 
     A saved tensor that is modified in place before the backward raises autograd's own error, as without offload.
     As there, changes that no version counter sees (through `.data` or numpy) do not; the backward then gets the old or
@@ -114,6 +123,9 @@ class ActivationOffload:
             only if a path is given: the oldest tensors go there when the host's memory has no room for more.
         device: with storage="pinned", the CUDA device whose tensors are offloaded; by default the current one. Or
             any StreamDevice, such as a SimulatedDevice.
+        codec: None, or a lossy one of StagingLayout, "float8_e4m3" or "int8": what leaves in float32, bfloat16 or
+            float16 takes one byte an element, and comes back with the codec's error. The gradients' is then of that
+            order: try it as one would a lower precision. What stays (small, last, without room) is exact.
         parameters: a module, or tensors, whose storages stay. Parameters are known without it, except by detached
             views of them; buffers are not.
         skip: called with each remaining tensor; True keeps it.
@@ -141,6 +153,7 @@ class ActivationOffload:
         prefetch: int = 1,
         capacity: int | None = None,
         path: str | os.PathLike | None = None,
+        codec: str | None = None,
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
@@ -158,6 +171,7 @@ class ActivationOffload:
             ("threads", threads, 1), ("queue_bytes", queue_bytes, 1),
         ):  # fmt: skip
             _check_integer(name, value, least)
+        check_codec(codec)
         if capacity is not None:
             _check_integer("capacity", capacity, 1)
         if path is not None and storage == "memory":
@@ -188,7 +202,7 @@ class ActivationOffload:
         if map_allocations and storage.endswith("file"):
             return_freed_memory(max(min_bytes, 1 << 16))
 
-        self._keep_last, self._prefetch = keep_last, prefetch
+        self._keep_last, self._prefetch, self._codec = keep_last, prefetch, codec
         self._packing = Packing(
             "ActivationOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, accepts=accepts,
             copy_type=_Copy, made=self._on_copy, handed_out=self._on_saved,
@@ -283,7 +297,7 @@ class ActivationOffload:
         for copy in waiting[:excess]:
             size = copy.resident.numel()
             self._packing.count_kept("last", -size, -1)
-            if not copy.move(self._engine):
+            if not copy.move(self._engine, self._codec):
                 self._packing.count_kept("capacity", size)
                 self._report_failure()
         self._last = deque(weakref.ref(copy) for copy in waiting[excess:])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .block_store import BlockStore
+from .coding import Coding, check_codec
 from .engine import Rates
 from .planning.types import Action, Plan, Transfer
 from .saving import Copy, Packed, Packing, Saved, placeholder, plain_tensors, unpacked
@@ -27,17 +28,25 @@ _LARGE_PART = 1 << 18
 class _BlockCopy(Copy):
     """A copy that lies in a block."""
 
-    __slots__ = ("block", "offset", "size")
+    __slots__ = ("block", "coding", "offset", "size")
 
     def __init__(self, resident: Tensor, *arguments: object) -> None:
         super().__init__(resident, *arguments)
         self.size = resident.numel()
         self.offset = -1
         self.block: _Block | None = None
+        self.coding: Coding | None = None
+
+    def leaving(self) -> Tensor:
+        """What is copied out."""
+        return self.resident if self.coding is None else self.coding.encode(self.resident)
 
     def data(self) -> Tensor:
         resident = self.resident
-        return self.block.bytes().narrow(0, self.offset, self.size) if resident is None else resident
+        if resident is not None:
+            return resident
+        part = self.block.bytes().narrow(0, self.offset, self.size)
+        return part if self.coding is None else self.coding.decode(part)
 
 
 class _Block:
@@ -59,6 +68,9 @@ class _Block:
 
     def add(self, copy: _BlockCopy) -> None:
         copy.block = self
+        copy.coding = Coding.of(copy.resident, copy.dtype, self._owner._codec)
+        if copy.coding is not None:
+            copy.size = copy.coding.nbytes
         self._copies.append(weakref.ref(copy))
 
     def add_input(self, tensor: Tensor, saved: Saved) -> None:
@@ -91,7 +103,7 @@ class _Block:
             return 0
         for copy, offset in placed:
             copy.offset = offset
-        parts, offsets = [copy.resident for copy, _ in placed], [offset for _, offset in placed]
+        parts, offsets = [copy.leaving() for copy, _ in placed], [offset for _, offset in placed]
         self._item = self._owner._store.store(self.action[1:], parts, offsets, nbytes)
         return -1 if self._item < 0 else nbytes
 
@@ -174,7 +186,7 @@ class PipelineOffload:
         offload.end_step()
 
     `SchedulePipeOffload` does this on torch.distributed.pipelining. Blocks need not look the same from one microbatch,
-    or step, to the next. Gradients are equal bit for bit to those without offload.
+    or step, to the next. Gradients are equal bit for bit to those without offload, unless there is a codec.
 
     Args:
         plan: from `pykern.plan`.
@@ -184,6 +196,8 @@ class PipelineOffload:
             "memory" and "pinned", blocks of the plan's tier "file" go to a file as well.
         path: folder of the file; the system's temporary folder by default.
         min_bytes: smaller saved tensors stay.
+        codec: None, or a lossy one of `StagingLayout`, "float8_e4m3" or "int8": see `ActivationOffload`. What comes
+            back from a block that left has the codec's error, what stayed has none.
         parameters: a module, or tensors, whose storages stay. Parameters are known without it, except by detached
             views of them; buffers are not.
         skip: called with each remaining saved tensor; True keeps it.
@@ -209,6 +223,7 @@ class PipelineOffload:
         storage: str = "memory",
         path: str | os.PathLike | None = None,
         min_bytes: int = 1 << 12,
+        codec: str | None = None,
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
@@ -217,6 +232,8 @@ class PipelineOffload:
         sizes_known: bool = True,
         debug_delays: int | None = None,
     ) -> None:
+        check_codec(codec)
+        self._codec = codec
         self._store = BlockStore(storage, path, threads, device, map_allocations, debug_delays)
         self._packing = Packing(
             "PipelineOffload", min_bytes=min_bytes, parameters=parameters, skip=skip,

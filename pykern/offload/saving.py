@@ -40,13 +40,21 @@ class Copy:
     tells the storage's generations apart: one that was freed and filled again by hand keeps its identity.
     """
 
-    __slots__ = ("__weakref__", "_address", "_counter", "_storage", "_version", "begin", "resident")
+    __slots__ = ("__weakref__", "_address", "_counter", "_storage", "_version", "begin", "dtype", "resident")
 
     def __init__(
-        self, resident: Tensor, begin: int, storage: torch.UntypedStorage, counter: Tensor, version: int
+        self,
+        resident: Tensor,
+        dtype: torch.dtype,
+        begin: int,
+        storage: torch.UntypedStorage,
+        counter: Tensor,
+        version: int,
     ) -> None:
         self.resident: Tensor | None = resident
         """The bytes, uint8, while they are in memory; mostly a part of the storage itself."""
+        self.dtype = dtype
+        """Of the tensor that was saved first."""
         self.begin = begin
         """Where in the storage the range begins."""
         self._storage = StorageWeakRef(storage)
@@ -227,7 +235,7 @@ class Packing:
                     self.count_kept("small", data.numel())
                     if region is not None:
                         data = data.clone()
-                copy = self._copies[key] = self._copy_type(data, begin, storage, counter, version)
+                copy = self._copies[key] = self._copy_type(data, tensor.dtype, begin, storage, counter, version)
                 self._made(copy, small)
             saved = Saved(copy, view, counter, version, region is None)
             self._handed_out(saved)

@@ -141,7 +141,7 @@ class SchedulePipeOffload(SchedulePlanned):
         block_bytes: what each stage saves for the backward of one microbatch.
         bandwidth: bytes per second of copies out and back.
         planning: further arguments of `pykern.plan`, such as budget, host_budget, file_bandwidth, directions, stall.
-        min_bytes, skip, threads, map_allocations, device: as for `PipelineOffload`.
+        min_bytes, codec, skip, threads, map_allocations, device: as for `PipelineOffload`.
 
     `offload` (a PipelineOffload) has the plan and the counters.
     """
@@ -163,6 +163,7 @@ class SchedulePipeOffload(SchedulePlanned):
         group: int | None = None,
         split_backward: bool | None = None,
         min_bytes: int = 1 << 12,
+        codec: str | None = None,
         skip: Callable[[Tensor], bool] | None = None,
         threads: int = 2,
         map_allocations: bool = True,
@@ -190,7 +191,8 @@ class SchedulePipeOffload(SchedulePlanned):
         if first.order.ranks != self.order.ranks:
             raise ValueError("offload: the plan is for another order of actions; make it for this schedule and counts")
         self.offload = PipelineOffload(
-            first, self.rank, storage=storage, path=path, min_bytes=min_bytes, skip=skip, threads=threads,
+            first, self.rank, storage=storage, path=path, min_bytes=min_bytes, codec=codec, skip=skip,
+            threads=threads,
             parameters=[tensor for stage in stages for tensor in (*stage.submod.parameters(), *stage.submod.buffers())],
             map_allocations=map_allocations, device=device, sizes_known=not self._is_guessed, debug_delays=debug_delays,
         )  # fmt: skip

@@ -82,9 +82,7 @@ class StagingLayout:
         for name in wanted:
             if name not in CODECS:
                 raise ValueError(f"codec: expected one of {', '.join(CODECS)}, got {name!r}")
-        codecs = [
-            name if tensor.dtype in _ENCODED_DTYPES else "none" for name, tensor in zip(wanted, tensors, strict=True)
-        ]
+        codecs = [name if encodes(tensor.dtype) else "none" for name, tensor in zip(wanted, tensors, strict=True)]
         offsets, end = [], 0
         for tensor, name in zip(tensors, codecs, strict=True):
             offsets.append(end)
@@ -165,6 +163,11 @@ class StagingLayout:
             raise ValueError("staging: expected to start at a multiple of 16 bytes; slice it at multiples of 256")
 
 
+def encodes(dtype: torch.dtype) -> bool:
+    """Whether codecs other than "none" have codes for this dtype; others are copied bit by bit."""
+    return dtype in _ENCODED_DTYPES
+
+
 def encoded_bytes(count: int, dtype: torch.dtype, codec: str) -> int:
     """Bytes that `count` elements take in a block: codes, then scales, each up to the next multiple of ALIGNMENT."""
     if codec == "none":
@@ -197,4 +200,4 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-__all__ = ["ALIGNMENT", "CODECS", "SCALE_BLOCK", "StagingLayout", "encoded_bytes"]
+__all__ = ["ALIGNMENT", "CODECS", "SCALE_BLOCK", "StagingLayout", "encoded_bytes", "encodes"]
