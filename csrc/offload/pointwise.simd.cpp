@@ -18,18 +18,7 @@ PYKERN_INLINE vfloat bounded_part(vfloat x) {
 }
 
 PYKERN_INLINE Terms gelu_of(vfloat x) {
-  const vfloat t = 1.0f / (1.0f + 0.318198052f * magnitude(x));
-  vfloat p = broadcast(-0.02066756025f);
-  p = p * t + 0.0952221845f;
-  p = p * t - 0.150069918f;
-  p = p * t + 0.070982356f;
-  p = p * t - 0.01105245965f;
-  p = p * t + 0.0599313685f;
-  p = p * t + 0.087634874f;
-  p = p * t + 0.1141348765f;
-  p = p * t + 0.1269416265f;
-  p = p * t + 0.12694266f;
-  const vfloat bell = exp(-0.5f * x * x), tail = bell * (p * t);
+  const vfloat bell = exp(-0.5f * x * x), tail = bell * normal_tail(1.0f / (1.0f + kTailScale * magnitude(x)));
   const vfloat below = select(x < 0, tail, 1.0f - tail);
   return {x * below, below + bounded_part(x) * (bell * 0.398942280f)};
 }
