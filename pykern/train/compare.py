@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .batch import Groups, flat_gradient
 from .config import Config
+from .making import make_model, make_optimizer, use_threads
 from .memory import PeakMemory
 from .model import Transformer, causal_attention
 from .plain import plain_optimizer, plain_policy_loss
@@ -84,8 +85,6 @@ def _pickled(content: object) -> bytes:
 def _serve(pipe, config: Config) -> None:
     """The process: answers each (weights, batch) with what its update found."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends this process.
-    from .trainer import make_model, make_optimizer, use_threads
-
     use_threads(config)
     device = torch.device(config.device)
     model = make_model(config, device)

@@ -14,9 +14,10 @@ from .config import Config
 from .data import Dataset
 from .device import describe
 from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, Rows, save_checkpoint, write_atomically, write_json
+from .making import use_threads
 from .pipeline import PipelineTrainer, is_main_process
 from .report import draw
-from .trainer import Trainer, use_threads
+from .trainer import Trainer
 
 # Steps. Once a small model finds the rule its accuracy leaps, and GRPO is to have something left to teach.
 WARMUP_PROBE_EVERY = 10

@@ -375,8 +375,8 @@ def test_comparing_changes_no_bit_of_the_run(compared, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["galore", "fira", "adamw"])
 def test_the_plain_step_follows_the_same_rule(optimizer):
+    from pykern.train.making import make_model, make_optimizer
     from pykern.train.plain import plain_optimizer
-    from pykern.train.trainer import make_model, make_optimizer
 
     config = tiny_trainer(optimizer=optimizer).config
     models = [make_model(config, torch.device("cpu")).double() for _ in range(2)]

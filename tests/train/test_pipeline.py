@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pykern
-from pykern.train.data import arithmetic
 from pykern.train.config import settle
+from pykern.train.data import arithmetic
 from pykern.train.pipeline import PipelineTrainer
 from pykern.train.trainer import Trainer
 from tests.support_distributed import run_processes

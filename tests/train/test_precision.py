@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pykern.train import cli
 from pykern.train.batch import Groups, pack_groups
 from pykern.train.compare import PlainUpdate
-from pykern.train.trainer import Trainer, make_model, make_optimizer
+from pykern.train.making import make_model, make_optimizer
+from pykern.train.trainer import Trainer
 from tests.support import DEVICES, on
 
 from .support import TINY_OPTIONS, tiny_trainer
