@@ -53,4 +53,6 @@ def test_a_step_needs_little_memory():
     # Fira's rounds share the low-rank gradient, rank / n of a bfloat16 weight; at rank 128 both fit into 5 %.
     limits = [0.05 + 512 / 4096 if case == (512, 1) else 0.05 for case in CASES]
     assert len(shares) == len(limits)
-    assert all(0 < share < limit for share, limit in zip(shares, limits, strict=True)), done.stdout
+    # What the smallest rank needs may fit into pages that the process has already.
+    assert all(0 <= share < limit for share, limit in zip(shares, limits, strict=True)), done.stdout
+    assert sum(share > 0 for share in shares) > 4, done.stdout
