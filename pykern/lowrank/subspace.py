@@ -149,16 +149,17 @@ def multiply_one(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 
 def inner_products(columns: Tensor, images: Tensor | None = None) -> Tensor:
-    """columns^T columns [k, k] of vectors [n, k], or columns^T images of images [n, k] under a symmetric matrix.
+    """columns^T columns [k, k] of vectors [n, k], or images^T columns, of their images under a symmetric matrix.
 
-    The half above the diagonal blocks is mirrored, not computed.
+    The half above the diagonal blocks is mirrored, not computed. Images of the later columns make the other: where
+    vectors are sorted, the largest first, these are the smaller, and so are their roundings.
     """
-    images = columns if images is None else images.to(columns.dtype)
+    images = columns if images is None else images
     size = columns.shape[1]
     blocks = _blocks(size, 16)
     strips = multiply(
-        [images[:, :last] for _, last in blocks],
-        [contiguous(columns[:, first:last], columns.dtype) for first, last in blocks],
+        [columns[:, :last] for _, last in blocks],
+        [contiguous(images[:, first:last], columns.dtype) for first, last in blocks],
     )
     if len(strips) == 1:
         return strips[0]
