@@ -243,7 +243,7 @@ class Engine:
         Raises:
             MemoryError: there is no room for one block.
         """
-        block = torch.full((nbytes,), 1, dtype=torch.uint8)
+        block = torch.full((nbytes,), 1, dtype=torch.uint8, device="cpu")
         seconds: list[tuple[float, float]] = []
         for _ in range(rounds + 1):
             begin = time.perf_counter()
