@@ -59,7 +59,7 @@ def test_a_case_on_the_cpu_has_a_process_of_its_own():
     cpu = torch.device("cpu")
     assert harness.run_alone(process_id, cpu) not in (os.getpid(), harness.run_alone(process_id, cpu))
     (case,) = (case for case in harness.load_cases(("policy",)) if case.name == "gae")
-    ours = harness.run_alone(harness.time_listed, cpu, "policy", case.label, 0.01)[0]
+    (ours, *_), _ = harness.run_alone(harness.time_listed, cpu, "policy", case.label, 0.01)
     assert ours.provider == "pykern" and 0 < ours.p20 <= ours.p50 <= ours.p80
 
 

@@ -59,7 +59,6 @@ class _Block:
         self._copies: list[weakref.ref[_BlockCopy]] = []
         self._inputs: list[tuple[Tensor, Saved]] = []
         self._item = -1
-        self._bytes: Tensor | None = None
         self._away = self._reserved = self._ended = False
 
     @property
@@ -132,16 +131,14 @@ class _Block:
             self._owner._store.fetch(self._item)
 
     def bytes(self) -> Tensor:
-        """The whole block, uint8; waits for it if need be."""
+        """The whole block, uint8, for use in the stream that computes now; waits for it if need be."""
         if self._ended:
             raise RuntimeError(
                 f"{self._name()} was needed after its last backward action had ended, which frees it; "
                 "keep such tensors by skip="
             )
-        if self._bytes is None:
-            with self._owner._stalled():
-                self._bytes = self._engine().load(self._item)
-        return self._bytes
+        with self._owner._stalled():
+            return self._engine().load(self._item)
 
     def restore_inputs(self) -> None:
         if self._away:
@@ -156,7 +153,6 @@ class _Block:
         for tensor, _ in self._inputs:
             tensor.data = placeholder(tensor)
         self._inputs = []
-        self._bytes = None
         if self._item >= 0:
             if self._reserved:
                 self._engine().unreserve(self._item)
