@@ -1,0 +1,50 @@
+#include "kernels/common/launch.h"
+#include "kernels/lowrank/project_sm90.cuh"
+
+namespace pykern::lowrank {
+namespace {
+
+template <class T, int rank, bool along_length>
+const char* launch_tiled(ProjectCallSm90& call, const ProjectParams& params, Stream stream) {
+  using Tiling = ProjectTilingSm90<rank, along_length>;
+  const char* error = nullptr;
+  const auto entry = [&](int64_t i) {
+    const ProjectMatrix& m = params.matrices[i];
+    ProjectSm90 made{{}, {}, m};
+    error = Tiling::Basis::template map<T>(made.basis, m.projector, m.rank, m.n, m.rank);
+    const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
+    if (!error) error = Tiling::Gradient::template map<T>(made.gradient, m.matrix, m.stride, rows, columns);
+    return made;
+  };
+  const auto tiles = [&](int64_t i) -> int64_t {
+    const ProjectMatrix& m = params.matrices[i];
+    if (!m.warpgroups || m.along_length != along_length || rank_tile_sm90(m) != rank) return 0;
+    return rank_tiles(m, rank) * length_tiles(m, Tiling::kLength) * m.splits;
+  };
+  const char* failed = launch_grouped(call.table, params.count, entry, tiles, [&](const auto& table) {
+    if (error) return error;
+    const auto most = static_cast<unsigned>(multiprocessors());
+    const Grid grid{dim3(table.tiles < most ? table.tiles : most), dim3(kProjectThreadsSm90), Tiling::kSharedBytes};
+    return launch(project_sm90_kernel<T, rank, along_length>, grid, stream, call);
+  });
+  return failed;
+}
+
+template <class T>
+const char* launch_typed(ProjectCallSm90& call, const ProjectParams& params, Stream stream) {
+  const char* error = launch_tiled<T, 128, true>(call, params, stream);
+  if (!error) error = launch_tiled<T, 128, false>(call, params, stream);
+  if (!error) error = launch_tiled<T, 256, true>(call, params, stream);
+  if (!error) error = launch_tiled<T, 256, false>(call, params, stream);
+  return error;
+}
+
+}  // namespace
+
+const char* launch_project_sm90(const ProjectParams& params, Stream stream) {
+  ProjectCallSm90 call{{}, params.grad_scale, params.maximize};
+  return params.type == DataType::bf16 ? launch_typed<bf16>(call, params, stream)
+                                       : launch_typed<f16>(call, params, stream);
+}
+
+}  // namespace pykern::lowrank
