@@ -7,8 +7,8 @@ namespace pykern::lowrank {
 namespace {
 
 constexpr int kRankTiles[] = {64, 128, 256};
-// A split is worth its parts from so many steps on.
-constexpr int kLeastSteps = 4;
+// A split is worth its parts from so many rows of G on.
+constexpr int kLeastRows = 128;
 
 // Up to this rank a projection is bound by memory with mma.sync too.
 constexpr int kLeastRankSm90 = 65;
@@ -108,8 +108,7 @@ int64_t plan_project(ProjectParams& params) {
   const int64_t wanted = tiles > 0 ? multiprocessors() / tiles : 1;
   for (int64_t i = 0; i < params.count; ++i) {
     ProjectMatrix& m = params.matrices[i];
-    const int depth = tile_of(m).depth;
-    const int64_t most = (int64_t{m.n} + depth - 1) / depth / kLeastSteps;
+    const int64_t most = m.n / kLeastRows;
     m.splits = static_cast<int32_t>(wanted < most ? wanted : most);
     if (m.splits < 1) m.splits = 1;
     if (m.splits > 1) floats += int64_t{m.splits} * (m.rank + 1) * m.length;

@@ -7,27 +7,27 @@ namespace {
 template <class T, int rank, bool along_length>
 const char* launch_tiled(ProjectCallSm90& call, const ProjectParams& params, Stream stream) {
   using Tiling = ProjectTilingSm90<rank, along_length>;
-  const char* error = nullptr;
-  const auto entry = [&](int64_t i) {
+  const char* refused = nullptr;
+  const auto with_maps = [&](int64_t i) {
     const ProjectMatrix& m = params.matrices[i];
     ProjectSm90 made{{}, {}, m};
-    error = Tiling::Basis::template map<T>(made.basis, m.projector, m.rank, m.n, m.rank);
     const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
+    const char* error = Tiling::Basis::template map<T>(made.basis, m.projector, m.rank, m.n, m.rank);
     if (!error) error = Tiling::Gradient::template map<T>(made.gradient, m.matrix, m.stride, rows, columns);
+    if (error) refused = error;
     return made;
   };
-  const auto tiles = [&](int64_t i) -> int64_t {
+  const auto tiles_of = [&](int64_t i) -> int64_t {
     const ProjectMatrix& m = params.matrices[i];
-    if (!m.warpgroups || m.along_length != along_length || rank_tile_sm90(m) != rank) return 0;
-    return rank_tiles(m, rank) * length_tiles(m, Tiling::kLength) * m.splits;
+    const bool chosen = m.warpgroups && m.along_length == along_length && rank_tile_sm90(m) == rank;
+    return chosen ? rank_tiles(m, rank) * length_tiles(m, Tiling::kLength) * m.splits : 0;
   };
-  const char* failed = launch_grouped(call.table, params.count, entry, tiles, [&](const auto& table) {
-    if (error) return error;
+  return launch_grouped(call.table, params.count, with_maps, tiles_of, [&](const auto& table) {
+    if (refused) return refused;
     const auto most = static_cast<unsigned>(multiprocessors());
     const Grid grid{dim3(table.tiles < most ? table.tiles : most), dim3(kProjectThreadsSm90), Tiling::kSharedBytes};
     return launch(project_sm90_kernel<T, rank, along_length>, grid, stream, call);
   });
-  return failed;
 }
 
 template <class T>

@@ -45,13 +45,13 @@ struct ProjectTilingSm90 {
   using Ring = StageRing<kStages>;
 };
 
-// Sums of squares of a warpgroup's columns. A thread reads sixteen bytes at a time, eight threads of a warp those of
-// eight neighbouring rows or chunks: they lie in all banks.
+// Sums of squares of a warpgroup's columns. A thread reads chunks of sixteen bytes, eight neighbouring threads those of
+// eight neighbouring rows, or all of one row: they lie in all banks.
 template <class T, class Tiling, bool along_length>
 class PanelSquares;
 
 template <class T>
-__device__ __forceinline__ void for_each_square(const unsigned char* chunk, float (&squares)[8]) {
+__device__ __forceinline__ void squares_of_chunk(const unsigned char* chunk, float (&squares)[8]) {
   const Pack<uint32_t> pack = *reinterpret_cast<const Pack<uint32_t>*>(chunk);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -74,13 +74,13 @@ class PanelSquares<T, Tiling, true> {
 #pragma unroll
     for (int below = 0; below < Tiling::kDepth; below += 8 * kRowGroups) {
       float squares[8];
-      for_each_square<T>(from + below * kPanelRowBytes, squares);
+      squares_of_chunk<T>(from + below * kPanelRowBytes, squares);
 #pragma unroll
       for (int e = 0; e < 8; ++e) values_[e] += squares[e];
     }
   }
 
-  // The sum of one column for each of the warp's first lanes, and which of the tile's columns it is, or -1.
+  // The sum of one of the tile's columns, and which one it is; -1 for lanes that have none.
   __device__ __forceinline__ float finish(int group, int& column) const {
     const int lane = threadIdx.x % kWarpSize;
     float own = 0;
@@ -117,7 +117,7 @@ class PanelSquares<T, Tiling, false> {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       float squares[8];
-      for_each_square<T>(rows + 4 * i * kPanelRowBytes + ((chunk ^ (octet + i % 2 * 4)) << 4), squares);
+      squares_of_chunk<T>(rows + 4 * i * kPanelRowBytes + ((chunk ^ (octet + i % 2 * 4)) << 4), squares);
 #pragma unroll
       for (int e = 0; e < 8; ++e) values_[i] += squares[e];
     }
