@@ -25,7 +25,7 @@ void project(const Tensors& matrix, const Tensors& projector, const std::optiona
     m.rank = checked_size(projector[i].size(1), "projector");
     m.splits = 1;
     m.along_length = layout.along_length;
-    m.warpgroups = false;
+    m.warpgroups = m.narrow = false;
   }
   const DataType type = data_type(matrix[0], "matrix");
   ProjectParams params{};

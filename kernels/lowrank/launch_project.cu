@@ -18,7 +18,7 @@ int rank_tile_of(const ProjectMatrix& m) {
   return m.rank <= 64 ? 64 : m.rank <= 128 ? 128 : 256;
 }
 ProjectTile tile_of(const ProjectMatrix& m) {
-  return m.warpgroups ? project_tile_sm90(rank_tile_of(m)) : project_tile(rank_tile_of(m));
+  return m.warpgroups ? project_tile_sm90(rank_tile_of(m), m.narrow) : project_tile(rank_tile_of(m));
 }
 int64_t tiles_of(const ProjectMatrix& m) {
   const ProjectTile tile = tile_of(m);
@@ -99,13 +99,24 @@ const char* launch_project_wide(const ProjectParams& params, Stream stream) {
 }
 
 int64_t plan_project(ProjectParams& params) {
-  int64_t tiles = 0, floats = 0;
+  const auto tiles_of_all = [&] {
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < params.count; ++i) tiles += tiles_of(params.matrices[i]);
+    return tiles;
+  };
   for (int64_t i = 0; i < params.count; ++i) {
-    ProjectMatrix& m = params.matrices[i];
-    m.warpgroups = takes_warpgroups(m);
-    tiles += tiles_of(m);
+    params.matrices[i].warpgroups = takes_warpgroups(params.matrices[i]);
+    params.matrices[i].narrow = false;
   }
-  const int64_t wanted = tiles > 0 ? multiprocessors() / tiles : 1;
+  const int64_t blocks = multiprocessors();
+  if (2 * tiles_of_all() <= blocks) {
+    for (int64_t i = 0; i < params.count; ++i) {
+      ProjectMatrix& m = params.matrices[i];
+      m.narrow = m.warpgroups && rank_tile_of(m) == 128;
+    }
+  }
+  const int64_t tiles = tiles_of_all(), wanted = tiles > 0 ? blocks / tiles : 1;
+  int64_t floats = 0;
   for (int64_t i = 0; i < params.count; ++i) {
     ProjectMatrix& m = params.matrices[i];
     const int64_t most = m.n / kLeastRows;

@@ -28,9 +28,10 @@ static_assert(sizeof(ProjectCallSm90) <= 32764, "more than the parameters of a k
 constexpr int kProjectGroups = 2;  // that multiply
 constexpr int kProjectThreadsSm90 = (1 + kProjectGroups) * kWarpgroupThreads;
 
-template <int rank, bool along_length>
+template <int rank, bool narrow, bool along_length>
 struct ProjectTilingSm90 {
-  static constexpr int kRank = rank, kLength = project_tile_sm90(rank).length, kDepth = project_tile_sm90(rank).depth;
+  static constexpr ProjectTile kTile = project_tile_sm90(rank, narrow);
+  static constexpr int kRank = rank, kLength = kTile.length, kDepth = kTile.depth;
   static constexpr int kGroupLength = kLength / kProjectGroups;
   static constexpr int kBlocks = kGroupLength / 64;  // of 64 columns of G that a warpgroup multiplies
   static_assert(kDepth == kPanelElements && kBlocks * 64 == kGroupLength, "whole panels");
@@ -40,8 +41,7 @@ struct ProjectTilingSm90 {
   static constexpr ptx::Major kGradientMajor = along_length ? ptx::Major::mn : ptx::Major::k;
 
   static constexpr int kStageBytes = Basis::kBytes + Gradient::kBytes;
-  static constexpr int kStages = 4, kSharedBytes = kStages * kStageBytes;
-  static_assert(kSharedBytes <= 224 * 1024, "a block has no more shared memory");
+  static constexpr int kSharedBytes = 192 * 1024, kStages = kSharedBytes / kStageBytes;
   using Ring = StageRing<kStages>;
 };
 
@@ -255,10 +255,10 @@ __device__ __forceinline__ void project_tiles(const ProjectCallSm90& call, const
   });
 }
 
-template <class T, int rank, bool along_length>
+template <class T, int rank, bool narrow, bool along_length>
 __global__ void __launch_bounds__(kProjectThreadsSm90, 1)
     project_sm90_kernel(const __grid_constant__ ProjectCallSm90 call) {
-  using Tiling = ProjectTilingSm90<rank, along_length>;
+  using Tiling = ProjectTilingSm90<rank, narrow, along_length>;
   PYKERN_DYNAMIC_SHARED(shared);
   PYKERN_SHARED(typename Tiling::Ring, ring);
   if (threadIdx.x == 0) ring.init(kProjectGroups * kWarpgroupThreads / kWarpSize);

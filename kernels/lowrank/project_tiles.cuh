@@ -13,8 +13,11 @@ struct ProjectTile {
 };
 
 constexpr __host__ __device__ ProjectTile project_tile(int rank) { return {rank, 128, rank == 64 ? 64 : 32}; }
-// As large as the registers of a multiprocessor allow, so that P and G are read as seldom as that allows.
-constexpr __host__ __device__ ProjectTile project_tile_sm90(int rank) { return {rank, 128 * 256 / rank, 64}; }
+// As large as the registers of a multiprocessor allow, so that P and G are read seldom; or narrow, where blocks share
+// the rows of G: the parts that they leave to be added are all multiprocessors' tiles.
+constexpr __host__ __device__ ProjectTile project_tile_sm90(int rank, bool narrow) {
+  return {rank, narrow || rank == 256 ? 128 : 256, 64};
+}
 
 __host__ __device__ __forceinline__ int64_t rank_tiles(const ProjectMatrix& m, int tile) {
   return m.rank > tile ? (m.rank + tile - 1) / tile : 1;
