@@ -37,7 +37,7 @@ struct ProjectTilingSm90 {
   static_assert(kDepth == kPanelElements && kBlocks * 64 == kGroupLength, "whole panels");
 
   using Basis = PanelTile<kDepth, kRank>;
-  using Gradient = typename std::conditional<along_length, PanelTile<kDepth, kLength>, PanelTile<kLength, kDepth>>::type;
+  using Gradient = PanelTile<along_length ? kDepth : kLength, along_length ? kLength : kDepth>;
   static constexpr ptx::Major kGradientMajor = along_length ? ptx::Major::mn : ptx::Major::k;
 
   static constexpr int kStageBytes = Basis::kBytes + Gradient::kBytes;
