@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import multiprocessing
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -68,6 +71,21 @@ class Limits:
 
 # What one was seen to do: a large copy, and an 8192 x 8192 x 8192 product on random data; float32 as the maker says.
 KNOWN_LIMITS = {"NVIDIA H200": Limits({"float32": 67e12, "bfloat16": 790e12}, 4.3e12)}
+
+
+def run_alone(function: Callable, device: torch.device, *arguments):
+    """function(device, *arguments), on the CPU in a process of its own.
+
+    What a process allocated before decides how the C library serves the next large block, from memory that it kept or
+    from pages that the kernel clears anew: a factor of two for a step with temporaries as large as the weight. In a new
+    process no case depends on those before it. A GPU's memory comes from PyTorch's cache either way.
+    """
+    if device.type == "cuda":
+        return function(device, *arguments)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pykern", __name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, device, *arguments).result()
 
 
 def measure_limits(device: torch.device) -> Limits:
@@ -139,6 +157,13 @@ def time_case(
     return timings
 
 
+def time_listed(device: torch.device, family: str, label: str, seconds: float) -> tuple[list[Timing], dict[str, str]]:
+    """`time_case` of the listed case with this label, and its failures: what another process can be asked for."""
+    (case,) = (case for case in load_cases((family,), device.type) if case.label == label)
+    failures: dict[str, str] = {}
+    return time_case(case, device, seconds, failures), failures
+
+
 def floor_of(case: Case, limits: Limits) -> tuple[float, str]:
     """The seconds that no implementation can go below, and what sets them."""
     arithmetic = case.flops / limits.flops[case.dtype]
@@ -194,6 +219,7 @@ def environment(device: torch.device) -> dict:
     )
     return {
         **pykern.info(),
+        **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "device": device.type,
         "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "commit": commit.stdout.strip() or "unknown",
@@ -213,11 +239,11 @@ def processor_name() -> str:
 def run(
     cases: list[Case], seconds: float, device: torch.device = torch.device("cpu"), path: Path | None = None
 ) -> dict:
-    """Prints each case as it is timed and returns the whole record, which is in the file after each case, too.
+    """Prints each of these listed cases as it is timed and returns the whole record, which is in the file after each.
 
     A case whose op has no kernel on the device is printed and recorded with the reason, not left out.
     """
-    limits = measure_limits(device)
+    limits = run_alone(measure_limits, device)
     record = {
         "environment": environment(device),
         "limits": {"flops": limits.flops, "bandwidth": limits.bandwidth},
@@ -235,9 +261,8 @@ def run(
         print(*map(format_link, measured), sep="\n")
     for case in cases:
         print(f"{case.label}   p20 p50 p80, and time over pykern's")
-        failures: dict[str, str] = {}
         try:
-            timings = time_case(case, device, seconds, failures)
+            timings, failures = run_alone(time_listed, device, case.family, case.label, seconds)
         except NotImplementedError as error:
             record["missing"][case.label] = str(error)
             print(f"  not run: {error}", flush=True)

@@ -140,7 +140,7 @@ def _seconds_of_copies(device: StreamDevice, copies: Sequence[tuple[Stream, Tens
 def _of_engine(name: str, folder: str | None, sizes: Sequence[int]) -> list[Bandwidth]:
     measured = []
     for size in sizes:
-        engine = Engine(folder, None, 2, 4 * size, None)
+        engine = Engine(folder, queue_bytes=4 * size)
         rates = engine.measure(size, rounds=_ROUNDS)
         both = _seconds_of_both(engine, size)
         measured.append(_bandwidth(name, size, [size / rates.out], [size / rates.back], both))

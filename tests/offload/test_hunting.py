@@ -19,7 +19,7 @@ def test_a_thousand_seeds_are_clean(first):
 def test_a_file_behind_the_slots_is_clean(tmp_path):
     spills = 0
     for seed in range(120):
-        file = Engine(str(tmp_path), 1 << 18, 1, 1 << 16, None)
+        file = Engine(str(tmp_path), capacity=1 << 18, threads=1)
         program = Program(seed, file=file)
         program.run()
         spills += program.engine._spills
@@ -178,7 +178,7 @@ def test_a_planted_race_is_found(engine, directions, message):
 )
 def test_a_race_with_the_host_is_found(tmp_path, engine, message):
     with pytest.raises(Race, match=message):
-        raise first_failure(40, engine_class=engine, file=lambda: Engine(str(tmp_path), 1 << 18, 1, 1 << 16, None))
+        raise first_failure(40, engine_class=engine, file=lambda: Engine(str(tmp_path), capacity=1 << 18, threads=1))
 
 
 def test_a_cached_stream_is_found():

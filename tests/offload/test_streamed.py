@@ -428,7 +428,7 @@ def test_failures_are_free_of_races():
 
 
 def with_file(tmp_path, device, slots=3, file_bytes=1 << 20):
-    file = Engine(str(tmp_path), file_bytes, 1, 1 << 20, None)
+    file = Engine(str(tmp_path), capacity=file_bytes, threads=1)
     return StreamedEngine(device, slot_bytes=[8192] * slots, file=file), file
 
 
