@@ -112,17 +112,19 @@ class Timing:
 
 def start_clocks(case: Case, device: torch.device, failures: dict[str, str]) -> dict[str, CpuClock | CudaClock]:
     """Of every provider that runs here. What fails of the others is told, and costs their own figures alone."""
-    clocks = {}
     with torch.device(device):
-        for name, function in case.make().items():
-            try:
-                clocks[name] = clock(device, function, captures=not case.is_step)
-            except Exception as error:
-                if not clocks:
-                    raise
-                reason = next(iter(str(error).strip().splitlines()), "")
-                failures[name] = f"{type(error).__name__}: {reason}"
-                print(f"  {name} not run: {failures[name]}", flush=True)
+        functions = case.make()
+    clocks = {}
+    # Without the default device, under which torch.compile would take graphs apart, and make others than it uses later.
+    for name, function in functions.items():
+        try:
+            clocks[name] = clock(device, function, captures=not case.is_step)
+        except Exception as error:
+            if not clocks:
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "")
+            failures[name] = f"{type(error).__name__}: {reason}"
+            print(f"  {name} not run: {failures[name]}", flush=True)
     return clocks
 
 

@@ -144,7 +144,7 @@ def checkpointed(stack: Stack) -> Callable[[], None]:
 
 
 def compiled(stack: Stack) -> Callable[[], None]:
-    return partial(stack.step, torch.compile(stack.loss, dynamic=False))
+    return partial(stack.step, torch.compile(stack.loss, fullgraph=True, dynamic=False))
 
 
 class CompiledOffload:
@@ -152,7 +152,9 @@ class CompiledOffload:
 
     def __init__(self, stack: Stack) -> None:
         # Options tell this from the other compiled steps of the same code, which would else be taken for it.
-        self._loss = torch.compile(stack.loss, dynamic=False, options={"joint_custom_post_pass": marks_all()})
+        self._loss = torch.compile(
+            stack.loss, fullgraph=True, dynamic=False, options={"joint_custom_post_pass": marks_all()}
+        )
         self._stack, self._settings = stack, {"enable_activation_offloading": True}
         if stack.x.is_cuda:
             streams = "activation_offload_separate_stream", "activation_offload_sink_wait", "activation_reload_prefetch"
