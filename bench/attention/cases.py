@@ -27,7 +27,7 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, prefix: int, responses: int
 
     q_prefix, q_responses = split(q)
     (k_prefix, k_all), (v_prefix, v_all) = gathered(k), gathered(v)
-    mask = torch.ones(length, prefix + length, dtype=torch.bool).tril(prefix)
+    mask = torch.ones(length, prefix + length, dtype=torch.bool, device=q.device).tril(prefix)
     out_prefix = scaled_dot_product_attention(q_prefix, k_prefix, v_prefix, is_causal=True, enable_gqa=True)
     out_responses = scaled_dot_product_attention(q_responses, k_all, v_all, attn_mask=mask, enable_gqa=True)
     return torch.cat([out_prefix[0].transpose(0, 1), out_responses.permute(0, 2, 1, 3).flatten(0, 1)])

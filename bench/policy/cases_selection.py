@@ -44,7 +44,7 @@ def share() -> dict[str, Callable]:
     count = max(int(2e-4 * int(b["mask"].sum())), 1)
 
     def topk() -> torch.Tensor:
-        chosen = torch.zeros(ROWS * COLUMNS, dtype=torch.bool)
+        chosen = torch.zeros(ROWS * COLUMNS, dtype=torch.bool, device=b["mask"].device)
         places = torch.where(b["mask"], b["logprobs"], -torch.inf).flatten().topk(count).indices
         return chosen.index_fill(0, places, True)
 

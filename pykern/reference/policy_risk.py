@@ -32,7 +32,7 @@ def risk_advantages(
         papers[prompts[0][:count]] = scores
         if count > 1 and bool(scores.max() == scores.min()):
             continue
-        quantiles = scores.quantile(torch.tensor(levels, dtype=rewards.dtype))
+        quantiles = scores.quantile(torch.tensor(levels, dtype=rewards.dtype, device=scores.device))
         if tracked is not None:
             joint = tracked.to(rewards.dtype)
             joint = joint if tracking == "track" else (joint + quantiles) / 2
@@ -52,7 +52,7 @@ def risk_advantages(
             if credit == "score":
                 share = torch.where(rewards[rows[:count]] > 0, 0.5, 1.5) * utility
             elif credit == "std":
-                deviation = rewards[rows].std() if len(rows) > 1 else torch.zeros(())
+                deviation = rewards[rows].std() if len(rows) > 1 else rewards.new_zeros(())
                 share = utility / ((deviation if deviation > 1e-3 else 1.0) + eps)
             elif credit == "sum_mean":
                 share = torch.where(total.abs() > 1e-6, utility * distance / total, utility / len(prompts))
