@@ -1,5 +1,6 @@
 #include "kernels/common/launch.h"
 #include "kernels/lowrank/apply_sm80.cuh"
+#include "kernels/lowrank/apply_tiles.h"
 #include "kernels/lowrank/apply_wide_sm80.cuh"
 
 namespace pykern::lowrank {
@@ -38,6 +39,19 @@ const char* launch_typed(const ApplyCall& call, DataType type, bool product, boo
 }  // namespace
 
 const char* launch_apply(const ApplyParams& params, Stream stream) {
+#if defined(PYKERN_HAS_SM90)
+  const bool mapped = compute_capability() == 90;
+#else
+  constexpr bool mapped = false;
+#endif
+  const auto is_mapped = [&](const ApplyMatrix& m) {
+    return mapped && apply_layout(m, params.rule, params.type).width > 0;
+  };
+#if defined(PYKERN_HAS_SM90)
+  if (mapped) {
+    if (const char* error = launch_apply_sm90(params, stream)) return error;
+  }
+#endif
   ApplyCall call{{}, params.rule};
   const int64_t pack = params.type == DataType::f64 ? 2 : params.type == DataType::f32 ? 4 : 8;
   for (const bool product : {true, false}) {
@@ -46,7 +60,7 @@ const char* launch_apply(const ApplyParams& params, Stream stream) {
           call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
           [&](int64_t i) -> int64_t {
             const ApplyMatrix& m = params.matrices[i];
-            if (m.along_length != along_length || has_product(m, params.type) != product) return 0;
+            if (is_mapped(m) || m.along_length != along_length || has_product(m, params.type) != product) return 0;
             const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
             return product ? ceil_div(rows, kApplyTile) * ceil_div(columns, kApplyTile)
                            : ceil_div(rows, kSlabRows) * ceil_div(columns, kSlabPacks * pack);

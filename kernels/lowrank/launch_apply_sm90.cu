@@ -1,0 +1,108 @@
+#include <algorithm>
+
+#include "kernels/common/launch.h"
+#include "kernels/lowrank/apply_sm90.cuh"
+
+namespace pykern::lowrank {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t units_of(const ApplyMatrix& m, int width, int unit_tiles) {
+  return ceil_div(m.length, width) * ceil_div(ceil_div(m.n, kTileRows), unit_tiles);
+}
+
+// A unit begins with its strip of the direction, whose floats take as long as some tiles of weights; long units fill
+// the last wave of blocks less well. The number with the least to do, in tiles and one wave after the other.
+int choose_unit_tiles(const MappedApply& call, int width) {
+  const int64_t blocks = multiprocessors(), strip = ceil_div(call.layout.depth, kTileRows);
+  int64_t least = INT64_MAX;
+  int chosen = 1;
+  for (int unit_tiles = 1; unit_tiles <= 64; unit_tiles *= 2) {
+    int64_t units = 0;
+    for (int i = 0; i < call.table.count; ++i) units += units_of(call.table.matrix[i], width, unit_tiles);
+    const int64_t work = ceil_div(units, blocks) * (unit_tiles + strip);
+    if (work <= least) {
+      least = work;
+      chosen = unit_tiles;
+    }
+  }
+  return chosen;
+}
+
+template <class T, bool along_length, int width>
+const char* make_maps(MappedTable& table) {
+  using Weights = WeightTile<along_length, width>;
+  for (int i = 0; i < table.count; ++i) {
+    const ApplyMatrix& m = table.matrix[i];
+    TensorMap* map = table.map + i * table.maps_each;
+    const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
+    const char* error = BasisTile::map<T>(*map++, m.projector, m.rank, m.n, m.rank);
+    if (!error) error = Weights::template map<T>(*map++, m.param, m.param_stride, rows, columns);
+    if (!error && m.grad) error = Weights::template map<T>(*map++, m.grad, m.grad_stride, rows, columns);
+    if (!error && m.compensation) {
+      error = Weights::template map<T>(*map++, m.compensation, m.param_stride, rows, columns);
+    }
+    if (error) return error;
+  }
+  return nullptr;
+}
+
+template <class T, bool along_length, int width>
+const char* launch_mapped(MappedApply& call, Stream stream) {
+  if (const char* error = make_maps<T, along_length, width>(call.table)) return error;
+  // One strip holds the largest rank.
+  int rank = 0;
+  for (int i = 0; i < call.table.count; ++i) rank = std::max(rank, call.table.matrix[i].rank);
+  call.layout = ApplyLayout(width, rank, call.layout.tensors);
+  call.unit_tiles = choose_unit_tiles(call, width);
+  uint32_t units = 0;
+  for (int i = 0; i < call.table.count; ++i) {
+    call.table.first_tile[i] = units;
+    units += static_cast<uint32_t>(units_of(call.table.matrix[i], width, call.unit_tiles));
+  }
+  call.table.tiles = units;
+  const auto most = static_cast<unsigned>(multiprocessors());
+  const Grid grid{dim3(units < most ? units : most), dim3(kMappedThreads),
+                  static_cast<size_t>(call.layout.shared_bytes())};
+  return launch(apply_sm90_kernel<T, along_length, width>, grid, stream, call);
+}
+
+template <class T>
+const char* launch_typed(const ApplyParams& params, Stream stream) {
+  MappedApply call{{}, params.rule, {}, 1};
+  for (const int width : {kWideStrip, kNarrowStrip}) {
+    for (const bool along_length : {true, false}) {
+      const char* error = launch_grouped(
+          call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
+          [&](int64_t i) -> int64_t {
+            const ApplyMatrix& m = params.matrices[i];
+            const ApplyLayout layout = apply_layout(m, params.rule, params.type);
+            if (layout.width != width || m.along_length != along_length) return 0;
+            call.layout.tensors = layout.tensors;
+            call.table.maps_each = 1 + layout.tensors;
+            return units_of(m, width, 1);
+          },
+          [&](const MappedTable&) {
+            if constexpr (std::is_same<T, bf16>::value) {
+              if (width == kWideStrip) {
+                return along_length ? launch_mapped<T, true, kWideStrip>(call, stream)
+                                    : launch_mapped<T, false, kWideStrip>(call, stream);
+              }
+            }
+            return along_length ? launch_mapped<T, true, kNarrowStrip>(call, stream)
+                                : launch_mapped<T, false, kNarrowStrip>(call, stream);
+          });
+      if (error) return error;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* launch_apply_sm90(const ApplyParams& params, Stream stream) {
+  return params.type == DataType::f16 ? launch_typed<f16>(params, stream) : launch_typed<bf16>(params, stream);
+}
+
+}  // namespace pykern::lowrank
