@@ -203,9 +203,8 @@ class MappedWeights {
 
   // --- the strip: the whole rank by `width` columns of the direction ---
 
-  static constexpr int kPacks = width / 8;                          // of a row
-  static constexpr int kRowsAtOnce = kChangingThreads / kPacks, kInFlight = 4;
-  static_assert(kTileDepth % (kInFlight * kRowsAtOnce) == 0, "no rest of a strip");
+  // A row has so many packs; the threads load as many rows at once as a tile has, some each.
+  static constexpr int kPacks = width / 8, kRows = kChangingThreads / kPacks, kInFlight = kTileDepth / kRows;
 
   // One pack of eight columns, zeros behind the last row and column.
   __device__ __forceinline__ void load_columns(const ApplyUnit& unit, bool packs, int row, int pack,
@@ -232,12 +231,12 @@ class MappedWeights {
     const bool packs = allows_packs(static_cast<const float*>(unit.m.direction), unit.m.length);
     const int pack = thread % kPacks, rows = unit.steps() * kTileDepth;
 #pragma unroll 1
-    for (int row = thread / kPacks; row < rows; row += kInFlight * kRowsAtOnce) {
+    for (int row = thread / kPacks; row < rows; row += kTileDepth) {
       float values[kInFlight][8];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) load_columns(unit, packs, row + i * kRowsAtOnce, pack, values[i]);
+      for (int i = 0; i < kInFlight; ++i) load_columns(unit, packs, row + i * kRows, pack, values[i]);
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) take(row + i * kRowsAtOnce, pack, values[i]);
+      for (int i = 0; i < kInFlight; ++i) take(row + i * kRows, pack, values[i]);
     }
   }
 
@@ -334,8 +333,8 @@ class MappedWeights {
     unsigned char* const lost = weight_tile(buffer, call_.layout.tensors - 1);
     const WeightRounding rounding = call_.rule.rounding;
     const uint32_t step = rounding == WeightRounding::stochastic ? static_cast<uint32_t>(*m.step) : 0;
-    const int64_t first_element =
-        int64_t{first_n + 16 * warp + lane / 4} * m.length + unit.first_length + lane % 4 * 2;
+    const uint64_t first_element =
+        uint64_t(first_n + 16 * warp + lane / 4) * m.length + unit.first_length + lane % 4 * 2;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       uint32_t weight[4];
@@ -361,14 +360,15 @@ class MappedWeights {
         for (int i = 0; i < 4; ++i) change_kahan(changes[2 * i], changes[2 * i + 1], weight[i], before[i]);
         ptx::stmatrix<4, !along_length>(lost + fragment(group), before);
       } else if (rounding == WeightRounding::stochastic) {
+        T halves[8];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t element = first_element + 16 * group + i / 2 * 8 + i % 2 * 8 * int64_t{m.length};
-          T low = lower(weight[i]), high = upper(weight[i]);
-          change_stochastic(changes[2 * i], m.seed, element, step, low);
-          change_stochastic(changes[2 * i + 1], m.seed, element + 1, step, high);
-          weight[i] = pair_of(low, high).bits;
-        }
+        for (int e = 0; e < 8; ++e) halves[e] = e % 2 ? upper(weight[e / 2]) : lower(weight[e / 2]);
+        const auto element = [&](int e) {
+          return first_element + 16 * group + e / 4 * 8 + e % 2 + e / 2 % 2 * 8 * uint64_t(m.length);
+        };
+        change_stochastic<8>(changes, m.seed, element, step, halves);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weight[i] = pair_of(halves[2 * i], halves[2 * i + 1]).bits;
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -386,12 +386,12 @@ class MappedWeights {
   }
 
   static __device__ __forceinline__ void change_kahan(float first_change, float second_change, uint32_t& weights,
-                                                      uint32_t& losses) {
-    T weight[] = {lower(weights), upper(weights)}, lost[] = {lower(losses), upper(losses)};
-    lowrank::change_kahan(first_change, weight[0], lost[0]);
-    lowrank::change_kahan(second_change, weight[1], lost[1]);
-    weights = pair_of(weight[0], weight[1]).bits;
-    losses = pair_of(lost[0], lost[1]).bits;
+                                                      uint32_t& lost) {
+    const float wanted[] = {half(lost, 0) + first_change, half(lost, 1) + second_change};
+    const uint32_t before = weights;
+    weights = narrow_pair(half(before, 0) + wanted[0], half(before, 1) + wanted[1], T{}).bits;
+    lost = narrow_pair(wanted[0] - (half(weights, 0) - half(before, 0)),
+                       wanted[1] - (half(weights, 1) - half(before, 1)), T{}).bits;
   }
 
   const MappedApply& call_;

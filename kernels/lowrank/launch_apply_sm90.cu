@@ -6,22 +6,29 @@
 namespace pykern::lowrank {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
 int64_t units_of(const ApplyMatrix& m, int width, int unit_tiles) {
-  return ceil_div(m.length, width) * ceil_div(ceil_div(m.n, kTileRows), unit_tiles);
+  return int64_t{ceil_div(m.length, width)} * ceil_div(ceil_div(m.n, kTileRows), unit_tiles);
 }
 
 // A unit begins with its strip of the direction, whose floats take as long as some tiles of weights; long units fill
 // the last wave of blocks less well. The number with the least to do, in tiles and one wave after the other.
-int choose_unit_tiles(const MappedApply& call, int width) {
-  const int64_t blocks = multiprocessors(), strip = ceil_div(call.layout.depth, kTileRows);
+int choose_unit_tiles(const MappedApply& call) {
+  constexpr int kMost = 64;
+  int strips[kMappedMatrices], tiles[kMappedMatrices];
+  for (int i = 0; i < call.table.count; ++i) {
+    const ApplyMatrix& m = call.table.matrix[i];
+    strips[i] = ceil_div(m.length, call.layout.width);
+    tiles[i] = ceil_div(m.n, kTileRows);
+  }
+  const int64_t blocks = multiprocessors(), strip = call.layout.depth / kTileRows;
   int64_t least = INT64_MAX;
   int chosen = 1;
-  for (int unit_tiles = 1; unit_tiles <= 64; unit_tiles *= 2) {
+  for (int unit_tiles = 1; unit_tiles <= kMost; ++unit_tiles) {
     int64_t units = 0;
-    for (int i = 0; i < call.table.count; ++i) units += units_of(call.table.matrix[i], width, unit_tiles);
-    const int64_t work = ceil_div(units, blocks) * (unit_tiles + strip);
+    for (int i = 0; i < call.table.count; ++i) units += int64_t{strips[i]} * ceil_div(tiles[i], unit_tiles);
+    const int64_t work = (units + blocks - 1) / blocks * (unit_tiles + strip);
     if (work <= least) {
       least = work;
       chosen = unit_tiles;
@@ -55,7 +62,7 @@ const char* launch_mapped(MappedApply& call, Stream stream) {
   int rank = 0;
   for (int i = 0; i < call.table.count; ++i) rank = std::max(rank, call.table.matrix[i].rank);
   call.layout = ApplyLayout(width, rank, call.layout.tensors);
-  call.unit_tiles = choose_unit_tiles(call, width);
+  call.unit_tiles = choose_unit_tiles(call);
   uint32_t units = 0;
   for (int i = 0; i < call.table.count; ++i) {
     call.table.first_tile[i] = units;

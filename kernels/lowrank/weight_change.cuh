@@ -38,12 +38,27 @@ __device__ __forceinline__ void change_kahan(C change, T& weight, T& lost) {
   narrow(wanted - (static_cast<C>(widen(weight)) - before), lost);
 }
 
-// The random word belongs to the element of the matrix [n, length], counted along its rows.
-template <class T>
-__device__ __forceinline__ void change_stochastic(float change, uint64_t seed, int64_t element, uint32_t step,
-                                                  T& weight) {
-  const uint32_t word = philox(seed, static_cast<uint64_t>(element), step).words[0];
-  weight = round_stochastic(__float_as_uint(widen(weight) + change), word, T{});
+// Weight e is element_of(e) of the matrix [n, length], counted along its rows: there it has its random word, whichever
+// thread rounds it. The rounds of all are made side by side, for one computation of their keys.
+template <int count, class T, class ElementOf>
+__device__ __forceinline__ void change_stochastic(const float* changes, uint64_t seed, const ElementOf& element_of,
+                                                  uint32_t step, T* weights) {
+  PhiloxBits bits[count];
+#pragma unroll
+  for (int e = 0; e < count; ++e) {
+    const uint64_t element = element_of(e);
+    bits[e] = {{static_cast<uint32_t>(element), static_cast<uint32_t>(element >> 32), step, 0}};
+  }
+  PhiloxKeys keys(seed);
+#pragma unroll
+  for (int round = 0; round < 10; ++round, keys.next()) {
+#pragma unroll
+    for (int e = 0; e < count; ++e) mix_philox(bits[e], keys);
+  }
+#pragma unroll
+  for (int e = 0; e < count; ++e) {
+    weights[e] = round_stochastic(__float_as_uint(widen(weights[e]) + changes[e]), bits[e].words[0], T{});
+  }
 }
 
 }  // namespace pykern::lowrank

@@ -165,12 +165,13 @@ class WeightPacks {
     } else if (kSixteenBits && rule_.rounding == WeightRounding::stochastic) {
       if constexpr (kSixteenBits) {
         const uint32_t step = static_cast<uint32_t>(*m_.step);
-        int64_t element = along_length ? int64_t{place.row} * m_.length + place.column
-                                       : int64_t{place.column} * m_.length + place.row;
+        const int64_t first = along_length ? int64_t{place.row} * m_.length + place.column
+                                           : int64_t{place.column} * m_.length + place.row;
+        // Four at once leave registers for the sums.
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          change_stochastic(change[e], m_.seed, element, step, loaded.weight[e]);
-          element += along_length ? 1 : m_.length;
+        for (int at = 0; at < kSize; at += 4) {
+          const auto element = [&](int e) { return static_cast<uint64_t>(first + (at + e) * (along_length ? int64_t{1} : m_.length)); };
+          change_stochastic<4>(change + at, m_.seed, element, step, loaded.weight.values + at);
         }
       }
     } else {
