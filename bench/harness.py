@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import multiprocessing
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,21 @@ class Limits:
 KNOWN_LIMITS = {"NVIDIA H200": Limits({"float32": 67e12, "bfloat16": 790e12}, 4.3e12)}
 
 
+def run_alone(function: Callable, device: torch.device, *arguments):
+    """function(device, *arguments), on the CPU in a process of its own.
+
+    What a process allocated before decides how the C library serves the next large block, from memory that it kept or
+    from pages that the kernel clears anew: a factor of two for a step with temporaries as large as the weight. In a new
+    process no case depends on those before it. A GPU's memory comes from PyTorch's cache either way.
+    """
+    if device.type == "cuda":
+        return function(device, *arguments)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pykern", __name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, device, *arguments).result()
+
+
 def measure_limits(device: torch.device) -> Limits:
     rates = {name: matrix_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     return Limits(rates, copy_bandwidth(device))
@@ -94,6 +112,12 @@ def time_case(case: Case, device: torch.device, seconds: float = 2.0) -> list[Ti
         low, middle, high = torch.quantile(measured, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
         timings.append(Timing(name, low, middle, high, (measured / ours).median().item(), clocks[name].how))
     return timings
+
+
+def time_listed(device: torch.device, family: str, label: str, seconds: float) -> list[Timing]:
+    """`time_case` of the listed case with this label: what another process can be asked for."""
+    (case,) = (case for case in load_cases((family,), device.type) if case.label == label)
+    return time_case(case, device, seconds)
 
 
 def floor_of(case: Case, limits: Limits) -> tuple[float, str]:
@@ -146,6 +170,7 @@ def environment(device: torch.device) -> dict:
     )
     return {
         **pykern.info(),
+        **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "device": device.type,
         "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "commit": commit.stdout.strip() or "unknown",
@@ -163,11 +188,11 @@ def processor_name() -> str:
 
 
 def run(cases: list[Case], seconds: float, device: torch.device = torch.device("cpu")) -> dict:
-    """Prints each case as it is timed and returns the whole record.
+    """Prints each of these listed cases as it is timed and returns the whole record.
 
     A case whose op has no kernel on the device is printed and recorded with the reason, not left out.
     """
-    limits = measure_limits(device)
+    limits = run_alone(measure_limits, device)
     record = {
         "environment": environment(device),
         "limits": {"flops": limits.flops, "bandwidth": limits.bandwidth},
@@ -181,7 +206,7 @@ def run(cases: list[Case], seconds: float, device: torch.device = torch.device("
     for case in cases:
         print(f"{case.label}   p20 p50 p80, and time over pykern's")
         try:
-            timings = time_case(case, device, seconds)
+            timings = run_alone(time_listed, device, case.family, case.label, seconds)
         except NotImplementedError as error:
             record["missing"][case.label] = str(error)
             print(f"  not run: {error}", flush=True)

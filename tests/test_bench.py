@@ -1,6 +1,7 @@
 """The bench's arithmetic, and the report of `make gpu`, on figures made up here."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,10 +46,31 @@ def test_op_without_a_kernel_is_recorded_with_its_reason(monkeypatch, capsys):
     def refuse():
         raise NotImplementedError("op: no CUDA kernel")
 
+    listed = [harness.Case("policy", "op", "1", refuse)]
     monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
-    record = harness.run([harness.Case("policy", "op", "1", refuse)], 0.01)
+    monkeypatch.setattr(harness, "load_cases", lambda families, device: listed)
+    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
+    record = harness.run(listed, 0.01)
     assert record["rows"] == [] and record["missing"] == {"policy/op[1]": "op: no CUDA kernel"}
     assert "not run: op: no CUDA kernel" in capsys.readouterr().out
+
+
+def test_a_case_on_the_cpu_has_a_process_of_its_own():
+    cpu = torch.device("cpu")
+    assert harness.run_alone(process_id, cpu) not in (os.getpid(), harness.run_alone(process_id, cpu))
+    (case,) = (case for case in harness.load_cases(("policy",)) if case.name == "gae")
+    ours = harness.run_alone(harness.time_listed, cpu, "policy", case.label, 0.01)[0]
+    assert ours.provider == "pykern" and 0 < ours.p20 <= ours.p50 <= ours.p80
+
+
+def process_id(device: torch.device) -> int:
+    return os.getpid()
+
+
+def test_cases_have_different_labels():
+    for device in ("cpu", "cuda"):
+        labels = [case.label for case in harness.load_cases(device=device)]
+        assert len(set(labels)) == len(labels)
 
 
 def test_cases_for_a_gpu_are_more_than_those_for_a_cpu():

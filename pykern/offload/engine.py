@@ -33,8 +33,8 @@ _reset_counters = torch.ops.pykern.offload_reset_counters.default
 
 # The order of Engine::counters in csrc/offload/engine.h.
 _COUNTERS = (
-    "offloads", "offloaded_bytes", "reloads", "reloaded_bytes", "forwards", "forwarded_bytes",
-    "stall_seconds", "queue_seconds", "slots", "peak_slots", "slot_bytes", "peak_slot_bytes", "extent_bytes",
+    "stall_seconds", "queue_seconds", "offloads", "offloaded_bytes", "reloads", "reloaded_bytes", "forwards",
+    "forwarded_bytes", "slots", "peak_slots", "slot_bytes", "peak_slot_bytes", "extent_bytes",
     "growths", "buffer_allocations", "spills", "spilled_bytes", "file_bytes",
     "planned_slot_bytes", "planned_block_bytes",
 )  # fmt: skip

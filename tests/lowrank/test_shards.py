@@ -43,17 +43,23 @@ def make(params, side, **options):
 
 
 def layouts():
-    """Names of layouts, with their placements on a mesh of all four processes."""
+    """Names of layouts, with their placements on a mesh of all four processes and the side that they are projected from
+    there, and in one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     return {
-        "rows": (line, [Shard(0)]),
-        "columns": (line, [Shard(1)]),
-        "replicas": (line, [Replicate()]),
-        "replicated rows": (square, [Replicate(), Shard(0)]),
-        "rows twice": (square, [Shard(0), Shard(0)]),
+        "rows": (line, [Shard(0)], "std", "right"),
+        "columns": (line, [Shard(1)], "std", "left"),
+        "rows, added up": (line, [Shard(0)], "left", "left"),
+        "replicas": (line, [Replicate()], "std", "std"),
+        "replicated rows": (square, [Replicate(), Shard(0)], "std", "right"),
+        "rows twice": (square, [Shard(0), Shard(0)], "std", "right"),
+        "rows after rows": (square, [_StridedShard(0, split_factor=2), Shard(0)], "std", "right"),
+        "rows and columns": (square, [Shard(0), Shard(1)], "std", "right"),
+        "columns and rows": (square, [Shard(1), Shard(0)], "std", "left"),
     }
 
 
@@ -61,8 +67,8 @@ def placed(tensor, mesh, placements):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     if tensor.dim() != 2 and Shard(1) in placements:
-        placements = [Replicate()]
-    return distribute_tensor(tensor, mesh, placements)
+        placements = [Replicate()] * mesh.ndim
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
 def trained(params, optimizer, place, steps=range(STEPS)):
@@ -78,15 +84,17 @@ def whole(tensor):
 
 def on_one_process():
     results = {}
-    for layout, (mesh, placements) in layouts().items():
+    for layout, (mesh, placements, side, same_as) in layouts().items():
         for case, options in CASES.items():
-            if case not in ("galore", "fira") and layout not in ("rows", "columns"):
+            if case not in ("galore", "fira") and layout not in ("rows", "columns", "rows and columns"):
+                continue
+            if layout == "rows and columns" and case == "few bits":
                 continue
             params = [torch.nn.Parameter(placed(tensor, mesh, placements)) for tensor in tensors(0)]
-            optimizer = make(params, "std", **options)
+            optimizer = make(params, side, **options)
             trained(params, optimizer, lambda tensor: placed(tensor, mesh, placements))
             bases = [value for state in optimizer.state.values() for key, value in state.items() if "projector" in key]
-            results[layout, case] = [whole(param).detach() for param in params], bases
+            results[layout, case] = [whole(param).detach() for param in params], bases, same_as
     results["checkpoint"] = checkpoints()
     results["model"] = sharded_model()
     results["traffic"] = traffic()
@@ -159,7 +167,7 @@ def sharded_model():
 
 def checkpoints():
     """State dictionaries of shards, loaded into shards and into whole parameters."""
-    mesh, placements = layouts()["rows"]
+    mesh, placements, *_ = layouts()["rows"]
 
     def place(tensor):
         return placed(tensor, mesh, placements)
@@ -193,7 +201,7 @@ def checkpoints():
 
 def traffic():
     """Bytes that each step gives to collectives, of a 40 x 8 weight in shards of its rows."""
-    mesh, placements = layouts()["rows"]
+    mesh, placements, *_ = layouts()["rows"]
     param = torch.nn.Parameter(placed(torch.randn(40, 8), mesh, placements))
     results = {}
     for residual in ("none", "fira"):
@@ -220,7 +228,7 @@ def traffic():
 
 def overflow():
     """Steps done, weights and bases when a gradient overflows in the last shard at first."""
-    mesh, placements = layouts()["rows"]
+    mesh, placements, *_ = layouts()["rows"]
     param = torch.nn.Parameter(placed(tensors(0)[0], mesh, placements))
     optimizer = make([param], "std")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -249,15 +257,16 @@ def in_backward():
 
 def refusals():
     """The messages of layouts and sides that don't go together."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     messages = []
-    mesh = layouts()["rows"][0]
-    cases = (((8, 4), 0, "left", None), ((4, 8), 1, "full", None), ((4, 4, 3), 1, "std", None),
-             ((8, 4), 0, "std", distributed.group.WORLD))  # fmt: skip
-    for shape, axis, side, group in cases:
-        param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(axis)]))
-        optimizer = pykern.LowRankOptimizer([param], rank=2, side=side, process_group=group)
+    few_bits = {"residual": "error_feedback", "feedback_dtype": "8bit"}
+    cases = (((4, 8), "columns", {"side": "full"}), ((4, 4, 3), "columns", {}), ((8, 4), "rows and columns", few_bits),
+             ((8, 4), "rows", {"process_group": distributed.group.WORLD}))  # fmt: skip
+    for shape, layout, options in cases:
+        mesh, placements, *_ = layouts()[layout]
+        param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, placements, src_data_rank=None))
+        optimizer = pykern.LowRankOptimizer([param], rank=2, **options)
         param.grad = torch.ones_like(param)
         try:
             optimizer.step()
@@ -288,17 +297,16 @@ def assert_close(ours, theirs, tolerance=2e-6, case=()):
 def test_shards_step_as_one_process(results):
     compared = 0
     for key in (key for key in results[0] if isinstance(key, tuple)):
-        (layout, case), (weights, bases) = key, results[0][key]
-        side = {"columns": "left", "replicas": "std"}.get(layout, "right")
+        (layout, case), (weights, bases, side) = key, results[0][key]
         expected = alone(case, side)
-        if layout == "columns":
+        if "columns" in layout:
             # What is no matrix lies whole in every process, and takes its own side.
             expected[3:] = alone(case, "std")[3:]
         assert_close(weights, expected, 2e-5 if case == "newton-schulz" else 2e-6, key)
         for result in results[1:]:
             assert all(map(torch.equal, weights, result[key][0])) and all(map(torch.equal, bases, result[key][1]))
         compared += 1
-    assert compared == 2 * len(CASES) + 6
+    assert compared == 3 * len(CASES) - 1 + 6 * 2
 
 
 def test_checkpoints_of_shards(results):
@@ -355,7 +363,8 @@ def test_a_step_between_refreshes_sends_nothing_but_the_norms(results):
 
 
 def test_refused_layouts(results):
-    left, full, other, group = results[0]["refused"]
+    full, other, few_bits, group = results[0]["refused"]
     assert group.startswith("process_group: expected parameters that each process holds whole")
-    assert left.startswith('side: expected "std", "reverse_std" or \'right\'') and "'full'" in full
+    assert full.startswith('side: "full" needs all of a weight in every process') and '"left", "right"' in full
+    assert few_bits.startswith('feedback_dtype: expected "weight"')
     assert other.startswith("params: expected a DTensor in Shard(0)") and "group without rank" in other
