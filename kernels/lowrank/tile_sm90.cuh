@@ -14,7 +14,7 @@ constexpr int kWarpgroupThreads = 128;
 // `columns` are those that lie along memory.
 template <int rows, int columns>
 struct PanelTile {
-  static_assert(rows % 8 == 0 && rows <= 256 && columns % kPanelElements == 0, "a panel is one copy, of whole swizzles");
+  static_assert(rows % 8 == 0 && rows <= 256 && columns % kPanelElements == 0, "a panel is one copy");
   static constexpr int kRows = rows, kColumns = columns, kPanels = columns / kPanelElements;
   static constexpr int kPanelBytes = rows * kPanelRowBytes, kBytes = kPanels * kPanelBytes;
 
