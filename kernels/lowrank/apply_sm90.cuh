@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels/common/vector.cuh"
-#include "kernels/lowrank/apply_tiles.h"
+#include "kernels/lowrank/apply_layout.h"
 #include "kernels/lowrank/grouped.h"
 #include "kernels/lowrank/operand_scale.cuh"
 #include "kernels/lowrank/tile_sm90.cuh"
@@ -15,30 +15,28 @@
 
 namespace pykern::lowrank {
 
-constexpr int kChangingThreads = 2 * kWarpgroupThreads, kMappedThreads = kWarpgroupThreads + kChangingThreads;
+constexpr int kChangingThreads = 2 * kWarpgroupThreads, kApplyThreadsSm90 = kWarpgroupThreads + kChangingThreads;
 
-// A launch has two maps or more for a matrix; a table of as many matrices as have two.
-constexpr int kMappedMatrices = 86, kMappedMaps = 2 * kMappedMatrices;
-using MappedMatrices =
-    GroupedTable<ApplyMatrix, 16 + kMappedMatrices * static_cast<int>(sizeof(ApplyMatrix) + sizeof(uint32_t))>;
+// A launch has tensor maps of each matrix's basis and weight, and where there are, of its gradient and compensation. As
+// many matrices fit as have two maps.
+constexpr int kApplyMatrices = 86, kApplyMaps = 2 * kApplyMatrices;
 
-struct MappedTable : MappedMatrices {
-  static_assert(kCapacity == kMappedMatrices, "as many as planned");
-  int32_t maps_each = 2;  // the basis, the weight, and where there are: the gradient, the compensation
-  TensorMap map[kMappedMaps];
+struct ApplyTableSm90
+    : GroupedTable<ApplyMatrix, 16 + kApplyMatrices * static_cast<int>(sizeof(ApplyMatrix) + sizeof(uint32_t))> {
+  static_assert(kCapacity == kApplyMatrices, "as many matrices as are planned for");
+  int32_t maps_each = 2;
+  TensorMap map[kApplyMaps];
 
-  bool takes(int64_t more_tiles) const {
-    return count < kMappedMaps / maps_each && MappedMatrices::takes(more_tiles);
-  }
+  bool takes(int64_t more_tiles) const { return count < kApplyMaps / maps_each && GroupedTable::takes(more_tiles); }
 };
 
-struct MappedApply {
-  MappedTable table;  // its tiles are units
+struct ApplyCallSm90 {
+  ApplyTableSm90 table;  // its tiles are units
   ApplyRule rule;
   ApplyLayout layout;
   int unit_tiles;
 };
-static_assert(sizeof(MappedApply) <= 32764, "more than the parameters of a kernel hold");
+static_assert(sizeof(ApplyCallSm90) <= 32764, "more than the parameters of a kernel hold");
 
 using BasisTile = PanelTile<kTileRows, kTileDepth>;
 template <int width>
@@ -47,7 +45,7 @@ template <bool along_length, int width>
 using WeightTile = PanelTile<along_length ? kTileRows : width, along_length ? width : kTileRows>;
 
 template <int width>
-struct MappedShared {
+struct ApplySharedSm90 {
   StageRing<kBasisStages> basis;
   StageRing<kMostBuffers> weights;
   uint64_t changed[kMostBuffers];  // what is in the buffer can be copied back
@@ -79,7 +77,7 @@ struct ApplyUnit {
 };
 
 template <int width, class Visit>
-__device__ __forceinline__ void for_each_unit(const MappedApply& call, const Visit& visit) {
+__device__ __forceinline__ void for_each_unit(const ApplyCallSm90& call, const Visit& visit) {
   for (uint32_t unit = blockIdx.x; unit < call.table.tiles; unit += gridDim.x) {
     const int index = call.table.find(unit);
     const ApplyMatrix& m = call.table.matrix[index];
@@ -92,18 +90,18 @@ __device__ __forceinline__ void for_each_unit(const MappedApply& call, const Vis
 }
 
 template <class T, bool along_length, int width>
-class MappedWeights {
+class ApplySm90 {
   using Weights = WeightTile<along_length, width>;
   using Strip = StripTile<width>;
-  using Shared = MappedShared<width>;
+  using Shared = ApplySharedSm90<width>;
   static constexpr int kGroups = width / 16;  // of sixteen columns along the length
 
  public:
-  __device__ __forceinline__ MappedWeights(const MappedApply& call, unsigned char* memory, Shared& shared)
+  __device__ __forceinline__ ApplySm90(const ApplyCallSm90& call, unsigned char* memory, Shared& shared)
       : call_(call),
         strip_(memory),
         basis_(memory + call.layout.strip_bytes()),
-        buffers_(basis_ + kBasisStages * BasisTile::kBytes),
+        buffers_(memory + call.layout.buffers_begin()),
         shared_(shared) {}
 
   // --- by one thread each ---
@@ -372,7 +370,8 @@ class MappedWeights {
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          weight[i] = narrow_pair(half(weight[i], 0) + changes[2 * i], half(weight[i], 1) + changes[2 * i + 1], T{}).bits;
+          const float low = half(weight[i], 0) + changes[2 * i], high = half(weight[i], 1) + changes[2 * i + 1];
+          weight[i] = narrow_pair(low, high, T{}).bits;
         }
       }
       ptx::stmatrix<4, !along_length>(weights + fragment(group), weight);
@@ -394,15 +393,15 @@ class MappedWeights {
                        wanted[1] - (half(weights, 1) - half(before, 1)), T{}).bits;
   }
 
-  const MappedApply& call_;
+  const ApplyCallSm90& call_;
   unsigned char *const strip_, *const basis_, *const buffers_;
   Shared& shared_;
 };
 
 template <class T, bool along_length, int width>
-__global__ void __launch_bounds__(kMappedThreads, 1) apply_sm90_kernel(const __grid_constant__ MappedApply call) {
+__global__ void __launch_bounds__(kApplyThreadsSm90, 1) apply_sm90_kernel(const __grid_constant__ ApplyCallSm90 call) {
   PYKERN_DYNAMIC_SHARED(memory);
-  PYKERN_SHARED(MappedShared<width>, shared);
+  PYKERN_SHARED(ApplySharedSm90<width>, shared);
   if (is_set(call.rule.found_inf)) return;
   if (threadIdx.x == 0) {
     constexpr int kWarps = kWarpgroupThreads / kWarpSize;
@@ -412,7 +411,7 @@ __global__ void __launch_bounds__(kMappedThreads, 1) apply_sm90_kernel(const __g
     shared.basis.init(kWarps);
   }
   __syncthreads();
-  const MappedWeights<T, along_length, width> weights(call, memory, shared);
+  const ApplySm90<T, along_length, width> weights(call, memory, shared);
   if (threadIdx.x < kWarpgroupThreads) {
     ptx::decrease_registers<40>();
     if (threadIdx.x == 0) weights.copy_basis();

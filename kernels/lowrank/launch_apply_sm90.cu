@@ -14,9 +14,9 @@ int64_t units_of(const ApplyMatrix& m, int width, int unit_tiles) {
 
 // A unit begins with its strip of the direction, whose floats take as long as some tiles of weights; long units fill
 // the last wave of blocks less well. The number with the least to do, in tiles and one wave after the other.
-int choose_unit_tiles(const MappedApply& call) {
+int choose_unit_tiles(const ApplyCallSm90& call) {
   constexpr int kMost = 64;
-  int strips[kMappedMatrices], tiles[kMappedMatrices];
+  int strips[kApplyMatrices], tiles[kApplyMatrices];
   for (int i = 0; i < call.table.count; ++i) {
     const ApplyMatrix& m = call.table.matrix[i];
     strips[i] = ceil_div(m.length, call.layout.width);
@@ -38,7 +38,7 @@ int choose_unit_tiles(const MappedApply& call) {
 }
 
 template <class T, bool along_length, int width>
-const char* make_maps(MappedTable& table) {
+const char* make_maps(ApplyTableSm90& table) {
   using Weights = WeightTile<along_length, width>;
   for (int i = 0; i < table.count; ++i) {
     const ApplyMatrix& m = table.matrix[i];
@@ -56,7 +56,7 @@ const char* make_maps(MappedTable& table) {
 }
 
 template <class T, bool along_length, int width>
-const char* launch_mapped(MappedApply& call, Stream stream) {
+const char* launch_tiled(ApplyCallSm90& call, Stream stream) {
   if (const char* error = make_maps<T, along_length, width>(call.table)) return error;
   // One strip holds the largest rank.
   int rank = 0;
@@ -70,35 +70,35 @@ const char* launch_mapped(MappedApply& call, Stream stream) {
   }
   call.table.tiles = units;
   const auto most = static_cast<unsigned>(multiprocessors());
-  const Grid grid{dim3(units < most ? units : most), dim3(kMappedThreads),
+  const Grid grid{dim3(units < most ? units : most), dim3(kApplyThreadsSm90),
                   static_cast<size_t>(call.layout.shared_bytes())};
   return launch(apply_sm90_kernel<T, along_length, width>, grid, stream, call);
 }
 
 template <class T>
 const char* launch_typed(const ApplyParams& params, Stream stream) {
-  MappedApply call{{}, params.rule, {}, 1};
+  ApplyCallSm90 call{{}, params.rule, {}, 1};
   for (const int width : {kWideStrip, kNarrowStrip}) {
     for (const bool along_length : {true, false}) {
       const char* error = launch_grouped(
           call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
           [&](int64_t i) -> int64_t {
             const ApplyMatrix& m = params.matrices[i];
-            const ApplyLayout layout = apply_layout(m, params.rule, params.type);
+            const ApplyLayout layout = apply_layout(m, params.type);
             if (layout.width != width || m.along_length != along_length) return 0;
             call.layout.tensors = layout.tensors;
             call.table.maps_each = 1 + layout.tensors;
             return units_of(m, width, 1);
           },
-          [&](const MappedTable&) {
+          [&](const ApplyTableSm90&) {
             if constexpr (std::is_same<T, bf16>::value) {
               if (width == kWideStrip) {
-                return along_length ? launch_mapped<T, true, kWideStrip>(call, stream)
-                                    : launch_mapped<T, false, kWideStrip>(call, stream);
+                return along_length ? launch_tiled<T, true, kWideStrip>(call, stream)
+                                    : launch_tiled<T, false, kWideStrip>(call, stream);
               }
             }
-            return along_length ? launch_mapped<T, true, kNarrowStrip>(call, stream)
-                                : launch_mapped<T, false, kNarrowStrip>(call, stream);
+            return along_length ? launch_tiled<T, true, kNarrowStrip>(call, stream)
+                                : launch_tiled<T, false, kNarrowStrip>(call, stream);
           });
       if (error) return error;
     }

@@ -170,7 +170,9 @@ class WeightPacks {
         // Four at once leave registers for the sums.
 #pragma unroll
         for (int at = 0; at < kSize; at += 4) {
-          const auto element = [&](int e) { return static_cast<uint64_t>(first + (at + e) * (along_length ? int64_t{1} : m_.length)); };
+          const auto element = [&](int e) {
+            return static_cast<uint64_t>(first + (at + e) * int64_t{along_length ? 1 : m_.length});
+          };
           change_stochastic<4>(change + at, m_.seed, element, step, loaded.weight.values + at);
         }
       }

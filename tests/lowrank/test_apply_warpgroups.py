@@ -29,13 +29,13 @@ def threads_of(apply) -> int:
 @pytest.mark.parametrize(
     "rank, gap, parts, taken",
     [
-        (64, GAP, "up", True),
+        (80, GAP, "up", True),
         (72, GAP, "up and gradient", True),
-        (56, GAP, "up", False),
-        (68, GAP, "up", False),
-        (64, 0, "up", False),
-        (64, GAP, "up and sign", False),
-        (64, GAP, "gradient", False),
+        (64, GAP, "up", False),
+        (84, GAP, "up", False),
+        (72, 0, "up", False),
+        (72, GAP, "up and sign", False),
+        (72, GAP, "gradient", False),
     ],
 )
 def test_which_kernel_runs(request, device, rank, gap, parts, taken):
@@ -57,7 +57,7 @@ def test_which_kernel_runs(request, device, rank, gap, parts, taken):
 @pytest.mark.parametrize(
     "dtype, parts, shapes",
     [
-        (torch.bfloat16, "up", [(134, 262, 72), (6, 6, 64)]),
+        (torch.bfloat16, "up", [(134, 262, 72), (6, 6, 72)]),
         (torch.bfloat16, "up and gradient", [(262, 134, 72)]),
         (torch.bfloat16, "up", [(70, 134, 264)]),
         (torch.float16, "up and gradient", [(134, 262, 72)]),
@@ -101,7 +101,7 @@ def exact_updates(device, right, shape):
 @EVERY_KERNEL
 @SIDES
 def test_stochastic_rounding_bit_for_bit(device, right):
-    weights, exact = exact_updates(device, right, (390, 134, 64))
+    weights, exact = exact_updates(device, right, (390, 134, 72))
     weights.apply(rounding=1, weight_decay=0.0, scale=1.0)
     words = reference.rounding_words(*exact.shape, weights.seeds[0], 3)
     assert torch.equal(weights.param[0].cpu(), reference.round_stochastic(exact.float(), torch.bfloat16, words))
@@ -110,7 +110,7 @@ def test_stochastic_rounding_bit_for_bit(device, right):
 @EVERY_KERNEL
 @SIDES
 def test_kahan_bit_for_bit(device, right):
-    weights, exact = exact_updates(device, right, (262, 134, 64))
+    weights, exact = exact_updates(device, right, (262, 134, 72))
     lost = laid_out(torch.full_like(weights.param[0], 2.0**-12), right=right, gap=GAP)
     weights.compensation = [lost]
     param, buffer = reference.round_kahan(weights.param[0].cpu(), lost.cpu(), exact)
@@ -132,7 +132,7 @@ def test_what_is_not_finite_stays_in_its_place(device, right):
 
 @EVERY_KERNEL
 def test_found_inf_changes_nothing(device):
-    weights = Weights(torch.bfloat16, device, parts="up", shapes=[(6, 6, 64)], gap=GAP)
+    weights = Weights(torch.bfloat16, device, parts="up", shapes=[(6, 6, 72)], gap=GAP)
     before = weights.param[0].clone()
     weights.apply(found_inf=one(1.0, device))
     assert torch.equal(before, weights.param[0])
@@ -140,7 +140,7 @@ def test_found_inf_changes_nothing(device):
 
 @NEWEST
 def test_more_weights_than_a_table_holds_maps_of(device):
-    weights = Weights(torch.bfloat16, device, parts="up and gradient", shapes=[(6, 6, 64)] * 44, gap=GAP)
+    weights = Weights(torch.bfloat16, device, parts="up and gradient", shapes=[(6, 6, 72)] * 44, gap=GAP)
     weights.compensation = [laid_out(torch.zeros_like(param), right=False, gap=GAP) for param in weights.param]
     emulated = device.type == "cpu"
     before = emulator().orders() if emulated else []
