@@ -157,8 +157,8 @@ class ApplySm90 {
     BufferTurn buffer;
     uint32_t count = 0;  // tiles of the block
     for_each_unit<width>(call_, [&](const ApplyUnit& unit) {
-      const float factor = fill_strip(unit, thread);
       const WeightChange<T> change(call_.rule, unit.m);
+      const float factor = fill_strip(unit, thread);
       for (int tile = 0; tile < unit.tiles; ++tile, ++count) {
         if (static_cast<int>(count % 2) == group) {
           float sums[1][width / 2];
@@ -201,7 +201,7 @@ class ApplySm90 {
 
   // --- the strip: the whole rank by `width` columns of the direction ---
 
-  // A row has so many packs; the threads load as many rows at once as a tile has, some each.
+  // Packs of a row, rows that the threads load at a time, and loads of each under way: together the rows of a tile.
   static constexpr int kPacks = width / 8, kRows = kChangingThreads / kPacks, kInFlight = kTileDepth / kRows;
 
   // One pack of eight columns, zeros behind the last row and column.
@@ -322,75 +322,128 @@ class ApplySm90 {
     return group * 16 * kPanelRowBytes + row * kPanelRowBytes + chunk * 16;
   }
 
+  // Some groups together: the latency of one's loads passes during the others'.
   __device__ __forceinline__ void change_tile(const ApplyUnit& unit, int first_n, const WeightChange<T>& change,
                                               float factor, const float (&sums)[width / 2], int buffer) const {
+    constexpr int kTogether = 4;
     const ApplyMatrix& m = unit.m;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kWarpgroupThreads / kWarpSize;
     unsigned char* const weights = weight_tile(buffer, 0);
     const unsigned char* const gradients = weight_tile(buffer, 1);
-    unsigned char* const lost = weight_tile(buffer, call_.layout.tensors - 1);
+    unsigned char* const losses = weight_tile(buffer, call_.layout.tensors - 1);
     const WeightRounding rounding = call_.rule.rounding;
-    const uint32_t step = rounding == WeightRounding::stochastic ? static_cast<uint32_t>(*m.step) : 0;
-    const uint64_t first_element =
-        uint64_t(first_n + 16 * warp + lane / 4) * m.length + unit.first_length + lane % 4 * 2;
+    const RandomWords words(unit, first_n, rounding == WeightRounding::stochastic);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      uint32_t weight[4];
-      float changes[8];
-      ptx::ldmatrix<4, !along_length>(weight, weights + fragment(group));
+    for (int first = 0; first < kGroups; first += kTogether) {
+      uint32_t weight[kTogether][4];
+      float changes[kTogether][8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) changes[e] = change.scale * (factor * sums[8 * group + e]);
+      for (int i = 0; i < kTogether; ++i) {
+        load(weight[i], weights, first + i);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) changes[i][e] = change.scale * (factor * sums[8 * (first + i) + e]);
+      }
       if (m.grad) {
-        uint32_t gradient[4];
-        ptx::ldmatrix<4, !along_length>(gradient, gradients + fragment(group));
+        uint32_t gradient[kTogether][4];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const float column = shared_.factors[16 * group + e / 4 * 8 + lane % 4 * 2 + e % 2];
-          changes[e] += half(gradient[e / 2], e % 2) * column;
-        }
+        for (int i = 0; i < kTogether; ++i) load(gradient[i], gradients, first + i);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) add_gradient(gradient[i], first + i, changes[i]);
       }
 #pragma unroll
-      for (int e = 0; e < 8; ++e) changes[e] = change(half(weight[e / 2], e % 2), changes[e]);
+      for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) changes[i][e] = change(half(weight[i][e / 2], e % 2), changes[i][e]);
+      }
       if (rounding == WeightRounding::kahan) {
-        uint32_t before[4];
-        ptx::ldmatrix<4, !along_length>(before, lost + fragment(group));
+        uint32_t lost[kTogether][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) change_kahan(changes[2 * i], changes[2 * i + 1], weight[i], before[i]);
-        ptx::stmatrix<4, !along_length>(lost + fragment(group), before);
+        for (int i = 0; i < kTogether; ++i) load(lost[i], losses, first + i);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          change_kahan(changes[i], weight[i], lost[i]);
+          store(losses, first + i, lost[i]);
+        }
       } else if (rounding == WeightRounding::stochastic) {
-        T halves[8];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) halves[e] = e % 2 ? upper(weight[e / 2]) : lower(weight[e / 2]);
-        const auto element = [&](int e) {
-          return first_element + 16 * group + e / 4 * 8 + e % 2 + e / 2 % 2 * 8 * uint64_t(m.length);
-        };
-        change_stochastic<8>(changes, m.seed, element, step, halves);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) weight[i] = pair_of(halves[2 * i], halves[2 * i + 1]).bits;
+        for (int i = 0; i < kTogether; ++i) change_stochastic(changes[i], words, first + i, weight[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float low = half(weight[i], 0) + changes[2 * i], high = half(weight[i], 1) + changes[2 * i + 1];
-          weight[i] = narrow_pair(low, high, T{}).bits;
-        }
+        for (int i = 0; i < kTogether; ++i) change_nearest(changes[i], weight[i]);
       }
-      ptx::stmatrix<4, !along_length>(weights + fragment(group), weight);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) store(weights, first + i, weight[i]);
     }
   }
 
-  static __device__ __forceinline__ T lower(uint32_t bits) { return {static_cast<uint16_t>(bits)}; }
-  static __device__ __forceinline__ T upper(uint32_t bits) { return {static_cast<uint16_t>(bits >> 16)}; }
-  static __device__ __forceinline__ float half(uint32_t bits, int which) {
-    return which ? second(Pair<T>{bits}) : first(Pair<T>{bits});
+  static __device__ __forceinline__ void load(uint32_t (&values)[4], const unsigned char* tile, int group) {
+    ptx::ldmatrix<4, !along_length>(values, tile + fragment(group));
+  }
+  static __device__ __forceinline__ void store(unsigned char* tile, int group, const uint32_t (&values)[4]) {
+    ptx::stmatrix<4, !along_length>(tile + fragment(group), values);
   }
 
-  static __device__ __forceinline__ void change_kahan(float first_change, float second_change, uint32_t& weights,
-                                                      uint32_t& lost) {
-    const float wanted[] = {half(lost, 0) + first_change, half(lost, 1) + second_change};
-    const uint32_t before = weights;
-    weights = narrow_pair(half(before, 0) + wanted[0], half(before, 1) + wanted[1], T{}).bits;
-    lost = narrow_pair(wanted[0] - (half(weights, 0) - half(before, 0)),
-                       wanted[1] - (half(weights, 1) - half(before, 1)), T{}).bits;
+  // Columns along the length from the first of a group: those of element e of eight, two in each register.
+  static __device__ __forceinline__ int column_of(int e) {
+    return e / 4 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + e % 2;
+  }
+
+  __device__ __forceinline__ void add_gradient(const uint32_t (&gradient)[4], int group, float (&changes)[8]) const {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      changes[e] += half(gradient[e / 2], e % 2) * shared_.factors[16 * group + column_of(e)];
+    }
+  }
+
+  static __device__ __forceinline__ void change_nearest(const float (&changes)[8], uint32_t (&weights)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float low = half(weights[i], 0) + changes[2 * i], high = half(weights[i], 1) + changes[2 * i + 1];
+      weights[i] = narrow_pair(low, high, T{}).bits;
+    }
+  }
+
+  // As lowrank::change_kahan, two at a time.
+  static __device__ __forceinline__ void change_kahan(const float (&changes)[8], uint32_t (&weights)[4],
+                                                      uint32_t (&lost)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float low = half(weights[i], 0), wanted_low = half(lost[i], 0) + changes[2 * i];
+      const float high = half(weights[i], 1), wanted_high = half(lost[i], 1) + changes[2 * i + 1];
+      weights[i] = narrow_pair(low + wanted_low, high + wanted_high, T{}).bits;
+      lost[i] = narrow_pair(wanted_low - (half(weights[i], 0) - low), wanted_high - (half(weights[i], 1) - high), T{})
+                    .bits;
+    }
+  }
+
+  // Where a lane's weights are in the matrix, for their random words.
+  struct RandomWords {
+    uint64_t seed;
+    int64_t first, below;  // the element of the lane's first row and the unit's first column; from that row to the other
+    uint32_t step = 0;
+
+    __device__ __forceinline__ RandomWords(const ApplyUnit& unit, int first_n, bool reads_step)
+        : seed(unit.m.seed), below(int64_t{8} * unit.m.length) {
+      const int warp = threadIdx.x % kWarpgroupThreads / kWarpSize, lane = threadIdx.x % kWarpSize;
+      first = int64_t{first_n + 16 * warp + lane / 4} * unit.m.length + unit.first_length;
+      if (reads_step) step = static_cast<uint32_t>(*unit.m.step);
+    }
+  };
+
+  static __device__ __forceinline__ void change_stochastic(const float (&changes)[8], const RandomWords& words,
+                                                           int group, uint32_t (&weights)[4]) {
+    T halves[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) halves[e] = {static_cast<uint16_t>(weights[e / 2] >> e % 2 * 16)};
+    const auto element = [&](int e) {
+      return static_cast<uint64_t>(words.first + 16 * group + column_of(e) + e / 2 % 2 * words.below);
+    };
+    lowrank::change_stochastic<8>(changes, words.seed, element, words.step, halves);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = pair_of(halves[2 * i], halves[2 * i + 1]).bits;
+  }
+
+  static __device__ __forceinline__ float half(uint32_t bits, int which) {
+    return which ? second(Pair<T>{bits}) : first(Pair<T>{bits});
   }
 
   const ApplyCallSm90& call_;
