@@ -90,14 +90,14 @@ __device__ __forceinline__ void for_each_unit(const ApplyCallSm90& call, const V
 }
 
 template <class T, bool along_length, int width>
-class ApplySm90 {
+class ApplyBlockSm90 {
   using Weights = WeightTile<along_length, width>;
   using Strip = StripTile<width>;
   using Shared = ApplySharedSm90<width>;
   static constexpr int kGroups = width / 16;  // of sixteen columns along the length
 
  public:
-  __device__ __forceinline__ ApplySm90(const ApplyCallSm90& call, unsigned char* memory, Shared& shared)
+  __device__ __forceinline__ ApplyBlockSm90(const ApplyCallSm90& call, unsigned char* memory, Shared& shared)
       : call_(call),
         strip_(memory),
         basis_(memory + call.layout.strip_bytes()),
@@ -418,7 +418,7 @@ class ApplySm90 {
   // Where a lane's weights are in the matrix, for their random words.
   struct RandomWords {
     uint64_t seed;
-    int64_t first, below;  // the element of the lane's first row and the unit's first column; from that row to the other
+    int64_t first, below;  // the element in the lane's first row and the unit's first column; how far its other row is
     uint32_t step = 0;
 
     __device__ __forceinline__ RandomWords(const ApplyUnit& unit, int first_n, bool reads_step)
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kApplyThreadsSm90, 1) apply_sm90_kernel(const 
     shared.basis.init(kWarps);
   }
   __syncthreads();
-  const ApplySm90<T, along_length, width> weights(call, memory, shared);
+  const ApplyBlockSm90<T, along_length, width> weights(call, memory, shared);
   if (threadIdx.x < kWarpgroupThreads) {
     ptx::decrease_registers<40>();
     if (threadIdx.x == 0) weights.copy_basis();
