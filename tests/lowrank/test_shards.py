@@ -295,11 +295,11 @@ def reload(before, after):
 
 
 def traffic():
-    """Bytes that each step gives to collectives, of a 40 x 8 weight in shards of its rows."""
-    mesh, placements, *_ = layouts()["rows"]
-    param = torch.nn.Parameter(placed(torch.randn(40, 8), mesh, placements))
+    """Bytes that each step gives to collectives, of a 40 x 8 weight in shards."""
     results = {}
-    for residual in ("none", "fira"):
+    for layout, residual in (("rows", "none"), ("rows", "fira"), ("rows and columns", "none")):
+        mesh, placements, *_ = layouts()[layout]
+        param = torch.nn.Parameter(placed(torch.randn(40, 8), mesh, placements))
         optimizer = pykern.LowRankOptimizer([param], rank=3, refresh_every=GAP, residual=residual)
         sent = []
         reduce, spread = distributed.all_reduce, distributed.broadcast
@@ -317,7 +317,7 @@ def traffic():
             sent.append(0)
             optimizer.step()
         distributed.all_reduce, distributed.broadcast = reduce, spread
-        results[residual] = sent
+        results[layout, residual] = sent
     return results
 
 
@@ -469,11 +469,15 @@ def test_steps_in_the_backward_pass_of_a_sharded_model(results):
         assert_close(weights, [param.detach() for param in net.parameters()], 1e-5)
 
 
-def test_a_step_between_refreshes_sends_nothing_but_the_norms(results):
-    basis, gram, largest, norms = 4 * 8 * 3, 4 * 8 * 8, 4, 8 * 3
+def test_what_a_step_between_refreshes_sends(results):
+    """Nothing but Fira's norms where one axis is in shards; R of this process's rows where both are."""
+    basis, gram, largest, norms, low = 4 * 8 * 3, 4 * 8 * 8, 4, 8 * 3, 4 * 20 * 3
     for sent in (result["traffic"] for result in results):
-        assert sent["none"] == [basis + gram + largest, 0, 0, basis + gram + largest]
-        assert sent["fira"] == [basis + gram + largest + norms, norms, norms, basis + gram + largest + norms]
+        refreshes = basis + gram + largest
+        assert sent["rows", "none"] == [refreshes, 0, 0, refreshes]
+        assert sent["rows", "fira"] == [refreshes + norms, norms, norms, refreshes + norms]
+        refreshes += basis  # It is sent along each dimension of the mesh.
+        assert sent["rows and columns", "none"] == [refreshes + low, low, low, refreshes + low]
 
 
 def test_refused_layouts(results):
