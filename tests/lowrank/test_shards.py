@@ -106,7 +106,10 @@ def on_one_process():
     results["reloads"] = {(before, after): reload(before, after) for before, after in ((2, 1), (1, 2), (2, 4))}
     results["traffic"] = traffic()
     results["overflow"] = [overflow(layout) for layout in ("rows", "rows and columns")]
-    results["backward"] = in_backward()
+    results["backward"] = [
+        in_backward(sharded(model(), layouts()["rows"][0]), pykern.FiraAdamW, 1, "std", [rank]),
+        in_backward(in_parallel(model(12)), pykern.GaLoreAdamW, 2, "std", [rank // 2]),
+    ]
     results["refused"] = refusals()
     return results
 
@@ -341,12 +344,16 @@ def overflow(layout):
     return int(optimizer.state[param]["step"]), whole(param).detach(), bases[0].any().item()
 
 
-def in_backward():
-    """A model under fully_shard with a step in every backward pass."""
-    net = sharded(model(), layouts()["rows"][0])
-    pykern.step_in_backward(net, lambda params: pykern.FiraAdamW(params, 0.01, rank=3, refresh_every=GAP), max_norm=0.5)
-    for step in range(4):
-        inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + distributed.get_rank()))
+def in_backward(net, preset, accumulate, side, processes):
+    """The weights of a model after four steps in the backward passes on `processes`' data."""
+
+    def optimizer_of(params):
+        return preset(params, 0.01, rank=3, refresh_every=GAP, side=side)
+
+    pykern.step_in_backward(net, optimizer_of, accumulate, max_norm=0.5)
+    for step in range(4 * accumulate):
+        seeds = [10 * step + process for process in processes]
+        inputs = torch.cat([torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         (net(inputs).square().mean() * 5).backward()
     return [whole(param).detach() for param in net.parameters()]
 
@@ -455,20 +462,12 @@ def test_an_overflow_in_one_shard_skips_the_step_in_all(results):
 
 
 def test_steps_in_the_backward_pass_of_a_sharded_model(results):
-    net = model()
-    pykern.step_in_backward(
-        net, lambda params: pykern.FiraAdamW(params, 0.01, rank=3, refresh_every=GAP, side="right"), max_norm=0.5
-    )
-    for step in range(4):
-        inputs = torch.cat(
-            [
-                torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + process))
-                for process in range(len(results))
-            ]
-        )
-        (net(inputs).square().mean() * 5).backward()
-    for weights in (result["backward"] for result in results):
-        assert_close(weights, [param.detach() for param in net.parameters()], 1e-5)
+    fira = in_backward(model(), pykern.FiraAdamW, 1, "right", range(4))
+    # In shards along both axes, with R in place of the gradient between two choices of P.
+    galore = in_backward(model(12), pykern.GaLoreAdamW, 2, "right", range(2))
+    for result in results:
+        for weights, expected in zip(result["backward"], (fira, galore), strict=True):
+            assert_close(weights, expected, 1e-5)
 
 
 def test_what_a_step_between_refreshes_sends(results):
