@@ -48,15 +48,18 @@ def test_a_peer_that_fails_is_told_and_the_others_are_timed(monkeypatch, tmp_pat
         raise ValueError("no such shape\nand more")
 
     providers = {"pykern": lambda: None, "broken": fail, "peer": lambda: None}
+    listed = [harness.Case("policy", "op", "1", lambda: providers)]
     monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
-    broken = harness.Case("policy", "op", "1", lambda: providers)
-    record = harness.run([broken], 0.01, path=tmp_path / "record.json")
+    monkeypatch.setattr(harness, "load_cases", lambda families, device: listed)
+    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
+    record = harness.run(listed, 0.01, path=tmp_path / "record.json")
     assert [row["provider"] for row in record["rows"]] == ["pykern", "peer"]
     assert record["missing"] == {"policy/op[1] broken": "ValueError: no such shape"}
     assert json.loads((tmp_path / "record.json").read_text()) == record
     assert "broken not run: ValueError: no such shape" in capsys.readouterr().out
+    del providers["pykern"]
     with pytest.raises(ValueError, match="no such shape"):
-        harness.run([harness.Case("policy", "op", "1", lambda: {"pykern": fail})], 0.01)
+        harness.run(listed, 0.01)
 
 
 def test_what_goes_over_a_link_is_held_to_the_link():
