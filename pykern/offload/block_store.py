@@ -3,12 +3,11 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 from torch import Tensor
 
 from .cuda_device import CudaDevice
-from .engine import Engine, Rates, return_freed_memory, spill_folder, warn_if_in_memory
+from .engine import Engine, Rates, measured_rates, return_freed_memory, spill_folder, warn_if_in_memory
 from .planning.types import Copy, Plan
 from .saving import is_on_cpu
 from .streamed import StreamedEngine
@@ -99,21 +98,7 @@ class BlockStore:
         """Bytes per second of blocks of `nbytes`, one at a time, out and back."""
         if not isinstance(self.engine, StreamedEngine):
             return self.engine.measure(nbytes)
-        device, seconds = self._device, []
-        block = device.allocate(nbytes)
-        for _ in range(4):
-            times = [self._now()]
-            item = self.engine.store([block], [0], nbytes)
-            if item < 0:
-                raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes; {self.engine.take_failure()}")
-            self.engine.settle(item)
-            times.append(self._now())
-            self.engine.load(item)
-            times.append(self._now())
-            self.engine.release(item)
-            seconds.append((times[1] - times[0], times[2] - times[1]))
-        out, back = zip(*seconds[1:], strict=True)
-        return Rates(nbytes / median(out), nbytes / median(back))
+        return measured_rates(self.engine, self._device.allocate(nbytes), self._now)
 
     def _now(self) -> float:
         self._device.synchronize(self._device.record(self._device.compute_stream()))

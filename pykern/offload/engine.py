@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -244,15 +244,22 @@ class Engine:
             MemoryError: there is no room for one block.
         """
         block = torch.full((nbytes,), 1, dtype=torch.uint8, device="cpu")
-        seconds: list[tuple[float, float]] = []
-        for _ in range(rounds + 1):
-            begin = time.perf_counter()
-            item = self.store([block], [0], nbytes, slot=slot, tier=tier)
-            if item < 0 or not self.settle(item):
-                raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes {self.take_failure()}; pass fewer")
-            stored = time.perf_counter()
-            self.load(item)
-            seconds.append((stored - begin, time.perf_counter() - stored))
-            self.release(item)
-        out, back = zip(*seconds[1:], strict=True)
-        return Rates(nbytes / statistics.median(out), nbytes / statistics.median(back))
+        return measured_rates(self, block, time.perf_counter, rounds, slot=slot, tier=tier)
+
+
+def measured_rates(
+    engine: "Engine", block: Tensor, now: Callable[[], float], rounds: int = 3, **place: object
+) -> Rates:
+    """As Engine.measure, of `block`; `now` tells the seconds when what was asked for so far is done."""
+    nbytes, seconds = block.numel(), []
+    for _ in range(rounds + 1):
+        begin = now()
+        item = engine.store([block], [0], nbytes, **place)
+        if item < 0 or not engine.settle(item):
+            raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes {engine.take_failure()}; pass fewer")
+        stored = now()
+        engine.load(item)
+        seconds.append((stored - begin, now() - stored))
+        engine.release(item)
+    out, back = zip(*seconds[1:], strict=True)
+    return Rates(nbytes / statistics.median(out), nbytes / statistics.median(back))
