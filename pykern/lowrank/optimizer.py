@@ -264,8 +264,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # torch.optim.Optimizer.load_state_dict comes by here too: the counts may be others now.
         self._counted = {}
+        # Torch's own, which a group is not to have only after loading: a state_dict of it would fit no fresh optimizer.
+        defaults = {name: value for name, value in self.defaults.items() if name != "differentiable"}
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in defaults.items():
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict:

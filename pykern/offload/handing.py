@@ -10,7 +10,7 @@ def stream_of(tensor: Tensor) -> object:
 
 
 def hand_over(tensor: Tensor, made_in: object) -> Tensor:
-    """The tensor, for use in the stream that computes now, which waits for `made_in`; its memory then waits for both."""
+    """The tensor, for use in the stream that computes now, which waits for `made_in`. Its memory waits for both."""
     stream = stream_of(tensor)
     if stream != made_in:
         stream.wait_stream(made_in)

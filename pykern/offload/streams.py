@@ -39,7 +39,7 @@ class StreamDevice(Protocol):
         """Whether the tensor lies in this device's memory."""
 
     def is_capturing(self) -> bool:
-        """Whether the stream that computes now records its work in a graph, to be done later and any number of times."""
+        """Whether the stream that computes now records its work in a graph, to be done later, any number of times."""
 
     def compute_stream(self) -> Stream:
         """The stream that computes at this moment. It changes from call to call: ask, and keep no answer."""
