@@ -156,7 +156,7 @@ class Engine:
             if folder is None:
                 raise MemoryError(f"capacity: {error}; pass a smaller capacity, or fewer slots")
             raise OSError(
-                f"path: {error} (spill file in {folder}, {shutil.disk_usage(folder).free} bytes free there); "
+                f"path: {error} ({shutil.disk_usage(folder).free} bytes are free in {folder}); "
                 "pass path= a folder with more room, or a smaller capacity="
             )
         self.description: str = _description(self.handle)
