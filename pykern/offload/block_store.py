@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .cuda_device import CudaDevice
-from .engine import Engine, Rates, measured_rates, return_freed_memory, spill_folder, warn_if_in_memory
+from .engine import (
+    Engine, Rates, machine_memory, measured_rates, return_freed_memory, spill_folder, warn_if_in_memory, whole_pages,
+)  # fmt: skip
 from .planning.types import Copy, Plan
 from .saving import is_on_cpu
 from .streamed import StreamedEngine
@@ -70,8 +72,7 @@ class BlockStore:
         elif self._storage == "file" or not has_file:
             self.engine = Engine(folder, **keywords, slots=self._slots)
         else:
-            # Without slots no more than what fits before the file is full.
-            memory = sum(-(-size // 4096) * 4096 for size in host) or 1 << 40
+            memory = sum(map(whole_pages, host)) or machine_memory()
             self.engine = Engine(folder, **keywords, slots=self._slots, memory=memory)
         if has_file:
             if self._storage != "pinned":

@@ -46,6 +46,11 @@ FILE_GROWTH = 256 << 20
 _PAGE = 4096
 
 
+def whole_pages(nbytes: int) -> int:
+    """What a slot of `nbytes` takes in a file, or in memory that may go to one."""
+    return -(-nbytes // _PAGE) * _PAGE
+
+
 def return_freed_memory(threshold: int) -> bool:
     """Makes the C library map allocations of `threshold` bytes or more, so that they leave the process when freed.
 
@@ -139,11 +144,11 @@ class Engine:
             memory = capacity or machine_memory()
             file = []
         else:
-            limit = -1 if capacity is None else -(-capacity // _PAGE) * _PAGE
+            limit = -1 if capacity is None else whole_pages(capacity)
             file = [limit, capacity or FILE_GROWTH, FILE_GROWTH, int(transfers == "best")]
         self.tiers: tuple[str, ...] = ("host",) * (memory is not None) + ("file",) * (folder is not None)
         if buffer_bytes is None:
-            buffer_bytes = max(queue_bytes, 2 * -(-max(slots, default=0) // _PAGE) * _PAGE)
+            buffer_bytes = max(queue_bytes, 2 * whole_pages(max(slots, default=0)))
         self.handle = _open(
             [] if memory is None else [memory, ARENA_GROWTH], folder or "", file, list(slots), threads, queue_bytes,
             buffer_bytes, [] if link is None else [link.out or 0.0, link.back or 0.0, link.latency, link.directions],

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .engine import whole_pages
 from .streams import Point, Stream, StreamDevice
 
 Ends = dict[Stream, Point]
 """The last copy of each stream."""
-
-ALIGNMENT = 4096
-"""Slots begin at multiples of this, so that they can go to a file as they are."""
 
 GROWTH = 64 << 20
 """By how much an arena without a plan grows at least; later, by an eighth of what it has."""
@@ -123,7 +121,7 @@ class PlannedArena(HostArena):
 
     def __init__(self, device: StreamDevice, slot_bytes: Sequence[int]) -> None:
         super().__init__(device)
-        sizes = [_round_up(size) for size in slot_bytes]
+        sizes = [whole_pages(size) for size in slot_bytes]
         memory = self._allocate(sum(sizes)) if any(sizes) else torch.empty(0, dtype=torch.uint8, device="cpu")
         self._planned = [Slot(index, part, {}) for index, part in enumerate(memory.split(sizes))]
 
@@ -169,7 +167,7 @@ class GrowingArena(HostArena):
         return True
 
     def _take(self, nbytes: int) -> Slot | None:
-        size = _round_up(nbytes)
+        size = whole_pages(nbytes)
         fitting = [free for free in self._free if free.end - free.begin >= size]
         best = min(fitting, key=_Free.size_and_place) if fitting else self._grow(size)
         if best is None:
@@ -181,7 +179,7 @@ class GrowingArena(HostArena):
         return Slot(best.allocation, memory, dict(best.ends))
 
     def _grow(self, size: int) -> _Free | None:
-        growth = max(size, self._growth, _round_up(self.extent // 8))
+        growth = max(size, self._growth, whole_pages(self.extent // 8))
         if self._capacity is not None:
             growth = min(growth, self._capacity - self.extent)
         if growth < size:
@@ -236,7 +234,3 @@ def later_ends(one: Ends, other: Ends) -> Ends:
     return one | {
         stream: point for stream, point in other.items() if stream not in one or one[stream].number < point.number
     }
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engine import Engine
 from .host_arena import GROWTH, GrowingArena, HostArena, PlannedArena, Slot, later_ends
-from .staging import ALIGNMENT
+from .staging import aligned
 from .streamed_items import Item, check_parts, runs_of
 from .streams import Point, Stream, StreamDevice
 
@@ -171,7 +171,7 @@ class StreamedEngine:
             if len(neighbours) == 1:
                 item.held.append((begin, neighbours[0][1]))
                 continue
-            staging = device.allocate(-(-size // ALIGNMENT) * ALIGNMENT)
+            staging = device.allocate(aligned(size))
             item.held.append((begin, staging[:size]))
             device.pack([part for _, part in neighbours], [offset - begin for offset, _ in neighbours], staging)
         item.ready = self._point(item.home)
@@ -302,7 +302,7 @@ class StreamedEngine:
         else:
             compute = device.compute_stream()
             device.wait(compute, item.ready.event)
-            block = device.allocate(-(-item.nbytes // ALIGNMENT) * ALIGNMENT)
+            block = device.allocate(aligned(item.nbytes))
             device.pack([source for _, source in item.held], [begin for begin, _ in item.held], block)
             item.block, item.block_home, item.arrived = block[: item.nbytes], compute, self._point(compute)
             if compute != item.home:
