@@ -71,10 +71,13 @@ class _Group:
         saved.group = self
 
     def members(self) -> list[Saved]:
-        return [member for member in (reference() for reference in self._members) if member is not None]
+        return [member for reference in self._members if (member := reference()) is not None]
+
+    def is_living(self) -> bool:
+        return any(reference() is not None for reference in self._members)
 
     def living_previous(self) -> "_Group | None":
-        while self.previous is not None and not self.previous.members():
+        while self.previous is not None and not self.previous.is_living():
             self.previous = self.previous.previous
         return self.previous
 
@@ -112,10 +115,12 @@ class ActivationOffload:
             memory; or to "file", an unnamed file written and read around the page cache where the file system allows;
             or to "memory+file", the file behind an arena: above seven eighths of its capacity the oldest are spilled.
             CUDA tensors go to "pinned" host memory: copies run on streams beside the computation, which waits for
-            them by events; the host waits for nothing.
+            them by events; the host waits for nothing. That memory lies at the processor nearest to the GPU. Such
+            steps can't be captured in a CUDA graph, whose replays would write to slots that others have by then.
         min_bytes: smaller saved tensors stay. A small view of a large storage is copied, to free the storage.
         keep_last: this many of the most recently saved storages stay, since the backward begins with them.
-        prefetch: graph nodes whose tensors are read ahead in the backward.
+        prefetch: graph nodes whose tensors are read ahead in the backward. With storage="pinned", as many as take the
+            time of a large tensor's copy: about eight in a transformer.
         capacity: bytes of the arena or file. What no longer fits stays in memory, and is counted. By default the
             storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts. With
             storage="memory+file", of the arena, by default half of the machine's memory; the file grows.

@@ -181,6 +181,11 @@ class PipelineOffload:
         ...
         offload.end_step()
 
+    Ranks that share a switch are not held to the turns that the plan gives their copies: a barrier before each copy
+    would order the hosts, which run ahead of their devices. Copies that meet share the link, and the later one ends
+    when it would have in turns. So where copies take about as long as what they hide behind, plan with the bandwidth
+    that the ranks of a pair have while both copy.
+
     `SchedulePipeOffload` does this on torch.distributed.pipelining. Blocks need not look the same from one microbatch,
     or step, to the next. Gradients are equal bit for bit to those without offload, unless there is a codec.
 
