@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .tensors import counter_of
-
 from .handing import hand_over, stream_of
+from .tensors import counter_of
 
 _ATTRIBUTE = "_pykern_recipe"
 

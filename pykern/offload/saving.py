@@ -145,10 +145,9 @@ def is_on_cpu(tensor: Tensor) -> bool:
 class Packing:
     """Packs what autograd saves, one copy for each byte range of a storage, however many tensors show it.
 
-    `accepts` tells whether a tensor is where copies can be made from. With `lossy`, views of different dtypes don't share
-    a copy: what is lost depends on the dtype. `made` is called with each new copy and whether
-    it is smaller than `min_bytes` (it then stays), `handed_out` with each view of a copy, in the order in which they
-    are saved.
+    `accepts` tells whether a tensor is where copies can be made from. With `lossy`, views of different dtypes share no
+    copy, since what is lost depends on the dtype. `made` is called with each new copy and whether it is smaller than
+    `min_bytes` (it then stays), `handed_out` with each view of a copy, in the order in which they are saved.
     """
 
     def __init__(
