@@ -9,7 +9,12 @@ from pykern.offload.planning.advice import advise_group, smallest_group
 from pykern.offload.planning.group_orders import least_group
 from pykern.offload.planning.orders import SCHEDULES, make_order, pipe_offload_slots
 from pykern.offload.planning.simulation import (
-    bubbles, live_blocks, simulate, table_blocks, table_bubble, uniform_times,
+    bubbles,
+    live_blocks,
+    simulate,
+    table_blocks,
+    table_bubble,
+    uniform_times,
 )  # fmt: skip
 from pykern.offload.planning.types import Action, Order, Times
 

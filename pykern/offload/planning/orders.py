@@ -8,7 +8,6 @@ from .group_orders import fuse, gis, gis_h, least_group, one_f_one_b, one_f_one_
 from .types import Action, Order
 from .v_orders import v_half, v_min, zb_v
 
-
 Slot = tuple[int, Action]
 
 
