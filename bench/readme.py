@@ -1,4 +1,7 @@
-"""Writes the measured tables of README.md from the records in bench/results: `python -m bench.readme [--check]`."""
+"""Writes the measured tables from the records in bench/results: `python -m bench.readme [--check]`.
+
+The README beside the records has all of them, that of the project the rows that HEADLINES names.
+"""
 
 import itertools
 import json
@@ -8,6 +11,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", *sorted(RESULTS.glob("*/README.md")))
+
+# What a row of each table begins with to stand among the headlines.
+HEADLINES = {
+    "compare": r"(1|5|10) ",
+    "bench attention": r"prefix_attention \w+ \w+ P=4096 G=16 R=256 H=8/2 D=128",
+    "bench policy": r"(group_advantages 16384|policy_loss grpo 64x|gae|token_logprobs_forward_backward .* bfloat16)",
+    "linear_head": "",
+    "bench lowrank": r"\w+_step 4096x4096",
+    "lowrank_refresh": r".* (gram|power|SVD)",
+    "pretraining": "",
+    "offload_memory": "",
+    "pipeline_memory": "",
+}
 
 
 def conditions(environment: dict) -> str:
@@ -40,28 +57,42 @@ def sections() -> dict[str, str]:
     return found
 
 
+def headlines(section: str, rows: str) -> str:
+    """The first table of a section, of it the rows that match, with what stands before it."""
+    paragraphs = section.split("\n\n")
+    first = next(number for number, paragraph in enumerate(paragraphs) if paragraph.startswith("|"))
+    names, rule, *lines = paragraphs[first].splitlines()
+    kept = [line for line in lines if re.match(rf"\| {rows}", line)]
+    return "\n\n".join([*paragraphs[:first], "\n".join([names, rule, *kept])])
+
+
 def render(text: str) -> str:
-    """README's text with each marked section replaced; a marker without a record is an error."""
+    """A page's text with each marked section replaced; a marker without a record is an error."""
     generated = sections()
+    generated |= {f"headlines {name}": headlines(generated[name], rows) for name, rows in HEADLINES.items()}
 
     def replace(match: re.Match) -> str:
         name = match["name"]
         if name not in generated:
-            raise SystemExit(f"README.md has a section {name!r}, but no record in {RESULTS.name}/ makes it")
+            raise SystemExit(f"a page has a section {name!r}, but no record in {RESULTS.name}/ makes it")
         return f"<!-- begin {name} -->\n{generated[name]}\n<!-- end {name} -->"
 
     return re.sub(r"<!-- begin (?P<name>.+?) -->\n.*?<!-- end (?P=name) -->", replace, text, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = render(before)
-    if "--check" in arguments:
-        print("README.md agrees with bench/results" if before == after else "README.md differs from bench/results")
-        return int(before != after)
-    readme.write_text(after)
-    return 0
+    differing = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = render(before)
+        if before == after:
+            continue
+        if "--check" in arguments:
+            print(f"{page.relative_to(ROOT)} differs from the records in bench/results")
+            differing += 1
+        else:
+            page.write_text(after)
+    return int(differing > 0)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Arena : public Medium {
     return "";
   }
 
-  std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t) override {
+  std::string write(int64_t offset, const std::vector<Piece>& pieces) override {
     for (const Piece& piece : pieces) std::memcpy(base_ + offset + piece.offset, piece.data, piece.bytes);
     return "";
   }
@@ -52,7 +52,7 @@ class Arena : public Medium {
 }  // namespace
 
 MediumResult make_arena(int64_t limit, int64_t granularity) {
-  limit = (limit + kPage - 1) / kPage * kPage;
+  limit = whole_pages(limit);
   void* base = mmap(nullptr, limit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
     return {nullptr, system_error("cannot reserve " + std::to_string(limit) + " bytes of address space", errno)};

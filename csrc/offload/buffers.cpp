@@ -16,7 +16,7 @@ BufferPool::~BufferPool() {
 }
 
 std::shared_ptr<Buffer> BufferPool::take(int64_t bytes) {
-  const int64_t capacity = std::max<int64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
+  const int64_t capacity = std::max(kPage, whole_pages(bytes));
   char* data = nullptr;
   {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -43,8 +43,7 @@ int64_t BufferPool::allocations() {
 }
 
 void BufferPool::give(char* data, int64_t capacity) {
-  // All bits set are NaN in every floating-point type: whoever still reads the buffer shows it.
-  if (poison_) std::memset(data, 0xff, capacity);
+  if (poison_) std::memset(data, kPoison, capacity);
   std::multimap<int64_t, char*> evicted;
   {
     const std::lock_guard<std::mutex> guard(mutex_);

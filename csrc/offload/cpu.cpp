@@ -48,6 +48,10 @@ std::shared_ptr<Engine> engine(int64_t handle) {
   if (found == registry().engines.end() || !found->second.engine) {
     throw std::runtime_error("offload: closed before its saved tensors were used");
   }
+  if (found->second.process != getpid()) {
+    throw std::runtime_error("offload: opened before a fork, which copies no threads; what the parent saved must be "
+                             "used there, and a child opens its own");
+  }
   return found->second.engine;
 }
 

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <stdexcept>
+#include <system_error>
 
 namespace pykern {
 
@@ -12,6 +13,8 @@ using torch::stable::Tensor;
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr const char* kReleased = "offload: the saved tensor was released before its use";
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
@@ -23,10 +26,18 @@ Engine::Engine(std::vector<std::unique_ptr<Tier>> tiers, const Options& options)
       buffers_(std::make_shared<BufferPool>(options.buffer_bytes, options.delay_seed >= 0)),
       link_(options.link) {
   const int64_t threads = std::max<int64_t>(options.threads, link_.has_two_directions() ? 2 : 1);
-  for (int64_t worker = 0; worker < threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
+  try {
+    for (int64_t worker = 0; worker < threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
+  } catch (const std::system_error& error) {
+    end_threads();
+    throw std::runtime_error("threads: the system gives " + std::to_string(workers_.size()) + " of " +
+                             std::to_string(threads) + ": " + error.code().message() + "; ask for fewer");
+  }
 }
 
-Engine::~Engine() {
+Engine::~Engine() { end_threads(); }
+
+void Engine::end_threads() {
   {
     const Lock lock(mutex_);
     stopping_ = true;
@@ -210,6 +221,7 @@ Tensor Engine::load(int64_t number) {
     cancel_spill(item);
     std::optional<Clock::time_point> begin;
     for (;;) {
+      if (item->released) throw std::runtime_error(kReleased);
       if (item->held && (whole = whole_block(*item))) {
         ++forwarded_;
         forwarded_bytes_ += bytes;
@@ -304,27 +316,13 @@ std::vector<double> Engine::counters() {
     growths += tier->growths();
   }
   const int64_t file_bytes = tiers_.back()->medium().address(0) ? 0 : tiers_.back()->slots().used_bytes();
-  const auto as_double = [](int64_t value) { return static_cast<double>(value); };
-  return {as_double(written_),
-          as_double(written_bytes_),
-          as_double(read_),
-          as_double(read_bytes_),
-          as_double(forwarded_),
-          as_double(forwarded_bytes_),
-          load_seconds_,
-          store_seconds_,
-          as_double(slots),
-          as_double(peak_slots),
-          as_double(slot_bytes),
-          as_double(peak_slot_bytes),
-          as_double(extent),
-          as_double(growths),
-          as_double(buffers_->allocations()),
-          as_double(spilled_),
-          as_double(spilled_bytes_),
-          as_double(file_bytes),
-          as_double(planned_bytes_),
-          as_double(planned_block_bytes_)};
+  std::vector<double> counters{load_seconds_, store_seconds_};
+  for (const int64_t count : {written_, written_bytes_, read_, read_bytes_, forwarded_, forwarded_bytes_, slots,
+                              peak_slots, slot_bytes, peak_slot_bytes, extent, growths, buffers_->allocations(),
+                              spilled_, spilled_bytes_, file_bytes, planned_bytes_, planned_block_bytes_}) {
+    counters.push_back(static_cast<double>(count));
+  }
+  return counters;
 }
 
 void Engine::reset_counters() {
@@ -340,7 +338,7 @@ void Engine::reset_counters() {
 Engine::ItemPointer Engine::find(int64_t number) const {
   const auto found = items_.find(number);
   if (found == items_.end()) {
-    throw std::runtime_error("offload: the saved tensor was released before its use");
+    throw std::runtime_error(kReleased);
   }
   return found->second;
 }

@@ -77,8 +77,8 @@ class Engine {
   // Why writes or growth failed, once; then an empty string.
   std::string take_failure();
   std::string description() const;
-  // Writes, their bytes, reads, their bytes, forwards, their bytes, seconds that loads and stores
-  // waited; of all tiers: slots, most slots, bytes in slots, most bytes in slots, extent, growths;
+  // Seconds that loads and stores waited; writes, their bytes, reads, their bytes, forwards, their
+  // bytes; of all tiers: slots, most slots, bytes in slots, most bytes in slots, extent, growths;
   // allocations of buffers; spills, their bytes; bytes in slots of the file; sums over planned
   // stores: bytes of the slots, of the blocks in them.
   std::vector<double> counters();
@@ -109,6 +109,7 @@ class Engine {
     ItemPointer holder;
   };
 
+  void end_threads();
   ItemPointer find(int64_t item) const;
   void wait_for_queue(Lock& lock, int64_t bytes);
   bool find_place(Lock& lock, Item& item, int64_t tier);

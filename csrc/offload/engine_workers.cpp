@@ -6,13 +6,6 @@
 
 namespace pykern {
 
-namespace {
-
-// All bits set are NaN in every floating-point type: whoever reads what is undefined shows it.
-constexpr char kPoison = '\xff';
-
-}  // namespace
-
 void Engine::work(int64_t worker) {
   std::mt19937_64 random(static_cast<uint64_t>(options_.delay_seed) * 1000003u + static_cast<uint64_t>(worker));
   // A thread waits for the end of a modelled copy; copies the other way must not wait for the thread.
@@ -57,7 +50,7 @@ void Engine::run_write(Lock& lock, const ItemPointer& item, std::mt19937_64& ran
   lock.unlock();
   pause(random);
   const auto end = link_.book(false, item->bytes);
-  const std::string error = item->tier->medium().write(item->offset, item->pieces, item->bytes);
+  const std::string error = item->tier->medium().write(item->offset, item->pieces);
   std::this_thread::sleep_until(end);
   lock.lock();
   queued_bytes_ -= item->bytes;
@@ -155,7 +148,7 @@ void Engine::run_spill(Lock& lock, const ItemPointer& item, std::mt19937_64& ran
   const char* source = memory.medium().address(item->offset);
   lock.unlock();
   pause(random);
-  const std::string error = file.medium().write(target, {{0, bytes, source}}, bytes);
+  const std::string error = file.medium().write(target, {{0, bytes, source}});
   lock.lock();
   end_spill(*item);
   if (!error.empty()) {
@@ -181,8 +174,7 @@ void Engine::run_spill(Lock& lock, const ItemPointer& item, std::mt19937_64& ran
 void Engine::poison(Tier& tier, int64_t offset, int64_t bytes) {
   if (!hunting() || tier.failed) return;
   const std::vector<char> bad(tier.slots().rounded(bytes), kPoison);
-  const auto size = static_cast<int64_t>(bad.size());
-  tier.medium().write(offset, {{0, size, bad.data()}}, size);
+  tier.medium().write(offset, {{0, static_cast<int64_t>(bad.size()), bad.data()}});
 }
 
 void Engine::fill_gaps(const Item& item, char* block) const {

@@ -24,9 +24,9 @@ class Medium {
   virtual int64_t granularity() const = 0;
   // Makes [0, extent) usable; what was usable before stays so if it fails.
   virtual std::string grow(int64_t extent) = 0;
-  // Writes the block of `bytes` at `offset`. Its pieces don't overlap and are sorted; what lies between them is left
-  // as it is, or overwritten with zeros.
-  virtual std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t bytes) = 0;
+  // Writes a block at `offset`. Its pieces don't overlap and are sorted; what lies between them is left as it is, or
+  // overwritten with zeros.
+  virtual std::string write(int64_t offset, const std::vector<Piece>& pieces) = 0;
   // `target` is aligned to kPage and has room for `bytes` rounded up to kPage.
   virtual std::string read(int64_t offset, void* target, int64_t bytes) = 0;
   // Where the bytes lie, if in memory.
@@ -37,6 +37,11 @@ class Medium {
 };
 
 constexpr int64_t kPage = 4096;
+constexpr int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+// What freed bytes hold when hunting: all bits set are NaN in every floating-point type, so whoever still reads them
+// shows it.
+constexpr char kPoison = '\xff';
 
 struct MediumResult {
   std::unique_ptr<Medium> medium;

@@ -13,8 +13,6 @@ constexpr int64_t kRequest = int64_t{4} << 20;
 constexpr int64_t kGathered = int64_t{1} << 20;
 constexpr int kDepth = 4;
 
-constexpr int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
-
 // Of `bytes` at `offset` of the block, from or into `data`.
 struct Request {
   int64_t offset = 0;

@@ -1,6 +1,7 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <linux/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -55,30 +56,18 @@ class SpillFile : public Medium {
 
   std::string grow(int64_t extent) override {
     // Asked first: some file systems fill the disk up before they notice that it is not enough.
-    struct statfs system;
-    if (fstatfs(file_, &system) == 0 && system.f_blocks > 0 &&
-        static_cast<uint64_t>(extent - size_) / system.f_bsize > system.f_bavail) {
-      return system_error("cannot preallocate " + std::to_string(extent) + " bytes", ENOSPC);
-    }
-    int code;
-    do {
-      code = fallocate(file_, 0, size_, extent - size_) == 0 ? 0 : errno;
-    } while (code == EINTR);
-    if (code == EOPNOTSUPP || code == ENOSYS) {
-      // The C library writes zeros instead, in sizes that direct I/O would refuse.
-      direct_ = false;
-      fcntl(file_, F_SETFL, fcntl(file_, F_GETFL) & ~O_DIRECT);
-      preallocates_ = false;
-      code = posix_fallocate(file_, size_, extent - size_);
-    }
+    struct statvfs system;
+    const bool fits = fstatvfs(file_, &system) != 0 || system.f_blocks == 0 ||
+                      static_cast<uint64_t>(extent - size_) / system.f_frsize <= system.f_bavail;
+    const int code = fits ? allocate(extent) : ENOSPC;
     if (code != 0) return system_error("cannot preallocate " + std::to_string(extent) + " bytes", code);
+    // The C library's zeros come in sizes that direct I/O would refuse.
+    if (size_ == 0 && preallocates_) probe_direct();
     size_ = extent;
-    if (!probed_ && preallocates_) probe_direct();
-    probed_ = true;
     return "";
   }
 
-  std::string write(int64_t offset, const std::vector<Piece>& pieces, int64_t) override {
+  std::string write(int64_t offset, const std::vector<Piece>& pieces) override {
     return direct_ ? run(true, offset, DirectWrites(pieces, alignment_)) : run(true, offset, PlainWrites(pieces));
   }
 
@@ -96,6 +85,20 @@ class SpillFile : public Medium {
   }
 
  private:
+  // 0, or the error number. Where the file system can't, the C library writes zeros instead.
+  int allocate(int64_t extent) {
+    int code = EINTR;
+    while (preallocates_ && code == EINTR) {
+      code = fallocate(file_, 0, size_, extent - size_) == 0 ? 0 : errno;
+      preallocates_ = code != EOPNOTSUPP && code != ENOSYS;
+    }
+    if (preallocates_) return code;
+    do {
+      code = posix_fallocate(file_, size_, extent - size_);
+    } while (code == EINTR);
+    return code;
+  }
+
   // What one block needs on its way: a channel, and memory to gather in.
   struct Lane {
     AlignedBytes staging;
@@ -219,7 +222,7 @@ class SpillFile : public Medium {
   const std::string folder_;
   const FileOptions options_;
   int64_t size_ = 0, alignment_ = kPage;
-  bool direct_ = false, uring_ = false, probed_ = false, preallocates_ = true;
+  bool direct_ = false, uring_ = false, preallocates_ = true;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Lane>> lanes_;
   int64_t made_lanes_ = 0;

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .distributed import Shards, is_distributed
+from .distributed import is_distributed
 from .optimizer import LowRankOptimizer
 
 REFRESH_BY = ("window", "first")
@@ -129,12 +129,12 @@ class BackwardStepper:
 
     @torch.no_grad()
     def _clip(self, weight: _Weight) -> None:
-        value = weight.param.grad if weight.low is None else weight.low
-        norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-        if is_distributed(norm):
-            norm = norm.full_tensor()
-        elif is_distributed(weight.param):
-            norm = Shards.of(weight.param).reduce(norm.square()).sqrt()
+        if weight.low is None:
+            value = weight.param.grad
+            norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+            norm = norm.full_tensor() if is_distributed(norm) else norm
+        else:
+            value, norm = weight.low, weight.optimizer.low_norm(weight.param, weight.low)
         device = norm.device
         self._squares[device] = self._squares.get(device, 0) + norm.square()
         if self._clip_by == "previous" and device in self._previous:

@@ -67,7 +67,11 @@ class Bases:
         done = self.steps_done(job)
         feedback = RESIDUALS[group["residual"]].feedback
         factor = 1.0 if feedback else amp.gradient_factor(group["maximize"])
-        chosen = self._choose_basis(job, remembered(job, source, done, factor))
+        # P has all of the compressed axis.
+        whole = source
+        if job.partial:
+            whole = job.shards.gathered(source, job.shards.compressed, 0, job.compressed)
+        chosen = self._choose_basis(job, remembered(job, whole, done, factor))
         other = self._other_basis(job, source) if group["side"] == "full" else None
         if chosen is None or (group["side"] == "full" and other is None):
             return
@@ -119,12 +123,12 @@ class Bases:
     def _choose_basis(self, job: Job, source: Tensor) -> Tensor | None:
         """What the projector gives for this parameter, the same in all processes that share it."""
         name, reduce = job.group["projector"], None
-        if job.shards is not None and job.shards.axis is not None:
+        if job.shards is not None and job.shards.cut(job.shards.along):
             # Of a gradient that is longer along the compressed axis, all is less than its Gram matrix.
             if name is not None and PROJECTORS[name].by_sums and job.compressed <= job.whole_length:
                 reduce = job.shards.reduce
             else:
-                source = job.shards.whole(source, job.whole_length)
+                source = job.shards.gathered(source, job.shards.along, 1, job.whole_length)
         if name is not None:
             projector, refreshes = PROJECTORS[name], int(job.state["refreshes"])
             if refreshes == 0 and job.group["refresh"] == "staggered" and projector.first is not None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .subspace import (
-    contiguous,
     inner_products,
     inverse_factor,
+    lower_times,
     multiply_one,
     narrowed,
     normal,
@@ -76,7 +76,7 @@ def leading_eigenvectors(
     for number in range(_ROUNDS):
         vectors = _orthonormal(vectors)
         image = multiply_one(matrix, vectors.mT)
-        values, rotation = _eigenvectors(multiply_one(contiguous(image.mT, matrix.dtype), vectors.mT))
+        values, rotation = _eigenvectors(inner_products(vectors.to(matrix.dtype).mT, image.mT))
         vectors, image = (multiply_one(rows.to(matrix.dtype), rotation) for rows in (vectors, image))
         outside = (trace - values.sum()) / (size - block)
         bound = values[-1] if number else _DAMPED * values[rank]
@@ -102,10 +102,10 @@ def _chosen(gram: Tensor, vectors: Tensor, rank: int, energy: Tensor) -> Tensor 
     kept = rank - locked
     first, tail = vectors[:locked], vectors[locked:]
     image = multiply_one(gram, tail.mT)
-    values, rotation = _eigenvectors(multiply_one(contiguous(image.mT, gram.dtype), tail.mT))
+    values, rotation = _eigenvectors(inner_products(tail.mT, image.mT))
     tail, image = multiply_one(tail, rotation[:, :kept]), multiply_one(image, rotation)
-    shared = image @ first.mT
-    residuals = image[:kept] - values[:kept, None] * tail - shared[:kept] @ first
+    shared = multiply_one(first.mT, image.mT)
+    residuals = image[:kept] - values[:kept, None] * tail - multiply_one(first, shared[:kept].mT)
     # The eigenvalues that the residuals belong to are at most about the smallest here.
     lost = _missed(residuals, values[:kept], values[-1])
     share = lost.sum()
@@ -129,7 +129,7 @@ def _block(rank: int) -> int:
 
 def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Of a symmetric matrix: eigenvalues and the eigenvectors as columns, the largest first."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), vectors.flip(1).contiguous()
 
 
@@ -137,7 +137,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Rows with the span of these, orthonormal or nearly so."""
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     inverse = inverse_factor(inner_products(rows.mT))
-    return orthonormalize(rows.mT).mT.contiguous() if inverse is None else multiply_one(rows, inverse.mT)
+    return orthonormalize(rows.mT).mT.contiguous() if inverse is None else lower_times(inverse, rows)
 
 
 def _degree(vectors: Tensor, image: Tensor, values: Tensor, bound: Tensor, outside: Tensor) -> tuple[int, float, bool]:
@@ -182,7 +182,6 @@ def _part(after: Tensor, share: int, before: Tensor | None = None) -> None:
     inverse = inverse_factor(unit @ unit.mT)
     if inverse is None:
         return
-    steps = ((others @ unit.mT) @ (inverse.mT @ inverse)) / norms.mT
-    others.addmm_(steps, leading, alpha=-1)
-    if before is not None:
-        before[count:].addmm_(steps, before[:count], alpha=-1)
+    steps = (multiply_one(others.mT, unit.mT).mT @ (inverse.mT @ inverse)) / norms.mT
+    for rows in (after,) if before is None else (after, before):
+        rows[count:] -= multiply_one(rows[:count], steps.mT)

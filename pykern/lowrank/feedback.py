@@ -24,6 +24,11 @@ def feedback_state(job: Job) -> dict[str, Tensor]:
     bits = _BITS.get(job.group["feedback_dtype"])
     if bits is None:
         return {"error": torch.zeros_like(job.weight)}
+    if job.partial:
+        raise NotImplementedError(
+            f'feedback_dtype: expected "weight" for a weight in shards as {job.shards.placements}, which would cut the '
+            f"groups of {job.group['feedback_dtype']!r}"
+        )
     zeros = quantized_zeros(job.length, job.compressed, bits, job.param.device)
     return {f"error_{name}": value for name, value in zeros.items()}
 

@@ -48,7 +48,8 @@ class Job:
         rows, columns: of the weight as a matrix, over all shards.
         rank: of the subspace, at most the smaller of them.
         right: whether the columns are compressed.
-        weight: view [n, length] of the parameter, the compressed axis first; of a DTensor, this process's shard.
+        weight: view [n, length] of the parameter, the compressed axis first; of a DTensor, this process's shard, of
+            which either axis may be a part.
         grad: likewise of the gradient; None where R is given.
         low: the given R [rank, length].
         shards: how a DTensor lies on its mesh, else None.
@@ -71,10 +72,9 @@ class Job:
     def of(param: Tensor, index: int, group: dict, state: dict) -> "Job":
         """The job of a parameter, as yet without a gradient."""
         rows, columns = matrix_shape(param.shape)
-        shards = Shards.of(param)
-        right = None if shards is None else shards.right(group["side"])
-        if right is None:
-            right = compresses_right(rows, columns, group["side"])
+        right = compresses_right(rows, columns, group["side"])
+        shards = Shards.of(param, group["side"], right)
+        right = right if shards is None else shards.right
         weight = local_tensor(param.detach())
         # The stand-in of an 8-bit weight has no memory to view, and must not get any.
         weight = compressed_first(weight, right) if int8_weight(param) is not None else _matrix(weight, right)
@@ -93,17 +93,18 @@ class Job:
         self.low = low.to(self.weight.device)
         return self
 
-    def outline(self, length: int | None = None) -> "Job":
-        """This job without data, on the device "meta": for what its state looks like, also at another length."""
+    def outline(self, shape: tuple[int, int] | None = None) -> "Job":
+        """This job without data, on the device "meta": for what its state looks like, also of a weight [n, length] of
+        another shape."""
         weight = torch.empty_like(self.weight, device="meta")
-        if length is not None and length != self.length:
-            weight = weight.new_empty(self.compressed, length)
+        if shape is not None:
+            weight = weight.new_empty(shape)
         return replace(self, param=weight, state={}, weight=weight, grad=None, low=None, shards=None)
 
     @property
     def compressed(self) -> int:
-        """n, the size of the compressed axis."""
-        return self.weight.shape[0]
+        """n, the size of the compressed axis over all shards: P has all of it in every process."""
+        return self.columns if self.right else self.rows
 
     @property
     def length(self) -> int:
@@ -114,6 +115,15 @@ class Job:
     def whole_length(self) -> int:
         """The size of the other axis over all shards."""
         return self.rows if self.right else self.columns
+
+    @property
+    def partial(self) -> bool:
+        """Whether R is the sum of what several processes have of it, each by its part of the compressed axis."""
+        return self.shards is not None and self.shards.cut(self.shards.compressed)
+
+    def own(self, matrix: Tensor) -> Tensor:
+        """This process's rows of a matrix [n, anything]."""
+        return self.shards.own(matrix, 0, self.shards.compressed) if self.partial else matrix
 
     def write_back(self) -> None:
         """Copies the weight to the parameter if it was no view of it."""

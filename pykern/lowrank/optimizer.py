@@ -11,9 +11,10 @@ from .amp import Amp, without_autocast
 from .bases import basis_of
 from .checks import capturing, check_parameter
 from .choosing import Bases, ProjectorFunction
-from .distributed import average
+from .distributed import average, is_distributed
 from .matrices import Job
 from .options import ALIASES, complete_group, is_low_rank
+from .portable import widened
 from .projectors import PROJECTORS
 from .quantized import int8_weight
 from .refresh import is_due
@@ -125,12 +126,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
             without DistributedDataParallel, or run its backward passes under no_sync(); a parameter has a gradient in
             all processes or in none. P is that of the group's first process in all.
 
-    A parameter that is a DTensor (fully_shard) is stepped by its shards. One in shards of rows is projected from the
-    right, one in shards of columns from the left ("std" and "reverse_std" give way, the wrong side by name is refused),
-    so that only the step that chooses P sends anything of the weight's size: it sums the Gram matrix, or what else the
-    projector looks at. Fira and APOLLO sum three numbers per matrix each step; "adafactor" and "newton_schulz" gather
-    R. State of single rows or columns is kept in DTensors, so torch.distributed.checkpoint saves it, and loads it into
-    other numbers of processes; but 8-bit moments have their blocks within shards and fit the same number only.
+    A parameter that is a DTensor (fully_shard, tensor parallelism, both) is stepped by its shards. One in shards of
+    rows is projected from the right, one in shards of columns from the left ("std" and "reverse_std" give way), so
+    that only the step that chooses P sends anything of the weight's size: it sums the Gram matrix, or what else the
+    projector looks at. In shards along both axes, the axis is compressed that the mesh's last dimension cuts; then, and
+    where a side by name compresses what is in shards, each step adds up R [rank, length] over the processes that share
+    that axis. Fira and APOLLO sum three numbers per matrix each step; "adafactor" and "newton_schulz" gather R. State
+    of single rows or columns is kept in DTensors, so torch.distributed.checkpoint saves it, and loads it into other
+    numbers of processes. 8-bit moments have their blocks within shards, so state_dict gives them in float32 and
+    load_state_dict quantises them again: bit for bit where the blocks are the same.
 
     torch.amp.GradScaler may leave unscaling to the step, which then waits for nothing; an overflow skips all of it,
     also a choice of P. With `process_group`, call scaler.unscale_(optimizer) first. A projector function sees the
@@ -260,9 +264,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # torch.optim.Optimizer.load_state_dict comes by here too: the counts may be others now.
         self._counted = {}
+        # Torch's own, which a group is not to have only after loading: a state_dict of it would fit no fresh optimizer.
+        defaults = {name: value for name, value in self.defaults.items() if name != "differentiable"}
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in defaults.items():
                 group.setdefault(name, value)
+
+    def state_dict(self) -> dict:
+        """As torch.optim.Optimizer.state_dict, but 8-bit moments of DTensors are in float32, as `exp_avg_dequantized`
+        and `exp_avg_sq_dequantized`, so that they can be loaded in other shards."""
+        given = super().state_dict()
+        shared = [is_distributed(param) for param in self._parameters()]
+        given["state"] = {index: widened(state) if shared[index] else state for index, state in given["state"].items()}
+        return given
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what state_dict() returned. Unlike torch's own, it keeps the dtype of every state tensor.
@@ -381,9 +395,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     average([job.grad], self.process_group)
                 self._bases.refresh(job, job.grad, Amp())
             low = [torch.empty(job.rank, job.length, dtype=wide_dtype(param), device=param.device)]
-            basis = [basis_of(job.group).dense(job, job.state)]
+            basis = [job.own(basis_of(job.group).dense(job, job.state))]
             ops.low_rank_project([job.grad], basis, None, low, [], maximize=job.group["maximize"])
+            if job.partial:
+                job.shards.add_up(low)
         return low[0]
+
+    def low_norm(self, param: Tensor, low: Tensor) -> Tensor:
+        """The norm of R, as `project` gives it, over all shards of a parameter."""
+        norm = torch.linalg.vector_norm(low)
+        job = self._job(param)
+        return norm if job.shards is None else job.shards.reduce(norm.square()).sqrt()
 
     @property
     def _bases(self) -> Bases:

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from .bases import basis_of
-from .distributed import is_distributed, spread
+from .distributed import gathered, is_distributed, spread
 from .feedback import feedback_state
 from .matrices import Job
 from .options import complete_group, is_low_rank
+from .portable import narrowed, narrowed_into, widened
 from .refresh import HOST_STATE, refresh_state
 from .residuals import RESIDUALS
 from .rules import RULES
@@ -54,22 +55,27 @@ def local_state(job: Job) -> dict[str, Tensor]:
     return state
 
 
-def _sharded_axes(job: Job) -> dict[str, tuple[int, int]]:
-    """The tensors of a DTensor's state that are in shards: along which axis, and its size over all shards."""
-    empty = local_state(job.outline(0))
-    sizes: dict[str, tuple[int, int]] = {}
-    for length in job.shards.lengths(job.whole_length):
-        for name, value in local_state(job.outline(length)).items():
-            for axis, (size, none) in enumerate(zip(value.shape, empty[name].shape, strict=True)):
-                if none == 0 and size > 0:
-                    sizes[name] = (axis, sizes.get(name, (axis, 0))[1] + size)
-    return sizes
+def _sharded_axes(job: Job) -> dict[str, dict[int, int]]:
+    """The tensors of a DTensor's state that are in shards: {axis of the weight: their dimension that goes with it}."""
+    dims: dict[str, dict[int, int]] = {}
+    # What has one place for both lengths, as the scale of 8-bit moments, is each process's own.
+    outline = local_state(job.outline((1, 1)))
+    for axis, shape in ((job.shards.compressed, (2, 1)), (job.shards.along, (1, 2))):
+        if job.shards.cut(axis):
+            for name, value in local_state(job.outline(shape)).items():
+                for dim, (size, other) in enumerate(zip(value.shape, outline[name].shape, strict=True)):
+                    if size != other:
+                        dims.setdefault(name, {})[axis] = dim
+    return dims
 
 
 def distributed_state(job: Job, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the optimizer keeps of a DTensor: of the shards in `state`, DTensors that share their memory."""
-    axes = _sharded_axes(job) if job.shards.axis is not None else {}
-    return {name: job.shards.distribute(value, *axes[name]) if name in axes else value for name, value in state.items()}
+    axes, sizes = _sharded_axes(job), (job.rows, job.columns)
+    return {
+        name: job.shards.distribute(value, axes[name], sizes) if name in axes else value
+        for name, value in state.items()
+    }
 
 
 def make_state(job: Job, kept: dict) -> None:
@@ -100,36 +106,38 @@ def fitted_states(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict[Te
 
 
 def _fitted(param: Tensor, index: int, group: dict, state: dict) -> dict[str, Tensor]:
-    outline: dict[str, Tensor] = {}
-    if is_low_rank(param, group):
-        job = Job.of(param, index, group, {})
-        if job.shards is not None:
-            make_state(job, outline)
-        else:
-            outline = local_state(job.outline())
+    job = Job.of(param, index, group, {}) if is_low_rank(param, group) else None
+    if job is None:
+        made = plain_state(param if is_distributed(param) else torch.empty_like(param, device="meta"))
+    elif job.shards is None:
+        made = local_state(job.outline())
     else:
-        outline = plain_state(param if is_distributed(param) else torch.empty_like(param, device="meta"))
+        made = {}
+        make_state(job, made)
+    expected = made
+    if job is not None:
+        state = narrowed(state) if job.shards is None else widened(state)
+        expected = made if job.shards is None else widened(made)
     where = f"state_dict: parameter {index} of shape {tuple(param.shape)}"
-    if outline.keys() != state.keys():
+    if expected.keys() != state.keys():
         raise ValueError(
-            f"{where}: expected the state {sorted(outline)}, which its group's options need, got {sorted(state)}; load "
-            "it into an optimizer with the groups of the one that saved it"
+            f"{where}: expected the state {sorted(expected)}, which its group's options need, got {sorted(state)}; "
+            "load it into an optimizer with the groups of the one that saved it"
         )
     fitted = {}
-    for name, expected in outline.items():
+    for name, outline in expected.items():
         value = state[name]
-        if not isinstance(value, Tensor) or value.shape != expected.shape or value.dtype != expected.dtype:
+        if not isinstance(value, Tensor) or value.shape != outline.shape or value.dtype != outline.dtype:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"{where}: expected {name} to be {expected.dtype} {tuple(expected.shape)}, got {got}; it was saved for "
+                f"{where}: expected {name} to be {outline.dtype} {tuple(outline.shape)}, got {got}; it was saved for "
                 "a parameter of another shape or dtype, or under other options"
             )
-        if is_distributed(expected):
-            fitted[name] = expected.copy_(spread(value.detach().to(param.device), expected))
+        if is_distributed(outline):
+            fitted[name] = outline.copy_(spread(value.detach().to(param.device), outline))
         else:
             device = "cpu" if name in HOST_STATE else param.device
-            whole = value.detach().full_tensor() if is_distributed(value) else value.detach()
             fitted[name] = torch.empty_strided(
-                expected.shape, expected.stride(), dtype=expected.dtype, device=device
-            ).copy_(whole)
-    return fitted
+                outline.shape, outline.stride(), dtype=outline.dtype, device=device
+            ).copy_(gathered(value.detach()))
+    return fitted if job is None or job.shards is None else narrowed_into(made, fitted)

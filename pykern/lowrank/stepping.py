@@ -66,18 +66,20 @@ def step_low_rank(jobs: list[Job], kept: list[dict], amp: Amp, bases: Bases) -> 
     states = [job.state for job in jobs]
     options = {"maximize": group["maximize"]}
     sources, due = _sources(jobs, amp, bases)
-    projectors = dense_bases(jobs)
+    whole_projectors = dense_bases(jobs)
+    projectors = [job.own(projector) for job, projector in zip(jobs, whole_projectors, strict=True)]
     if is_fused(jobs[0], bases):
         _step_fused(jobs, projectors, amp, bases)
         return
     low, squares = _projected(jobs, sources, projectors, due, amp, bases)
     inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-    split = jobs[0].shards is not None and not rule.columnwise
-    if split:
-        inner = [job.shards.whole(matrix, job.whole_length) for job, matrix in zip(jobs, inner, strict=True)]
+    shards = jobs[0].shards
+    gathers = shards is not None and not rule.columnwise
+    if gathers:
+        inner = [shards.gathered(m, shards.along, 1, job.whole_length) for job, m in zip(jobs, inner, strict=True)]
     direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
-    if split:
-        direction = [job.shards.own(matrix) for job, matrix in zip(jobs, direction, strict=True)]
+    if gathers:
+        direction = [shards.own(matrix, 1, shards.along).contiguous() for matrix in direction]
     if group["side"] == "full":
         direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
         # What both bases see of the gradient, for the residuals.
@@ -86,10 +88,10 @@ def step_low_rank(jobs: list[Job], kept: list[dict], amp: Amp, bases: Bases) -> 
     rate = rate_on(group["lr"], jobs[0].param.device)
     grads, factors, missed, scale = [], [], [], group["scale"]
     if residual.measured:
-        low_gram = [] if orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
+        low_gram = [] if orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(whole_projectors, low)]
         factors = measured_factors(
             low, direction, squares, low_gram, states, group, amp.grad_scale, amp.found_inf,
-            reduce=None if jobs[0].shards is None else jobs[0].shards.reduce,
+            reduce=None if shards is None else shards.reduce,
         )  # fmt: skip
         grads, scale = [job.grad for job in jobs], 1.0
     elif residual.constant:
@@ -105,7 +107,7 @@ def step_low_rank(jobs: list[Job], kept: list[dict], amp: Amp, bases: Bases) -> 
     elif residual.feedback:
         keep_missed(jobs, sources, projectors, low, amp)
 
-    seeds = [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs]
+    seeds = [seed_of(group["seed"], job.index, 0 if shards is None else shards.position) for job in jobs]
     if int8_weight(jobs[0].param) is not None:
         step_int8_weights(jobs, projectors, direction, seeds, step_factor, rate, amp.found_inf)
         _finish(jobs, bases)
@@ -146,6 +148,7 @@ def is_fused(job: Job, bases: Bases) -> bool:
         and int8_weight(job.param) is None
         and job.low is None
         and (job.shards is None or not RESIDUALS[group["residual"]].measured)
+        and not job.partial
         and bases.process_group is None
     )
 
@@ -222,6 +225,8 @@ def _projected(
     scale = None if residual.feedback else amp.grad_scale
     maximize = jobs[0].group["maximize"] and not residual.feedback
     ops.low_rank_project(sources, projectors, scale, low, squares, maximize=maximize)
+    if jobs[0].partial:
+        jobs[0].shards.add_up([*low, *squares])
     if processes is not None and residual.linear:
         average([matrix for matrix, now in zip(low, due, strict=True) if not now], processes)
     return low, squares

@@ -148,14 +148,18 @@ def multiply_one(matrix: Tensor, vectors: Tensor) -> Tensor:
     return multiply([matrix], [contiguous(vectors, matrix.dtype)])[0]
 
 
-def inner_products(columns: Tensor) -> Tensor:
-    """columns^T columns [k, k] of vectors [n, k]; the half above the diagonal blocks is mirrored, not computed."""
+def inner_products(columns: Tensor, images: Tensor | None = None) -> Tensor:
+    """columns^T columns [k, k] of vectors [n, k], or images^T columns, of their images under a symmetric matrix.
+
+    The half above the diagonal blocks is mirrored, not computed. Images of the later columns make the other: where
+    vectors are sorted, the largest first, these are the smaller, and so are their roundings.
+    """
+    images = columns if images is None else images
     size = columns.shape[1]
-    width = max(128, -(-size // 8))
-    blocks = [(first, min(first + width, size)) for first in range(0, size, width)]
+    blocks = _blocks(size, 16)
     strips = multiply(
         [columns[:, :last] for _, last in blocks],
-        [contiguous(columns[:, first:last], columns.dtype) for first, last in blocks],
+        [contiguous(images[:, first:last], columns.dtype) for first, last in blocks],
     )
     if len(strips) == 1:
         return strips[0]
@@ -164,6 +168,19 @@ def inner_products(columns: Tensor) -> Tensor:
         products[first:last, :last] = strip
         products[:first, first:last] = strip[:, :first].mT
     return products
+
+
+def lower_times(lower: Tensor, rows: Tensor) -> Tensor:
+    """A lower triangular matrix [n, n] times rows [n, length], without most of the products with zeros."""
+    blocks = _blocks(rows.shape[0], 4)
+    factors = [contiguous(lower[first:last, :last].mT, rows.dtype) for first, last in blocks]
+    return torch.cat(multiply([rows[:last] for _, last in blocks], factors))
+
+
+def _blocks(size: int, most: int) -> list[tuple[int, int]]:
+    """Up to `most` ranges of 128 or more."""
+    width = max(128, -(-size // most))
+    return [(first, min(first + width, size)) for first in range(0, size, width)]
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
@@ -192,8 +209,11 @@ def polished(basis: Tensor) -> Tensor | None:
         return None
     # A step of Newton-Schulz leaves 3 / 4 error^2.
     near = error < (1e-3 if basis.dtype == torch.float32 else 1e-8)
-    factor = 1.5 * identity - 0.5 * gram if near else inverse_factor(gram).mT
-    return multiply_one(basis.mT, factor).mT.contiguous()
+    if near:
+        rows = multiply_one(basis.mT, 1.5 * identity - 0.5 * gram)
+    else:
+        rows = lower_times(inverse_factor(gram), basis.mT)
+    return rows.mT.contiguous()
 
 
 def inverse_factor(gram: Tensor) -> Tensor | None:
@@ -217,7 +237,7 @@ def _inverse(factor: Tensor) -> Tensor:
 def _cholesky_qr(vectors: Tensor) -> Tensor | None:
     """The vectors times the inverse factor of their Gram matrix."""
     inverse = inverse_factor(inner_products(vectors))
-    return None if inverse is None else multiply_one(vectors.mT, inverse.mT).mT.contiguous()
+    return None if inverse is None else lower_times(inverse, vectors.mT).mT.contiguous()
 
 
 def _split_qr(vectors: Tensor) -> Tensor | None:
@@ -247,8 +267,8 @@ def signed(vectors: Tensor) -> Tensor:
     Solvers leave the signs open, but moments outlive a refresh: they are not to hang on roundings, on how sums were
     split over processes, or on the device.
     """
-    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return torch.where(largest < 0, -vectors, vectors)
+    least, most = vectors.amin(dim=0), vectors.amax(dim=0)
+    return torch.where(-least > most, -vectors, vectors)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ def momentum_outside(job: Job) -> Tensor:
 def remembered(job: Job, source: Tensor, done: int, factor: float | Tensor) -> Tensor:
     """What the projector is to look at: memory * up(m) / (1 - beta1^done) + (1 - memory) * factor * source.
 
-    `source` is [n, length]; `factor` makes of it what the moments are moments of.
+    `source` is [n, length], of shards with all of n; `factor` makes of it what the moments are moments of.
     """
     memory = job.group["projector_memory"]
     if memory == 0 or done == 0:
@@ -32,4 +32,4 @@ def keep_lost_momentum(job: Job, before: Tensor, source: Tensor) -> None:
     not see it yet.
     """
     beta1 = job.group["betas"][0]
-    source.add_(before.sub_(momentum_outside(job)), alpha=beta1 / (1 - beta1))
+    source.add_(job.own(before.sub_(momentum_outside(job))), alpha=beta1 / (1 - beta1))

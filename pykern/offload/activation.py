@@ -186,16 +186,16 @@ class ActivationOffload:
         folder = spill_folder(path) if storage.endswith("file") or path is not None else None
         self.storage = storage
         accepts = is_on_cpu
+        keywords = {"threads": threads, "queue_bytes": queue_bytes, "delay_seed": debug_delays}
         if storage == "pinned":
             device = device if hasattr(device, "compute_stream") else CudaDevice(device)
             accepts = device.accepts
-            file = None if folder is None else Engine(folder, None, threads, queue_bytes, None)
+            file = None if folder is None else Engine(folder, **keywords)
             self._engine = StreamedEngine(device, capacity=capacity, queue_bytes=queue_bytes, file=file)
         elif storage == "memory+file":
-            memory = capacity or machine_memory() // 2
-            file = self._engine = Engine(folder, None, threads, queue_bytes, debug_delays, memory=memory)
+            file = self._engine = Engine(folder, **keywords, memory=capacity or machine_memory() // 2)
         else:
-            file = self._engine = Engine(folder, capacity, threads, queue_bytes, debug_delays)
+            file = self._engine = Engine(folder, **keywords, capacity=capacity)
         if file is not None:
             warn_if_in_memory("ActivationOffload", file, folder, stacklevel=2)
 

@@ -88,7 +88,7 @@ def measure_bandwidth(
 
 
 def _torch_memory(pinned: bool) -> Callable[[int], Tensor]:
-    return lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    return lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def _of_streams(
@@ -140,7 +140,7 @@ def _seconds_of_copies(device: StreamDevice, copies: Sequence[tuple[Stream, Tens
 def _of_engine(name: str, folder: str | None, sizes: Sequence[int]) -> list[Bandwidth]:
     measured = []
     for size in sizes:
-        engine = Engine(folder, None, 2, 4 * size, None)
+        engine = Engine(folder, queue_bytes=4 * size)
         rates = engine.measure(size, rounds=_ROUNDS)
         both = _seconds_of_both(engine, size)
         measured.append(_bandwidth(name, size, [size / rates.out], [size / rates.back], both))
@@ -150,7 +150,7 @@ def _of_engine(name: str, folder: str | None, sizes: Sequence[int]) -> list[Band
 
 def _seconds_of_both(engine: Engine, size: int) -> list[float]:
     """Of a block that goes out while another comes back."""
-    going, coming = (torch.full((size,), value, dtype=torch.uint8) for value in (1, 2))
+    going, coming = (torch.full((size,), value, dtype=torch.uint8, device="cpu") for value in (1, 2))
     item = engine.store([coming], [0], size)
     engine.settle(item)
     rounds = []

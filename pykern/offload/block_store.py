@@ -63,17 +63,17 @@ class BlockStore:
         # The plan bounds what is on its way out, since a release waits. Buffers of loads go when their block ends.
         keywords = {"threads": self._threads, "queue_bytes": 1 << 50, "delay_seed": self._delay_seed, "buffer_bytes": 0}
         if self._storage == "pinned":
-            spill = Engine(folder, None, **keywords) if has_file else None
+            spill = Engine(folder, **keywords) if has_file else None
             # Beside the plan's slots: room for what is on its way to and from the file.
             largest = max(file, default=0)
             passing = [largest] * -(-plan.staging_bytes[rank] // largest) if largest else []
             self.engine = StreamedEngine(self._device, slot_bytes=host + passing or None, file=spill)
         elif self._storage == "file" or not has_file:
-            self.engine = Engine(folder, None, **keywords, slots=self._slots)
+            self.engine = Engine(folder, **keywords, slots=self._slots)
         else:
             # Without slots no more than what fits before the file is full.
             memory = sum(-(-size // 4096) * 4096 for size in host) or 1 << 40
-            self.engine = Engine(folder, None, **keywords, slots=self._slots, memory=memory)
+            self.engine = Engine(folder, **keywords, slots=self._slots, memory=memory)
         if has_file:
             if self._storage != "pinned":
                 warn_if_in_memory("PipelineOffload", self.engine, folder, stacklevel=4)

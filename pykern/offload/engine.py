@@ -33,8 +33,8 @@ _reset_counters = torch.ops.pykern.offload_reset_counters.default
 
 # The order of Engine::counters in csrc/offload/engine.h.
 _COUNTERS = (
-    "offloads", "offloaded_bytes", "reloads", "reloaded_bytes", "forwards", "forwarded_bytes",
-    "stall_seconds", "queue_seconds", "slots", "peak_slots", "slot_bytes", "peak_slot_bytes", "extent_bytes",
+    "stall_seconds", "queue_seconds", "offloads", "offloaded_bytes", "reloads", "reloaded_bytes", "forwards",
+    "forwarded_bytes", "slots", "peak_slots", "slot_bytes", "peak_slot_bytes", "extent_bytes",
     "growths", "buffer_allocations", "spills", "spilled_bytes", "file_bytes",
     "planned_slot_bytes", "planned_block_bytes",
 )  # fmt: skip
@@ -117,16 +117,17 @@ class Engine:
 
     Raises:
         MemoryError, OSError: the arena or the file can't be made that large.
+        RuntimeError: the system gives no more threads.
     """
 
     def __init__(
         self,
-        folder: str | None,
-        capacity: int | None,
-        threads: int,
-        queue_bytes: int,
-        delay_seed: int | None,
+        folder: str | None = None,
         *,
+        capacity: int | None = None,
+        threads: int = 2,
+        queue_bytes: int = 32 << 20,
+        delay_seed: int | None = None,
         memory: int | None = None,
         slots: Sequence[int] = (),
         buffer_bytes: int | None = None,
@@ -242,7 +243,7 @@ class Engine:
         Raises:
             MemoryError: there is no room for one block.
         """
-        block = torch.full((nbytes,), 1, dtype=torch.uint8)
+        block = torch.full((nbytes,), 1, dtype=torch.uint8, device="cpu")
         seconds: list[tuple[float, float]] = []
         for _ in range(rounds + 1):
             begin = time.perf_counter()

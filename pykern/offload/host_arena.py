@@ -190,14 +190,19 @@ class HostArena:
 
 
 def map_pages(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of fresh memory that begins at a page, in huge pages where the system has them. MemoryError."""
+    """uint8 [nbytes] of fresh memory that begins at a page, in huge pages where the system has them. MemoryError.
+
+    Forked processes, such as those that load data, do not have it.
+    """
     try:
-        pages = mmap.mmap(-1, nbytes)
+        # Not shared, as it would be by default: shared memory hardly ever gets huge pages.
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes} bytes on the host: {error}") from error
-    # A kernel without huge pages refuses, which is no harm.
-    with contextlib.suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    # A kernel without huge pages refuses, which is no harm. Pinned pages are copied when a process forks.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(AttributeError, OSError):
+            pages.madvise(getattr(mmap, advice))
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .handing import hand_over, stream_of
+
 _ATTRIBUTE = "_pykern_recipe"
 
 
@@ -40,11 +42,12 @@ class Recipe:
 class SavedRecipe:
     """A recipe whose inputs have been packed. Once made, the tensor stays until the last that saved it has let go."""
 
-    __slots__ = ("__weakref__", "_function", "_inputs", "_lock", "_made")
+    __slots__ = ("__weakref__", "_function", "_inputs", "_lock", "_made", "_stream")
 
     def __init__(self, function: Callable[..., Tensor], inputs: list) -> None:
         self._function, self._inputs = function, inputs
         self._made: Tensor | None = None
+        self._stream: object = None
         self._lock = threading.Lock()
 
     def make(self, unpack: Callable[[object], Tensor]) -> Tensor:
@@ -52,7 +55,8 @@ class SavedRecipe:
             if self._made is None:
                 with torch.no_grad():
                     self._made = self._function(*map(unpack, self._inputs))
-            return self._made
+                self._stream = stream_of(self._made)
+            return hand_over(self._made, self._stream)
 
 
 def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:

@@ -94,20 +94,15 @@ class Saved:
 class Flattened:
     """What the graph holds instead of a tensor subclass: its inner tensors, packed one by one."""
 
-    __slots__ = ("_context", "_counter", "_inner", "_others", "_size", "_stride", "_type", "_version")
+    __slots__ = ("_counter", "_inner", "_version")
 
     def __init__(self, tensor: Tensor, pack: Callable[[Tensor], object]) -> None:
-        self._others, self._context = _other_members(tensor), tensor.__tensor_flatten__()[1]
         self._inner = {name: pack(inner) for name, inner in inner_tensors(tensor)}
-        self._type, self._size, self._stride = type(tensor), tensor.size(), tensor.stride()
         self._counter, self._version = counter_of(tensor), tensor._version
 
     def unpack(self, unpack: Callable[[object], Tensor]) -> Tensor:
-        check_version(self._counter._version, self._version, self._counter, self._size)
-        inner = {name: unpack(packed) for name, packed in self._inner.items()}
-        # The context may say that the tensor required gradients; autograd gives the result its own place in the graph.
-        members = {**inner, **self._others}
-        return self._type.__tensor_unflatten__(members, self._context, self._size, self._stride).detach()
+        check_version(self._counter._version, self._version, self._counter, self._counter.size())
+        return with_inner_tensors(self._counter, {name: unpack(packed) for name, packed in self._inner.items()})
 
 
 class Recomputed:
@@ -299,10 +294,15 @@ def inner_tensors(tensor: Tensor) -> list[tuple[str, Tensor]]:
     return [(name, member) for name, member in members if isinstance(member, Tensor)]
 
 
-def _other_members(tensor: Tensor) -> dict[str, object]:
-    """What else a subclass lists as its parts, such as the mesh of a DTensor."""
-    members = ((name, getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return {name: member for name, member in members if not isinstance(member, Tensor)}
+def with_inner_tensors(tensor: Tensor, inner: dict[str, Tensor]) -> Tensor:
+    """The same subclass, made of other tensors.
+
+    `detach` copies all else that it holds. Not `__tensor_unflatten__`: DTensor's refuses some layouts of its own.
+    """
+    other = tensor.detach()
+    for name, member in inner.items():
+        setattr(other, name, member)
+    return other
 
 
 def identities(tensors: Iterable[Tensor]) -> Iterator[int]:
@@ -326,21 +326,20 @@ def check_version(current: int, saved: int, tensor: Tensor, size: torch.Size) ->
 
 def counter_of(tensor: Tensor) -> Tensor:
     """A tensor that shares the version counter of `tensor`, but not its memory."""
+    if is_traceable_wrapper_subclass(tensor):
+        return placeholder(tensor)
     counter = tensor.detach()
-    if is_traceable_wrapper_subclass(counter):
-        for name, inner in inner_tensors(counter):
-            setattr(counter, name, placeholder(inner))
-    else:
-        counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return counter
 
 
 def placeholder(tensor: Tensor) -> Tensor:
-    """A tensor of the same size, dtype and device that takes one element of memory: NaN, where the dtype has one."""
+    """A tensor of the same size, dtype and device that takes one element of memory: NaN, where the dtype has one.
+
+    Of a subclass, one that shares the version counter as well.
+    """
     if is_traceable_wrapper_subclass(tensor):
-        members = {name: placeholder(inner) for name, inner in inner_tensors(tensor)} | _other_members(tensor)
-        context = tensor.__tensor_flatten__()[1]
-        return type(tensor).__tensor_unflatten__(members, context, tensor.size(), tensor.stride()).detach()
+        return with_inner_tensors(tensor, {name: placeholder(inner) for name, inner in inner_tensors(tensor)})
     element = torch.empty((), dtype=tensor.dtype, device=tensor.device)
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
         element.fill_(float("nan"))
@@ -348,6 +347,16 @@ def placeholder(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
         element.untyped_storage(), 0, tensor.size(), (0,) * tensor.dim()
     )
+
+
+def take_memory(tensor: Tensor, other: Tensor) -> None:
+    """Lets `tensor` go on with the memory of `other`, of the same kind, and drop its own."""
+    if is_traceable_wrapper_subclass(tensor):
+        # Not their `data`: a view would hold on to its base.
+        for name, inner in inner_tensors(other):
+            setattr(tensor, name, inner)
+    else:
+        tensor.data = other
 
 
 def list_of_tensors(parameters: torch.nn.Module | Iterable[Tensor]) -> Callable[[], list[Tensor]]:

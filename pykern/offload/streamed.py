@@ -1,5 +1,6 @@
 """The engine for devices with streams: blocks go to slots of the host's memory and back, in order by events alone."""
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -33,7 +34,8 @@ class StreamedEngine:
     - A slot has a new generation for each owner. It is free once the last copy that touches it is known: the next copy
       into it waits for that one, the host does not.
 
-    A failure to move something leaves it where it is.
+    A failure to move something leaves it where it is. Nothing can be captured in a CUDA graph: its replays would write
+    to slots that may have become others' since. A process that is forked off can't use it, and frees nothing.
 
     slot_bytes: sizes of the slots of a plan; the host's memory is then allocated once, and never grows. Otherwise
     it grows as needed, up to `capacity`.
@@ -77,7 +79,8 @@ class StreamedEngine:
         self._stalled_before = 0.0
         self.description = f"pinned memory of {device.name}"
         self._count_from_zero()
-        self._closing = weakref.finalize(self, _close, device, self._arena, file)
+        self._process = os.getpid()
+        self._closing = weakref.finalize(self, _close, self._process, device, self._arena, file)
 
     # --- out ----------------------------------------------------------------------------------------
 
@@ -336,6 +339,8 @@ class StreamedEngine:
                 self._lock.release()
 
     def _forget_released(self) -> None:
+        if os.getpid() != self._process or self._device.is_capturing():
+            return
         while self._released:
             item = self._items.pop(self._released.popleft(), None)
             if item is None:
@@ -559,6 +564,15 @@ class StreamedEngine:
     def _begin(self) -> None:
         if not self._closing.alive:
             raise RuntimeError("ActivationOffload: closed before its saved tensors were used")
+        if self._device.is_capturing():
+            raise RuntimeError(
+                "ActivationOffload: can't be captured in a CUDA graph, whose replays would write to host memory that "
+                "others have by then; capture the step without it, or run it as it is"
+            )
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "ActivationOffload: used in a process that was forked off its own; start processes with 'spawn'"
+            )
         self._forget_released()
         self._spill_what_is_out()
 
@@ -573,7 +587,10 @@ class StreamedEngine:
         return Point(stream, self._next_point, self._device.record(stream))
 
 
-def _close(device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
+def _close(process: int, device: StreamDevice, arena: HostArena, file: Engine | None) -> None:
+    # The device, its streams and the threads of the file are the process's that made them.
+    if os.getpid() != process:
+        return
     for stream in (device.out_stream, device.back_stream):
         device.synchronize(device.record(stream))
     # It may still read slots.

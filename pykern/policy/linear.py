@@ -306,15 +306,19 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 # --- shapes for tracing ----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("pykern::linear_token_logprobs")
-def _(hidden, weight, targets, bias, row_temperature, temperature, softcap, entropy, vocabulary_start):
-    dtype = result_dtype(hidden)
-    rows = hidden.shape[0]
+def _row_results(hidden: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and statistics."""
+    rows, dtype = hidden.shape[0], result_dtype(hidden)
     return (
         hidden.new_empty((rows,), dtype=dtype),
         hidden.new_empty((rows if entropy else 0,), dtype=dtype),
         hidden.new_empty((rows, 2), dtype=dtype),
     )
+
+
+@torch.library.register_fake("pykern::linear_token_logprobs")
+def _(hidden, weight, targets, bias, row_temperature, temperature, softcap, entropy, vocabulary_start):
+    return _row_results(hidden, entropy)
 
 
 @torch.library.register_fake("pykern::linear_token_logprobs_backward")
@@ -344,13 +348,7 @@ def _(
 
 @torch.library.register_fake("pykern::linear_chunk_logprobs")
 def _(hidden, weight, targets, bias, row_temperature, temperature, softcap, entropy, logits):
-    dtype = result_dtype(hidden)
-    rows = hidden.shape[0]
-    return (
-        hidden.new_empty((rows,), dtype=dtype),
-        hidden.new_empty((rows if entropy else 0,), dtype=dtype),
-        hidden.new_empty((rows, 2), dtype=dtype),
-    )
+    return _row_results(hidden, entropy)
 
 
 @torch.library.register_fake("pykern::linear_chunk_gradients")

@@ -1,5 +1,6 @@
 """DTensor parameters: steps on shards, over gloo, against one process; checkpoints of shards."""
 
+import functools
 import tempfile
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from torch import distributed
 
 import pykern
+from pykern.lowrank.distributed import like_shards
+from pykern.reference import lowrank as reference
+from tests.support import threads
 from tests.support_distributed import run_processes
 
 STEPS, GAP = 7, 3
@@ -43,17 +47,23 @@ def make(params, side, **options):
 
 
 def layouts():
-    """Names of layouts, with their placements on a mesh of all four processes."""
+    """Names of layouts, with their placements on a mesh of all four processes and the side that they are projected from
+    there, and in one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     return {
-        "rows": (line, [Shard(0)]),
-        "columns": (line, [Shard(1)]),
-        "replicas": (line, [Replicate()]),
-        "replicated rows": (square, [Replicate(), Shard(0)]),
-        "rows twice": (square, [Shard(0), Shard(0)]),
+        "rows": (line, [Shard(0)], "std", "right"),
+        "columns": (line, [Shard(1)], "std", "left"),
+        "rows, added up": (line, [Shard(0)], "left", "left"),
+        "replicas": (line, [Replicate()], "std", "std"),
+        "replicated rows": (square, [Replicate(), Shard(0)], "std", "right"),
+        "rows twice": (square, [Shard(0), Shard(0)], "std", "right"),
+        "rows after rows": (square, [_StridedShard(0, split_factor=2), Shard(0)], "std", "right"),
+        "rows and columns": (square, [Shard(0), Shard(1)], "std", "right"),
+        "columns and rows": (square, [Shard(1), Shard(0)], "std", "left"),
     }
 
 
@@ -61,8 +71,8 @@ def placed(tensor, mesh, placements):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     if tensor.dim() != 2 and Shard(1) in placements:
-        placements = [Replicate()]
-    return distribute_tensor(tensor, mesh, placements)
+        placements = [Replicate()] * mesh.ndim
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
 def trained(params, optimizer, place, steps=range(STEPS)):
@@ -78,17 +88,22 @@ def whole(tensor):
 
 def on_one_process():
     results = {}
-    for layout, (mesh, placements) in layouts().items():
+    for layout, (mesh, placements, side, same_as) in layouts().items():
         for case, options in CASES.items():
-            if case not in ("galore", "fira") and layout not in ("rows", "columns"):
+            if case not in ("galore", "fira") and layout not in ("rows", "columns", "rows and columns"):
+                continue
+            if layout == "rows and columns" and case == "few bits":
                 continue
             params = [torch.nn.Parameter(placed(tensor, mesh, placements)) for tensor in tensors(0)]
-            optimizer = make(params, "std", **options)
+            optimizer = make(params, side, **options)
             trained(params, optimizer, lambda tensor: placed(tensor, mesh, placements))
             bases = [value for state in optimizer.state.values() for key, value in state.items() if "projector" in key]
-            results[layout, case] = [whole(param).detach() for param in params], bases
+            results[layout, case] = [whole(param).detach() for param in params], bases, same_as
     results["checkpoint"] = checkpoints()
-    results["model"] = sharded_model()
+    rank = distributed.get_rank()
+    results["model"] = sharded_model(lambda net: sharded(net, layouts()["rows"][0]), 13, [rank])
+    results["parallel model"] = sharded_model(in_parallel, 12, [rank // 2])
+    results["reloads"] = {(before, after): reload(before, after) for before, after in ((2, 1), (1, 2), (2, 4))}
     results["traffic"] = traffic()
     results["overflow"] = overflow()
     results["backward"] = in_backward()
@@ -96,9 +111,9 @@ def on_one_process():
     return results
 
 
-def model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(8, 13), torch.nn.Tanh(), torch.nn.Linear(13, 6))
+def model(width=13, seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 6))
 
 
 def train_model(net, optimizer, steps, processes):
@@ -125,28 +140,41 @@ def optimizer_of(net, side):
     return pykern.LowRankOptimizer(groups, 0.01, residual="error_feedback")
 
 
-def sharded_model():
-    """A model under fully_shard, and its optimizer through torch.distributed.checkpoint in the midst of training."""
+def in_parallel(net):
+    """Two processes share each layer, and each half of it lies in shards in two."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return sharded(net, mesh["data"])
+
+
+def shared_folder(group=None):
+    folder = [tempfile.mkdtemp()] if distributed.get_rank() == 0 else [None]
+    distributed.broadcast_object_list(folder, group=group)
+    return folder[0]
+
+
+def sharded_model(shard, width, mine):
+    """A model in shards, trained on the data of `mine`, and its optimizer through torch.distributed.checkpoint in the
+    midst of training."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict as states
 
-    mesh = layouts()["rows"][0]
-    net = sharded(model(), mesh)
+    net = shard(model(width))
     optimizer = optimizer_of(net, "std")
-    mine = [distributed.get_rank()]
     train_model(net, optimizer, range(4), mine)
-    folder = [tempfile.mkdtemp()] if distributed.get_rank() == 0 else [None]
-    distributed.broadcast_object_list(folder)
+    folder = shared_folder()
     weights, kept = states.get_state_dict(net, optimizer)
-    checkpoint.save({"model": weights, "optimizer": kept}, checkpoint_id=folder[0])
+    checkpoint.save({"model": weights, "optimizer": kept}, checkpoint_id=folder)
     full = states.get_optimizer_state_dict(net, optimizer, options=states.StateDictOptions(full_state_dict=True))
 
-    torch.manual_seed(5)
-    other = sharded(torch.nn.Sequential(torch.nn.Linear(8, 13), torch.nn.Tanh(), torch.nn.Linear(13, 6)), mesh)
+    other = shard(model(width, seed=5))
     resumed = optimizer_of(other, "std")
     weights, kept = states.get_state_dict(other, resumed)
     loaded = {"model": weights, "optimizer": kept}
-    checkpoint.load(loaded, checkpoint_id=folder[0])
+    checkpoint.load(loaded, checkpoint_id=folder)
     states.set_state_dict(other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     for one, two in ((net, optimizer), (other, resumed)):
         train_model(one, two, range(4, 8), mine)
@@ -159,7 +187,7 @@ def sharded_model():
 
 def checkpoints():
     """State dictionaries of shards, loaded into shards and into whole parameters."""
-    mesh, placements = layouts()["rows"]
+    mesh, placements, *_ = layouts()["rows"]
 
     def place(tensor):
         return placed(tensor, mesh, placements)
@@ -191,9 +219,84 @@ def checkpoints():
     return same, [param.detach() for param in alone], [whole(param).detach() for param in back]
 
 
+class Matrices(torch.nn.Module):
+    """Weights whose shards' blocks of 256 begin where those of other shards do, and whose don't."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.even = torch.nn.Parameter(place(torch.ones(1024, 4)))
+        self.odd = torch.nn.Parameter(place(torch.ones(600, 4)))
+
+    def trained(self, place, steps):
+        optimizer = pykern.GaLoreAdamW8bit(self.parameters(), 0.01, rank=2, side="right")
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(step)
+            for param in self.parameters():
+                param.grad = place(torch.randn(param.shape, generator=generator))
+            optimizer.step()
+        return optimizer
+
+    def moments(self, optimizer):
+        """What the codes say, of all shards."""
+        values = {}
+        for name, param in self.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state = optimizer.state[param]
+                codes, scale = state[moment], state[f"{moment}_scale"]
+                local = codes.to_local() if hasattr(codes, "to_local") else codes
+                value = reference.dequantize(local, scale, moment == "exp_avg")
+                values[name, moment] = whole(like_shards(value, codes)) if local is not codes else value
+        return values
+
+
+def reload(before, after):
+    """8-bit moments in `before` processes and what `after` processes load of them: by a checkpoint of shards, and by a
+    whole state through a process without shards."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    meshes = [DeviceMesh("cpu", list(range(count))) for count in (before, after)]
+    everything = states.StateDictOptions(full_state_dict=True)
+    saved = loaded = passed = full = None
+
+    def place_on(mesh):
+        return lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+    folder = shared_folder()
+    if distributed.get_rank() < before:
+        net = Matrices(place_on(meshes[0]))
+        optimizer = net.trained(place_on(meshes[0]), 2)
+        saved = net.moments(optimizer)
+        kept = states.get_optimizer_state_dict(net, optimizer)
+        checkpoint.save({"optimizer": kept}, checkpoint_id=folder, process_group=meshes[0].get_group())
+        full = states.get_optimizer_state_dict(net, optimizer, options=everything)
+    distributed.barrier()
+    full = [full]
+    distributed.broadcast_object_list(full)
+    if distributed.get_rank() < after:
+        net = Matrices(place_on(meshes[1]))
+        optimizer = net.trained(place_on(meshes[1]), 0)
+        kept = {"optimizer": states.get_optimizer_state_dict(net, optimizer)}
+        checkpoint.load(kept, checkpoint_id=folder, process_group=meshes[1].get_group())
+        states.set_optimizer_state_dict(net, optimizer, kept["optimizer"])
+        loaded = net.moments(optimizer)
+
+        alone = Matrices(torch.clone)
+        optimizer = alone.trained(torch.clone, 1)
+        states.set_optimizer_state_dict(alone, optimizer, full[0], options=everything)
+        full = states.get_optimizer_state_dict(alone, optimizer)
+        assert full["state"]["odd"]["exp_avg"].dtype == torch.uint8
+        optimizer = net.trained(place_on(meshes[1]), 1)
+        states.set_optimizer_state_dict(net, optimizer, full, options=everything)
+        passed = net.moments(optimizer)
+    return saved, loaded, passed
+
+
 def traffic():
     """Bytes that each step gives to collectives, of a 40 x 8 weight in shards of its rows."""
-    mesh, placements = layouts()["rows"]
+    mesh, placements, *_ = layouts()["rows"]
     param = torch.nn.Parameter(placed(torch.randn(40, 8), mesh, placements))
     results = {}
     for residual in ("none", "fira"):
@@ -220,7 +323,7 @@ def traffic():
 
 def overflow():
     """Steps done, weights and bases when a gradient overflows in the last shard at first."""
-    mesh, placements = layouts()["rows"]
+    mesh, placements, *_ = layouts()["rows"]
     param = torch.nn.Parameter(placed(tensors(0)[0], mesh, placements))
     optimizer = make([param], "std")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -249,15 +352,16 @@ def in_backward():
 
 def refusals():
     """The messages of layouts and sides that don't go together."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     messages = []
-    mesh = layouts()["rows"][0]
-    cases = (((8, 4), 0, "left", None), ((4, 8), 1, "full", None), ((4, 4, 3), 1, "std", None),
-             ((8, 4), 0, "std", distributed.group.WORLD))  # fmt: skip
-    for shape, axis, side, group in cases:
-        param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(axis)]))
-        optimizer = pykern.LowRankOptimizer([param], rank=2, side=side, process_group=group)
+    few_bits = {"residual": "error_feedback", "feedback_dtype": "8bit"}
+    cases = (((4, 8), "columns", {"side": "full"}), ((4, 4, 3), "columns", {}), ((8, 4), "rows and columns", few_bits),
+             ((8, 4), "rows", {"process_group": distributed.group.WORLD}))  # fmt: skip
+    for shape, layout, options in cases:
+        mesh, placements, *_ = layouts()[layout]
+        param = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, placements, src_data_rank=None))
+        optimizer = pykern.LowRankOptimizer([param], rank=2, **options)
         param.grad = torch.ones_like(param)
         try:
             optimizer.step()
@@ -271,10 +375,12 @@ def results():
     return run_processes(4, on_one_process)
 
 
+@functools.cache
 def alone(case, side):
     params = [torch.nn.Parameter(tensor) for tensor in tensors(0)]
     optimizer = make(params, side, **CASES[case])
-    trained(params, optimizer, lambda tensor: tensor)
+    with threads(1):
+        trained(params, optimizer, lambda tensor: tensor)
     return [param.detach() for param in params]
 
 
@@ -288,17 +394,16 @@ def assert_close(ours, theirs, tolerance=2e-6, case=()):
 def test_shards_step_as_one_process(results):
     compared = 0
     for key in (key for key in results[0] if isinstance(key, tuple)):
-        (layout, case), (weights, bases) = key, results[0][key]
-        side = {"columns": "left", "replicas": "std"}.get(layout, "right")
+        (layout, case), (weights, bases, side) = key, results[0][key]
         expected = alone(case, side)
-        if layout == "columns":
-            # What is no matrix lies whole in every process, and takes its own side.
-            expected[3:] = alone(case, "std")[3:]
+        if "columns" in layout:
+            # What is no matrix lies whole in every process; "std" is left for it.
+            expected = expected[:3] + alone(case, "left")[3:]
         assert_close(weights, expected, 2e-5 if case == "newton-schulz" else 2e-6, key)
         for result in results[1:]:
             assert all(map(torch.equal, weights, result[key][0])) and all(map(torch.equal, bases, result[key][1]))
         compared += 1
-    assert compared == 2 * len(CASES) + 6
+    assert compared == 3 * len(CASES) - 1 + 6 * 2
 
 
 def test_checkpoints_of_shards(results):
@@ -308,15 +413,32 @@ def test_checkpoints_of_shards(results):
         assert_close(spread, gathered)
 
 
-def test_a_model_under_fully_shard_and_a_distributed_checkpoint(results):
-    net = model()
+@pytest.mark.parametrize("name, width, batches", [("model", 13, 4), ("parallel model", 12, 2)])
+def test_a_model_under_fully_shard_and_a_distributed_checkpoint(results, name, width, batches):
+    net = model(width)
     optimizer = optimizer_of(net, "right")
-    train_model(net, optimizer, range(8), range(len(results)))
-    for weights, same, _ in (result["model"] for result in results):
+    train_model(net, optimizer, range(8), range(batches))
+    for weights, same, _ in (result[name] for result in results):
         assert same
         assert_close(weights, [param.detach() for param in net.parameters()], 1e-5)
-    state = results[0]["model"][2]["state"]["0.weight"]
-    assert state["exp_avg"].shape == (3, 13) and state["projector"].shape == (8, 3)
+    state = results[0][name][2]["state"]["0.weight"]
+    assert state["exp_avg"].shape == (3, width) and state["projector"].shape == (8, 3)
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 4)])
+def test_eight_bit_moments_in_other_shards(results, before, after):
+    """The same bits where blocks are the same, else the nearest of levels that are at most 1/70 of the block apart."""
+    saved, *both = results[0]["reloads"][before, after]
+    for times, loaded in enumerate(both, 1):
+        for (name, moment), value in saved.items():
+            # One half for the nearest, and one for the lowest level, which stood for minus one.
+            within = times * value.abs().max().item() / 69
+            torch.testing.assert_close(loaded[name, moment], value, rtol=0, atol=within)
+            assert value.any() and (name != "even" or torch.equal(loaded[name, moment], value))
+    # In one process and in two the first block is one of the first 256.
+    if after != 4:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(both[0]["odd", moment][:, :256], saved["odd", moment][:, :256])
 
 
 def test_an_overflow_in_one_shard_skips_the_step_in_all(results):
@@ -355,7 +477,8 @@ def test_a_step_between_refreshes_sends_nothing_but_the_norms(results):
 
 
 def test_refused_layouts(results):
-    left, full, other, group = results[0]["refused"]
+    full, other, few_bits, group = results[0]["refused"]
     assert group.startswith("process_group: expected parameters that each process holds whole")
-    assert left.startswith('side: expected "std", "reverse_std" or \'right\'') and "'full'" in full
+    assert full.startswith('side: "full" needs all of a weight in every process') and '"left", "right"' in full
+    assert few_bits.startswith('feedback_dtype: expected "weight"')
     assert other.startswith("params: expected a DTensor in Shard(0)") and "group without rank" in other

@@ -2,19 +2,23 @@
 
 import gc
 import os
+import re
 import resource
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import pykern
 from pykern.offload import engine as engine_module
-from pykern.offload.engine import Engine
+from pykern.offload.engine import Engine, Link
 
-from .support import STORAGES, assert_bit_equal, bytes_of, descriptors, gradients, in_a_process, loss_of, make
+from .support import (
+    STORAGES, assert_bit_equal, bytes_of, descriptors, file_size_limit, gradients, in_a_process, loss_of, make,
+)  # fmt: skip
 
 
 def store(engine, tensor):
@@ -25,7 +29,7 @@ def store(engine, tensor):
 @pytest.fixture(params=STORAGES)
 def engine(request, tmp_path):
     folder = str(tmp_path) if request.param == "file" else None
-    return Engine(folder, capacity=8 << 20, threads=2, queue_bytes=1 << 20, delay_seed=None)
+    return Engine(folder, capacity=8 << 20)
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 4095, 4096, 4097, 100_000, (4 << 20) - 1, 4 << 20, (4 << 20) + 4097])
@@ -133,41 +137,6 @@ def test_closed_engine_says_so(engine):
     engine.release(item)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("folder", [True, False])
-def test_a_random_history(tmp_path, folder, threads):
-    """Stores, loads, reservations and releases in random order, with pauses and poison, against a dictionary."""
-    engine = Engine(str(tmp_path) if folder else None, 1 << 20, threads, 1 << 16, delay_seed=threads)
-    generator = torch.Generator().manual_seed(threads)
-
-    def draw(limit):
-        return int(torch.randint(0, limit, (), generator=generator))
-
-    expected, reserved = {}, set()
-    for step in range(300):
-        action = draw(5)
-        if action <= 1 or not expected:
-            source = bytes_of(1 + draw(30_000), seed=step)
-            item = store(engine, source.clone())
-            if item > 0:
-                expected[item] = source
-            continue
-        item = list(expected)[draw(len(expected))]
-        if action == 2:
-            assert torch.equal(engine.load(item), expected[item])
-        elif action == 3 and item not in reserved:
-            engine.reserve(item)
-            reserved.add(item)
-        elif item in reserved:
-            engine.unreserve(item)
-            reserved.discard(item)
-        else:
-            engine.release(item)
-            del expected[item]
-    for item, source in expected.items():
-        assert torch.equal(engine.load(item), source)
-
-
 def test_a_write_in_flight_is_forwarded():
     offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, threads=1, debug_delays=0)
     model, x = make("mlp")
@@ -185,7 +154,7 @@ def test_a_write_in_flight_is_forwarded():
 
 def test_queue_bounds_what_is_in_flight():
     """With room for one tensor the forward waits for each write; a tensor above the bound goes alone."""
-    engine = Engine(None, 1 << 24, 1, 1000, delay_seed=0)
+    engine = Engine(threads=1, queue_bytes=1000, delay_seed=0)
     for size in (900, 900, 5000, 900):
         store(engine, bytes_of(size))
     assert engine.counters()["offloads"] >= 3
@@ -193,7 +162,7 @@ def test_queue_bounds_what_is_in_flight():
 
 
 def test_loading_does_not_hold_the_interpreter():
-    engine = Engine(None, 1 << 24, 1, 1 << 24, delay_seed=0)
+    engine = Engine(threads=1, delay_seed=0)
     items = [store(engine, bytes_of(1000)) for _ in range(200)]
     ticks, stop = [], threading.Event()
 
@@ -382,78 +351,44 @@ def test_folder_that_takes_no_file():
         pykern.ActivationOffload("file", path="/proc")
 
 
-PREAMBLE = """
-import gc, os, resource, sys, tempfile, warnings
-import torch, pykern
-from pykern.offload import engine as engine_module
-from tests.offload.support import assert_bit_equal, gradients, loss_of, make
-model, x = make("mlp")
-plain = gradients(model, x)
-folder = tempfile.mkdtemp()
-"""
+def test_file_size_limit_is_told_before_training(tmp_path):
+    with file_size_limit(1 << 20), pytest.raises(OSError, match="cannot preallocate 16777216 bytes: File too large"):
+        pykern.ActivationOffload("file", path=tmp_path, capacity=1 << 24)
 
 
-def test_file_size_limit_is_told_before_training():
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    code = (
-        PREAMBLE
-        + """
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-try:
-    pykern.ActivationOffload("file", path=folder, capacity=1 << 24)
-except OSError as error:
-    print(error)
-"""
+def test_failed_growth_loses_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "FILE_GROWTH", 1 << 16)
+    model, x = make("mlp")
+    plain = gradients(model, x)
+    offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=tmp_path)
+    with file_size_limit(1 << 16), pytest.warns(RuntimeWarning) as warned:
+        for _ in range(3):
+            assert_bit_equal(gradients(model, x, offload), plain)
+    stats = offload.stats()
+    assert stats["kept"]["capacity"] > 0
+    assert stats["offloads"] + stats["forwards"] > 0
+    (warning,) = warned
+    assert "File too large; activations that can't be moved stay in memory" in str(warning.message)
+
+
+def test_failed_writes_lose_nothing(tmp_path):
+    model, x = make("mlp")
+    plain = gradients(model, x)
+    offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=tmp_path, capacity=1 << 20)
+    with file_size_limit(1 << 14), pytest.warns(RuntimeWarning) as warned:
+        for _ in range(3):
+            model.zero_grad()
+            with offload:
+                loss = loss_of(model, x)
+            offload.synchronize()
+            loss.backward()
+            assert_bit_equal([parameter.grad for parameter in model.parameters()], plain)
+    assert offload.stats()["kept"]["capacity"] > 0
+    (warning,) = warned
+    assert re.search(
+        r"writing \d+ bytes at \d+ of the spill file in .*: File too large; activations that can't be moved stay",
+        str(warning.message),
     )
-    message = in_a_process(code)
-    assert "cannot preallocate 16777216 bytes" in message
-    assert "File too large" in message
-
-
-def test_failed_growth_loses_nothing():
-    code = (
-        PREAMBLE
-        + """
-engine_module.FILE_GROWTH = 1 << 16
-offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=folder)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(3):
-        assert_bit_equal(gradients(model, x, offload), plain)
-stats = offload.stats()
-assert stats["kept"]["capacity"] > 0 and stats["offloads"] + stats["forwards"] > 0, stats
-assert len(caught) == 1, caught
-print(caught[0].message)
-"""
-    )
-    assert "File too large; activations that can't be moved stay in memory" in in_a_process(code)
-
-
-def test_failed_writes_lose_nothing():
-    code = (
-        PREAMBLE
-        + """
-offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=folder, capacity=1 << 20)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(3):
-        model.zero_grad()
-        with offload:
-            loss = loss_of(model, x)
-        offload.synchronize()
-        loss.backward()
-        assert_bit_equal([p.grad for p in model.parameters()], plain)
-assert len(caught) == 1, caught
-assert offload.stats()["kept"]["capacity"] > 0
-print(caught[0].message)
-"""
-    )
-    message = in_a_process(code)
-    assert "writing" in message
-    assert "of the spill file in" in message
-    assert "File too large; activations that can't be moved stay in memory" in message
 
 
 def test_failed_read_is_one_clear_error(tmp_path):
@@ -468,37 +403,73 @@ def test_failed_read_is_one_clear_error(tmp_path):
         loss.backward()
 
 
-def test_ends_with_activations_in_flight():
-    """Exit while writes are queued and a graph is alive, without a hang or a crash."""
-    code = (
-        PREAMBLE
-        + """
-offload = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=folder, debug_delays=0)
-with offload:
-    loss = loss_of(model, x)
-print("end")
-"""
-    )
-    assert in_a_process(code) == "end\n"
+# --- threads and processes --------------------------------------------------------------------------
 
 
-def test_forked_child_ends():
-    code = (
-        PREAMBLE
-        + """
+def test_threads_that_the_system_refuses(tmp_path):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20), limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"threads: the system gives \d+ of 1000: .*; ask for fewer"):
+            Engine(str(tmp_path), capacity=1 << 20, threads=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert descriptors(tmp_path) == []
+
+
+def test_released_while_it_is_waited_for():
+    """Behind a long read, another thread waits for an item that is released."""
+    engine = Engine(threads=1, link=Link(latency=0.1, directions=1))
+    first, second = store(engine, bytes_of(10)), store(engine, bytes_of(10))
+    engine.synchronize()
+    engine.reserve(first)
+    errors = []
+
+    def load():
+        try:
+            engine.load(second)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    time.sleep(0.02)
+    engine.release(second)
+    loading.join()
+    assert errors == ["offload: the saved tensor was released before its use"]
+
+
+def test_a_fork_and_an_exit_with_activations_in_flight():
+    """A child ends, and is told that it has no threads; its parent goes on, and ends while writes are queued."""
+    code = """
+import gc, os, sys, tempfile
+import pykern
+from tests.offload.support import assert_bit_equal, gradients, loss_of, make
+model, x = make("mlp")
+plain = gradients(model, x)
 offload = pykern.ActivationOffload("memory", min_bytes=0, keep_last=0)
-assert_bit_equal(gradients(model, x, offload), plain)
+model.zero_grad()
 with offload:
     loss = loss_of(model, x)
-sys.stdout.flush()
+offload.synchronize()
 if os.fork() == 0:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        print(error)
     del offload, loss
     gc.collect()
     sys.exit(0)
 _, status = os.wait()
 assert status == 0, status
 loss.backward()
+assert_bit_equal([parameter.grad for parameter in model.parameters()], plain)
+file = pykern.ActivationOffload("file", min_bytes=0, keep_last=0, path=tempfile.mkdtemp(), debug_delays=0)
+with file:
+    loss = loss_of(model, x)
 print("end")
 """
-    )
-    assert in_a_process(code) == "end\n"
+    told, end = in_a_process(code).splitlines()
+    assert told.startswith("offload: opened before a fork, which copies no threads")
+    assert end == "end"

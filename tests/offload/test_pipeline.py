@@ -93,6 +93,7 @@ def test_gradients_are_the_same(model, split, storage):
     rank = Rank(model, storage, split)
     for _ in range(2):
         assert_same(rank)
+    rank.offload.synchronize()
     counters = rank.offload.counters()
     assert counters["offloads"] == 2 * len(rank.offload.plan.copies[0]) > 0
     assert counters["peak_blocks"] == counters["planned_peak_blocks"]
@@ -199,6 +200,7 @@ def test_a_step_that_was_broken_off_leaves_nothing(stop):
     with pytest.raises(KeyboardInterrupt):
         rank.step(True, stop=stop)
     assert_same(rank)
+    rank.offload.synchronize()
     assert rank.offload.counters()["engine"]["slots"] == 0
 
 

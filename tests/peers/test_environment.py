@@ -17,6 +17,7 @@ PEERS = {
     "fira": "fira",
     "liger_kernel": "liger-kernel",
     "prefix_grouper": "prefix-grouper",
+    "q_galore_torch": "q-galore-torch",
     "torchao": "torchao",
     "transformers": "transformers",
     "trl": "trl",
