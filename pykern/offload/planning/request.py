@@ -26,9 +26,12 @@ class Request:
     budget: tuple[int, ...] | None
     host_budget: tuple[int, ...] | None
     insist: bool
+    """Computation waits for copies, rather than blocks stay."""
     slack: float
     shortest: float
+    """Blocks that a device misses for less than so many round trips stay: they would hardly lower the peak."""
     lone_speedup: float
+    """How much faster copies out are while no rank of the group copies back."""
     group: int | None
 
     def sizes_of(self, rank: int) -> list[int]:

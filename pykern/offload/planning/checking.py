@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise
 
-from .simulation import live_blocks
-from .transfers import find_blocks
+from .simulation import find_blocks, live_blocks
 from .types import Copy, Plan, Transfer
 
 
