@@ -130,12 +130,12 @@ def run_copies(
     while ready:
         rank = ready.pop()
         actions, done, engine, queue = order.ranks[rank], spans[rank], engines[rank], transfers[rank]
-        computed = done[-1][1] if done else 0.0
-        while len(done) < len(actions):
-            kind, chunk, microbatch = actions[len(done)]
-            stage = stage_of[rank][chunk]
+        stages_of_rank, copied_back, computed = stage_of[rank], engine.done, done[-1][1] if done else 0.0
+        for number in range(len(done), len(actions)):
+            kind, chunk, microbatch = actions[number]
+            stage = stages_of_rank[chunk]
             # What stands before an action is asked for when the last one has ended, even if the action must wait.
-            while following[rank] < len(queue) and queue[following[rank]].before <= len(done):
+            while following[rank] < len(queue) and queue[following[rank]].before <= number:
                 passed[rank] = engine.perform(queue[following[rank]], passed[rank])
                 following[rank] += 1
             key = stage * microbatches + microbatch
@@ -155,10 +155,10 @@ def run_copies(
                     break
                 start = max(start, end + late)
             copied = passed[rank]
-            if (kind == "I" or kind == "B") and (copy := engine.done.get((chunk, microbatch))):
+            if (kind == "I" or kind == "B") and (copy := copied_back.get((chunk, microbatch))):
                 copied = max(copied, copy.back[1])
             if copied > start:
-                waits[rank][len(done)] = copied - start
+                waits[rank][number] = copied - start
                 start = copied
             computed = passed[rank] = start + seconds[kind][stage]
             done.append((start, computed))

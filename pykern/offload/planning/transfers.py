@@ -47,8 +47,10 @@ def peak_bytes(rank: RankTimes, placed: Sequence[Placed]) -> int:
             moves[window.reload].append((copy.back_start, size))
     held = peak = 0
     for number, (made, dropped) in enumerate(zip(rank.made, rank.dropped, strict=True)):
-        if number in moves:
-            for _, size in sorted(moves[number]):
+        if of_action := moves.get(number):
+            if len(of_action) > 1:
+                of_action.sort()
+            for _, size in of_action:
                 held += size
                 if held > peak:
                     peak = held
