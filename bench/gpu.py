@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("attention", "policy", "lowrank", "offload")
 SHORTEST_STEP = 5  # seconds
+# Whole training steps, compiled ones among them, take their time.
+BENCH_SECONDS = {"attention": 90, "policy": 90, "lowrank": 90, "offload": 180}
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -143,7 +145,7 @@ def bench_steps(out: Path, seconds: float, folder: Path) -> list[Step]:
             f"bench {family}",
             [sys.executable, "-m", "pykern", "bench", family, "--device", "cuda", "--seconds", str(seconds),
              "--json", str(out / f"{family}.json")],
-            90,
+            BENCH_SECONDS[family],
             folder,
         )
         for family in FAMILIES
@@ -163,7 +165,7 @@ def count_tests(report: Path) -> dict[str, int]:
 
 
 def bench_lines(out: Path) -> list[str]:
-    """One line per case: milliseconds, share of the limit, and the time of each peer over pykern's."""
+    """One line per case: milliseconds, share of the limit, each peer's time over pykern's; of steps, memory."""
     lines = []
     for family in FAMILIES:
         path = out / f"{family}.json"
@@ -176,10 +178,22 @@ def bench_lines(out: Path) -> list[str]:
         for label, rows in by_case.items():
             ours, *peers = rows
             limit = f"{ours['percent_of_limit']:5.1f}% of {ours['limit']}" if ours["limit"] else ""
-            ratios = ", ".join(f"{peer['provider']} {peer['time_over_pykern']:.2f}x" for peer in peers)
+            ratios = ", ".join(map(ratio_of, rows if "peak_bytes" in ours else peers))
             lines.append(f"{label:<64} {ours['ms_p50']:9.4f} ms  {limit:<18} {ratios}")
+        lines += [link_line(link) for link in record.get("links", ())]
         lines += [f"{label:<64} not run: {reason}" for label, reason in record["missing"].items()]
     return lines
+
+
+def ratio_of(row: dict) -> str:
+    memory = f" at {row['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in row else ""
+    return f"{row['provider']} {row['time_over_pykern']:.2f}x{memory}"
+
+
+def link_line(link: dict) -> str:
+    rates = (link[name] / 1e9 for name in ("out", "back", "out_beside_back", "back_beside_out"))
+    apart = "out {:.2f}, back {:.2f}, at once {:.2f} and {:.2f} GB/s".format(*rates)
+    return f"link to {link['memory']} memory, {link['nbytes'] / 2**20:g} MiB: {apart}"
 
 
 def summarize(steps: list[Step], out: Path) -> tuple[str, dict]:

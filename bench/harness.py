@@ -1,5 +1,6 @@
 """Times the cases of bench/*/cases.py: every provider of a case on the same data, interleaved in one run."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -9,13 +10,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 import pykern
-from bench.timing import clock, copy_bandwidth, matrix_rate
+from bench.timing import CpuClock, CudaClock, clock, copy_bandwidth, link_rates, matrix_rate
+from pykern.offload.bandwidth import Bandwidth
+from pykern.train.memory import PeakMemory
 
 FAMILIES = ("attention", "policy", "lowrank", "offload")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,6 +33,9 @@ class Case:
         case.
     flops, bytes: what the op must do and move at least, for the rates and the share of the binding limit.
     dtype: "float32" or "bfloat16", the unit that bounds the arithmetic.
+    link: None if `bytes` are those of the device's own memory; "out" or "back", over the link to the host's.
+    is_step: a step of training, which a GPU's clock calls as a trainer does, never from a CUDA graph; what it takes of
+        memory is measured too.
     """
 
     family: str
@@ -39,6 +45,8 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     dtype: str = "float32"
+    link: str | None = None
+    is_step: bool = False
 
     @property
     def label(self) -> str:
@@ -52,10 +60,14 @@ def load_cases(families: tuple[str, ...] = FAMILIES, device: str = "cpu") -> lis
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates measured on this device in this run: operations per second by dtype, bytes per second."""
+    """Rates measured on this device in this run: operations per second by dtype, bytes per second.
+
+    links: copies "out" to the host's memory and "back".
+    """
 
     flops: dict[str, float]
     bandwidth: float
+    links: dict[str, float] = field(default_factory=dict)
 
 
 # What one was seen to do: a large copy, and an 8192 x 8192 x 8192 product on random data; float32 as the maker says.
@@ -84,7 +96,10 @@ def measure_limits(device: torch.device) -> Limits:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: 20th, 50th and 80th percentile, and this provider over pykern round by round."""
+    """Seconds of one call: 20th, 50th and 80th percentile, and this provider over pykern round by round.
+
+    peak_bytes: of a step, what it took at most beyond what was there before it.
+    """
 
     provider: str
     p20: float
@@ -92,12 +107,40 @@ class Timing:
     p80: float
     ratio: float
     how: str
+    peak_bytes: int | None = None
 
 
-def time_case(case: Case, device: torch.device, seconds: float = 2.0) -> list[Timing]:
-    """Runs all providers in turn until each has had about `seconds`, at least five rounds."""
+def start_clocks(case: Case, device: torch.device, failures: dict[str, str]) -> dict[str, CpuClock | CudaClock]:
+    """Of every provider that runs here. What fails of the others is told, and costs their own figures alone."""
+    clocks = {}
     with torch.device(device):
-        clocks = {name: clock(device, function) for name, function in case.make().items()}
+        for name, function in case.make().items():
+            try:
+                clocks[name] = clock(device, function, captures=not case.is_step)
+            except Exception as error:
+                if not clocks:
+                    raise
+                reason = next(iter(str(error).strip().splitlines()), "")
+                failures[name] = f"{type(error).__name__}: {reason}"
+                print(f"  {name} not run: {failures[name]}", flush=True)
+    return clocks
+
+
+def peak_of(watch: CpuClock | CudaClock, device: torch.device) -> int:
+    with PeakMemory(device, trim=True) as memory:
+        watch.call()
+    return memory.peak - memory.before
+
+
+def time_case(
+    case: Case, device: torch.device, seconds: float = 2.0, failures: dict[str, str] | None = None
+) -> list[Timing]:
+    """Runs all providers in turn until each has had about `seconds`, at least five rounds.
+
+    failures: gets the reason of each provider but the first that does not run.
+    """
+    clocks = start_clocks(case, device, {} if failures is None else failures)
+    peaks = {name: peak_of(watch, device) for name, watch in clocks.items()} if case.is_step else {}
     samples: dict[str, list[float]] = {name: [] for name in clocks}
     deadline = time.perf_counter() + seconds * len(clocks)
     rounds = 0
@@ -110,19 +153,23 @@ def time_case(case: Case, device: torch.device, seconds: float = 2.0) -> list[Ti
     for name, values in samples.items():
         measured = torch.tensor(values, dtype=torch.float64)
         low, middle, high = torch.quantile(measured, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        timings.append(Timing(name, low, middle, high, (measured / ours).median().item(), clocks[name].how))
+        ratio = (measured / ours).median().item()
+        timings.append(Timing(name, low, middle, high, ratio, clocks[name].how, peaks.get(name)))
     return timings
 
 
-def time_listed(device: torch.device, family: str, label: str, seconds: float) -> list[Timing]:
-    """`time_case` of the listed case with this label: what another process can be asked for."""
+def time_listed(device: torch.device, family: str, label: str, seconds: float) -> tuple[list[Timing], dict[str, str]]:
+    """`time_case` of the listed case with this label, and its failures: what another process can be asked for."""
     (case,) = (case for case in load_cases((family,), device.type) if case.label == label)
-    return time_case(case, device, seconds)
+    failures: dict[str, str] = {}
+    return time_case(case, device, seconds, failures), failures
 
 
 def floor_of(case: Case, limits: Limits) -> tuple[float, str]:
     """The seconds that no implementation can go below, and what sets them."""
     arithmetic = case.flops / limits.flops[case.dtype]
+    if case.link is not None:
+        return (case.bytes / limits.links[case.link] if limits.links else 0.0), f"link {case.link}"
     memory = case.bytes / limits.bandwidth
     return max((arithmetic, "arithmetic"), (memory, "memory"))
 
@@ -152,11 +199,14 @@ def rows(case: Case, timings: list[Timing], limits: Limits) -> Iterator[dict]:
             "percent_of_limit": 100 * floor / timing.p50 if floor else None,
             "time_over_pykern": timing.ratio,
             "timed_by": timing.how,
+            **({} if timing.peak_bytes is None else {"peak_bytes": timing.peak_bytes}),
         }
 
 
 def format_row(row: dict) -> str:
     limit = f"{row['percent_of_limit']:5.1f}% of {row['limit']}" if row["limit"] else ""
+    if "peak_bytes" in row:
+        limit += f"  {row['peak_bytes'] / 1e9:.3f} GB at most"
     return (
         f"  {row['provider']:<28} {row['ms_p20']:10.3f} {row['ms_p50']:10.3f} {row['ms_p80']:10.3f} ms "
         f"{row['tflops']:8.3f} TFLOP/s {row['gb_per_s']:8.2f} GB/s  {row['time_over_pykern']:6.2f}x  {limit}"
@@ -187,8 +237,10 @@ def processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def run(cases: list[Case], seconds: float, device: torch.device = torch.device("cpu")) -> dict:
-    """Prints each of these listed cases as it is timed and returns the whole record.
+def run(
+    cases: list[Case], seconds: float, device: torch.device = torch.device("cpu"), path: Path | None = None
+) -> dict:
+    """Prints each of these listed cases as it is timed and returns the whole record, which is in the file after each.
 
     A case whose op has no kernel on the device is printed and recorded with the reason, not left out.
     """
@@ -203,18 +255,43 @@ def run(cases: list[Case], seconds: float, device: torch.device = torch.device("
         f"limits here: {limits.flops['float32'] / 1e12:.3f} TFLOP/s float32, "
         f"{limits.flops['bfloat16'] / 1e12:.3f} TFLOP/s bfloat16, {limits.bandwidth / 1e9:.1f} GB/s copy"
     )
+    if any(case.link for case in cases):
+        measured = link_rates(device)
+        limits = replace(limits, links=best_links(measured))
+        record["limits"]["links"], record["links"] = limits.links, [one._asdict() for one in measured]
+        print(*map(format_link, measured), sep="\n")
     for case in cases:
+        # Of the case before, what holds itself.
+        gc.collect()
         print(f"{case.label}   p20 p50 p80, and time over pykern's")
         try:
-            timings = run_alone(time_listed, device, case.family, case.label, seconds)
+            timings, failures = run_alone(time_listed, device, case.family, case.label, seconds)
         except NotImplementedError as error:
             record["missing"][case.label] = str(error)
             print(f"  not run: {error}", flush=True)
             continue
+        record["missing"].update({f"{case.label} {name}": reason for name, reason in failures.items()})
         for row in rows(case, timings, limits):
             record["rows"].append(row)
             print(format_row(row), flush=True)
+        if path is not None:
+            write(record, path)
+    if path is not None:
+        write(record, path)
     return record
+
+
+def best_links(measured: list[Bandwidth]) -> dict[str, float]:
+    """Of large blocks, one direction at a time."""
+    largest = max(one.nbytes for one in measured)
+    return {way: max(getattr(one, way) for one in measured if one.nbytes == largest) for way in ("out", "back")}
+
+
+def format_link(one: Bandwidth) -> str:
+    return (
+        f"link to {one.memory:<10} {one.nbytes / 2**20:8.3f} MiB  out {one.out / 1e9:7.2f} GB/s, back "
+        f"{one.back / 1e9:7.2f}; at once {one.out_beside_back / 1e9:7.2f} and {one.back_beside_out / 1e9:7.2f}"
+    )
 
 
 def write(record: dict, path: Path) -> None:

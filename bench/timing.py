@@ -6,6 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+import pykern
+from pykern.offload.bandwidth import Bandwidth
+from pykern.offload.cuda_device import CudaDevice
+from pykern.offload.simulated import SimulatedDevice
+from pykern.offload.streams import StreamDevice
+
 Call = Callable[[], object]
 
 # A sample of quick calls covers several of them, so that the clock's own cost does not count.
@@ -43,29 +49,34 @@ class CudaClock:
     """Time between two events on the GPU, with nothing of the last call left in its L2 cache.
 
     The call is replayed from a CUDA graph, without the gaps that launches from Python leave; what cannot be captured
-    (it synchronises with the host) is called as it is, and `how` says so.
+    (it synchronises with the host) is called as it is, and `how` says so. `captures`: False calls everything as it is.
     """
 
     _flush: torch.Tensor | None = None
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, captures: bool = True):
         # The flush also takes long enough for the host to have queued the call behind it.
         if CudaClock._flush is None:
             CudaClock._flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
         for _ in range(3):
             call()
         torch.cuda.synchronize()
+        self.call = call
         self.run, self.how, self._graph = call, "events", None
+        if captures:
+            self._capture()
+        self.run()
+        torch.cuda.synchronize()
+
+    def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                call()
+                self.run()
         except RuntimeError:
             torch.cuda.synchronize()
         else:
             self.run, self.how, self._graph = graph.replay, "graph", graph
-        self.run()
-        torch.cuda.synchronize()
 
     def sample(self) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -77,8 +88,8 @@ class CudaClock:
         return begin.elapsed_time(end) * 1e-3
 
 
-def clock(device: torch.device, call: Call) -> CpuClock | CudaClock:
-    return CudaClock(call) if device.type == "cuda" else CpuClock(call)
+def clock(device: torch.device, call: Call, captures: bool = True) -> CpuClock | CudaClock:
+    return CudaClock(call, captures) if device.type == "cuda" else CpuClock(call)
 
 
 # --- what the machine can do ----------------------------------------------------------------------
@@ -91,6 +102,18 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     copy = clock(device, lambda: target.copy_(source))
     return 2 * source.nbytes / min(copy.sample() for _ in range(10 if cuda else 5))
+
+
+def stream_device(device: torch.device) -> StreamDevice:
+    """What activations are copied by: of a GPU its streams, of a CPU those of a simulated device, in its memory."""
+    return CudaDevice(device) if device.type == "cuda" else SimulatedDevice()
+
+
+def link_rates(device: torch.device) -> list[Bandwidth]:
+    """Of copies between the device and the host's memory, of every kind and of several sizes."""
+    if device.type == "cuda":
+        return pykern.measure_bandwidth(device)
+    return pykern.measure_bandwidth(stream_device(device), [1 << 20, 1 << 24])
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> int:
         harness.print_floors(cases, harness.KNOWN_LIMITS[options.floor])
         return 0
     print(f"device: {device}")
-    record = harness.run(cases, options.seconds, device)
+    harness.run(cases, options.seconds, device, options.json)
     if options.json:
-        harness.write(record, options.json)
         print(f"wrote {options.json}")
     return 0

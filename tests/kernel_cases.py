@@ -365,7 +365,7 @@ def low_rank_products() -> Iterator[Case]:
         return [*weights, *lost]
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for rank, n in ((5, 40), (5, 600), (70, 40), (130, 40)):
+        for rank, n in ((5, 40), (5, 600), (70, 40), (130, 40), (72, 600), (136, 40), (264, 40)):
             label = f"low_rank_project {n} r{rank} {str(dtype)[6:]}"
             yield label, lambda d=dtype, r=rank, n=n: project(d, r, n)
         for rounding, up, signs in ((0, True, True), (1, True, False), (2, True, False), (0, False, False)):

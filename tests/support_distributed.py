@@ -1,10 +1,14 @@
 """Functions run by several processes at once that talk over gloo."""
 
+import multiprocessing as processes
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import distributed, multiprocessing
+
+# What takes seconds to import is imported once, by the process that all others are forked from.
+processes.set_forkserver_preload(["pykern.offload.schedules", "torch.distributed.tensor", "torch.distributed.fsdp"])
 
 
 def _process(rank: int, count: int, folder: str, function, arguments: tuple) -> None:
@@ -20,9 +24,11 @@ def run_processes(count: int, function, *arguments) -> list:
     """function(*arguments) in `count` processes of one gloo group; what each returns, by rank.
 
     `function` is of a module's top level and asks torch.distributed for its rank; arguments and results may hold
-    tensors. A process costs seconds to start: one call is to do many cases. The exception of a process that fails is
+    tensors. The exception of a process that fails is
     raised here with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (count, folder, function, arguments), nprocs=count)
+        multiprocessing.start_processes(
+            _process, (count, folder, function, arguments), nprocs=count, start_method="forkserver"
+        )
         return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(count)]

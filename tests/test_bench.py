@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,15 +43,41 @@ def test_quick_calls_are_timed_together():
     assert CpuClock(lambda: None).calls > 100
 
 
+def test_a_peer_that_fails_is_told_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+    def fail():
+        raise ValueError("no such shape\nand more")
+
+    providers = {"pykern": lambda: None, "broken": fail, "peer": lambda: None}
+    run_here(monkeypatch, harness.Case("policy", "op", "1", lambda: providers))
+    record = harness.run(harness.load_cases(), 0.01, path=tmp_path / "record.json")
+    assert [row["provider"] for row in record["rows"]] == ["pykern", "peer"]
+    assert record["missing"] == {"policy/op[1] broken": "ValueError: no such shape"}
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    assert "broken not run: ValueError: no such shape" in capsys.readouterr().out
+    run_here(monkeypatch, harness.Case("policy", "op", "1", lambda: {"pykern": fail}))
+    with pytest.raises(ValueError, match="no such shape"):
+        harness.run(harness.load_cases(), 0.01)
+
+
+def run_here(monkeypatch, case: harness.Case) -> None:
+    """This is the only case, and it is timed in this process."""
+    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(harness, "load_cases", lambda *arguments: [case])
+    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
+
+
+def test_what_goes_over_a_link_is_held_to_the_link():
+    copy = harness.Case("offload", "copies out", "1", dict, bytes=1e6, link="out")
+    assert harness.floor_of(copy, LIMITS) == (0.0, "link out")
+    assert harness.floor_of(copy, replace(LIMITS, links={"out": 5e8, "back": 1e8})) == (2e-3, "link out")
+
+
 def test_op_without_a_kernel_is_recorded_with_its_reason(monkeypatch, capsys):
     def refuse():
         raise NotImplementedError("op: no CUDA kernel")
 
-    listed = [harness.Case("policy", "op", "1", refuse)]
-    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
-    monkeypatch.setattr(harness, "load_cases", lambda families, device: listed)
-    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
-    record = harness.run(listed, 0.01)
+    run_here(monkeypatch, harness.Case("policy", "op", "1", refuse))
+    record = harness.run(harness.load_cases(), 0.01)
     assert record["rows"] == [] and record["missing"] == {"policy/op[1]": "op: no CUDA kernel"}
     assert "not run: op: no CUDA kernel" in capsys.readouterr().out
 
@@ -59,7 +86,7 @@ def test_a_case_on_the_cpu_has_a_process_of_its_own():
     cpu = torch.device("cpu")
     assert harness.run_alone(process_id, cpu) not in (os.getpid(), harness.run_alone(process_id, cpu))
     (case,) = (case for case in harness.load_cases(("policy",)) if case.name == "gae")
-    ours = harness.run_alone(harness.time_listed, cpu, "policy", case.label, 0.01)[0]
+    (ours, *_), _ = harness.run_alone(harness.time_listed, cpu, "policy", case.label, 0.01)
     assert ours.provider == "pykern" and 0 < ours.p20 <= ours.p50 <= ours.p80
 
 
@@ -157,9 +184,15 @@ def test_summary_counts_tests_and_compares(tmp_path):
         {**row, "provider": "peer", "time_over_pykern": 2.25},
     ]
     (tmp_path / "policy.json").write_text(json.dumps({"rows": rows, "missing": {"policy/other[1]": "no kernel"}}))
+    steps = [{**row, "name": "step", "peak_bytes": size * 10**9} for row, size in zip(rows, (3, 9), strict=True)]
+    rates = dict.fromkeys(("out", "back", "out_beside_back", "back_beside_out"), 5e10)
+    link = {"memory": "registered", "nbytes": 1 << 28, **rates}
+    (tmp_path / "offload.json").write_text(json.dumps({"rows": steps, "missing": {}, "links": [link]}))
     text, record = gpu.summarize([gpu.Step("tests on cuda", ["true"], 1, status="passed")], tmp_path)
     assert "7 executed, 2 failed, 2 skipped" in text
     assert "0.5000 ms   87.5% of memory   peer 2.25x" in text
+    assert "87.5% of memory   pykern 1.00x at 3.00 GB, peer 2.25x at 9.00 GB" in text
+    assert "link to registered memory, 256 MiB: out 50.00, back 50.00, at once 50.00 and 50.00 GB/s" in text
     assert "policy/other[1]" in text and "not run: no kernel" in text
     assert record["steps"][0]["status"] == "passed"
 

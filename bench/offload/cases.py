@@ -7,7 +7,7 @@ same process; `peak_memory.py` gives every provider a process of its own, and me
 from functools import partial
 
 from bench.harness import Case
-from bench.offload import cases_media, cases_recompute, cases_staging
+from bench.offload import cases_gpu, cases_media, cases_recompute, cases_staging
 from bench.offload.peak_memory import MODELS, build, checkpointed
 
 
@@ -38,7 +38,7 @@ def make(name: str) -> dict:
 def cases(device: str) -> list[Case]:
     ops = cases_staging.cases(device) + cases_recompute.cases(device)
     if device != "cpu":
-        return ops  # ActivationOffload takes CPU tensors
+        return ops + cases_gpu.cases(device)
     shapes = {"mlp": "24 layers of 256, 8192 rows", "transformer": "8 layers of 256, 4 x 512 tokens"}
     # Matrix products of forward and backward; attention's own, a few percent, are left out.
     flops = {"mlp": 6 * 24 * 256 * 256 * 8192, "transformer": 6 * 8 * 12 * 256 * 256 * 2048}

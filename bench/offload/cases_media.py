@@ -29,7 +29,7 @@ def source(aligned: bool) -> Tensor:
 def engine(transfers: str | None) -> Engine:
     """Of a file, or of memory."""
     folder = None if transfers is None else tempfile.gettempdir()
-    return Engine(folder, 2 * SIZE, 1, SIZE, None, slots=[SIZE], buffer_bytes=SIZE, transfers=transfers or "best")
+    return Engine(folder, capacity=2 * SIZE, threads=1, slots=[SIZE], buffer_bytes=SIZE, transfers=transfers or "best")
 
 
 def out(engine: Engine, block: Tensor) -> Callable[[], None]:

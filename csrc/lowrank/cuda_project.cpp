@@ -25,6 +25,7 @@ void project(const Tensors& matrix, const Tensors& projector, const std::optiona
     m.rank = checked_size(projector[i].size(1), "projector");
     m.splits = 1;
     m.along_length = layout.along_length;
+    m.warpgroups = m.narrow = false;
   }
   const DataType type = data_type(matrix[0], "matrix");
   ProjectParams params{};

@@ -81,7 +81,7 @@ template <class T>
 struct Workspace {
   using C = compute_t<T>;
   float* low;   // panels of kPanel lines, each [rank, kPanel]; or the same packed, in place
-  float* wide;  // a product [kTall, width]
+  float* wide;  // a product [kTall, kGranule]
   C* packed;    // a packed slice of G, in the place of `wide`
   C* piece;     // [kTall, kDeep] or [kTall, rank] of the projector
 };
@@ -89,6 +89,7 @@ struct Workspace {
 template <class T>
 struct MatrixStep {
   using C = compute_t<T>;
+  static constexpr int64_t kSlice = 512 / sizeof(C);  // a panel of so much of the rank stays in the first-level cache
 
   const LowRankStep& step;
   const Matrix& matrix;
@@ -200,42 +201,51 @@ struct MatrixStep {
 
   // W -= step_size * (P X [+ G * factors]) for the tile, with X the packed `low`.
   void apply(int64_t tile, const Workspace<T>& space, const float* factors) const {
-    constexpr int64_t kSlice = 512 / sizeof(C);  // a panel of so much of the rank stays in the first-level cache
     const int64_t line0 = cut.first_line(tile), lines = lines_of(tile);
     for (int64_t place = 0; place < n; place += kTall) {
       const int64_t places = lesser(kTall, n - place);
-      const int64_t groups = ceil_div(places, kGroup) * ceil_div(lines, kPanel) * ceil_div(rank, kSlice);
       const C* left = space.piece;
-      int64_t left_stride = rank_even;
       if constexpr (std::is_same_v<T, C>) {
         if (rank == rank_even) left = projector(place);
       }
       if (left == space.piece) convert_rows(space.piece, rank_even, projector(place), rank, places, rank);
-      Prefetch weights = prefetch_weights(place, kTall, line0, lines, groups), slopes;
-      if (factors) slopes = prefetch_gradient(place, kTall, line0, lines, groups);
-      for (int64_t line = 0; line < lines; line += kPanel) {
-        const C* panel = reinterpret_cast<const C*>(space.low + line * rank_even);
-        for (int64_t k = 0; k < rank; k += kSlice) {
-          for (int64_t row = 0; row < places; row += kGroup) {
-            weights.step();
-            slopes.step();
-            if (k > 0) prefetch_sums(space.wide + (row + kGroup) * width + line, width, places - row - kGroup);
-            matmul(lesser(kGroup, places - row), kPanel, lesser(kSlice, rank - k), left + row * left_stride + k,
-                   left_stride, int64_t{1}, panel + k * kPanel, space.wide + row * width + line, width, k > 0);
-          }
+      for (int64_t line = 0; line < lines; line += kGranule) {
+        const int64_t columns = lesser(kGranule, lines - line);
+        const int64_t groups = ceil_div(places, kGroup) * ceil_div(columns, kPanel) * ceil_div(rank, kSlice);
+        // Asked for no earlier than now: rows that are a power of two long lie in few sets of the cache, and push each
+        // other out.
+        Prefetch weights = prefetch_weights(place, kTall, line0 + line, columns, groups), slopes;
+        if (factors) slopes = prefetch_gradient(place, kTall, line0 + line, columns, groups);
+        for (int64_t panel = 0; panel < columns; panel += kPanel) {
+          multiply_up(left, places, reinterpret_cast<const C*>(space.low + (line + panel) * rank_even),
+                      space.wide + panel, weights, slopes);
         }
+        update_weights(line0 + line, columns, place, places, space.wide, factors ? factors + line : nullptr);
       }
-      update_weights(line0, lines, place, places, space.wide, factors);
     }
   }
 
-  // `direction` is [places, width].
+  // Rows of P times a packed panel of X.
+  void multiply_up(const C* left, int64_t places, const C* panel, float* product, Prefetch& weights,
+                   Prefetch& slopes) const {
+    for (int64_t k = 0; k < rank; k += kSlice) {
+      for (int64_t row = 0; row < places; row += kGroup) {
+        weights.step();
+        slopes.step();
+        if (k > 0) prefetch_sums(product + (row + kGroup) * kGranule, kGranule, places - row - kGroup);
+        matmul(lesser(kGroup, places - row), kPanel, lesser(kSlice, rank - k), left + row * rank_even + k, rank_even,
+               int64_t{1}, panel + k * kPanel, product + row * kGranule, kGranule, k > 0);
+      }
+    }
+  }
+
+  // `direction` is [places, kGranule].
   void update_weights(int64_t line0, int64_t lines, int64_t place, int64_t places, const float* direction,
                       const float* factors) const {
     const WeightUpdate update(matrix.rule);
     if (matrix.param_line == 1) {
       for (int64_t row = place; row < place + places; ++row) {
-        update_row(update, weight(row, line0), direction + (row - place) * width,
+        update_row(update, weight(row, line0), direction + (row - place) * kGranule,
                    factors ? gradient(row, line0) : nullptr, matrix.grad_line, zero(), factors, lines);
       }
       return;
@@ -245,7 +255,7 @@ struct MatrixStep {
       for (int64_t row = 0; row < places; row += kLanes) {
         vuint block[kLanes];
 #pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane) block[lane] = (vuint)load(direction + (row + lane) * width + line);
+        for (int lane = 0; lane < kLanes; ++lane) block[lane] = (vuint)load(direction + (row + lane) * kGranule + line);
         detail::transpose<kLanes>(block);
         update_block(update, block, place + row, line0 + line, lesser(kLanes, places - row),
                      lesser(kLanes, lines - line), factors ? factors + line : nullptr);
@@ -295,9 +305,9 @@ struct MatrixStep {
       __builtin_prefetch(m + kAhead * length, 1, 2);
       __builtin_prefetch(v + kAhead * length, 1, 2);
     }
-    const Moments moments = adam.advance(low, {detail::load_up_to(m, count), detail::load_up_to(v, count)});
-    store_up_to(m, moments.first, count);
-    store_up_to(v, moments.second, count);
+    const Moments moments = adam.advance(low, {load_some(m, count), load_some(v, count)});
+    store_some(m, moments.first, count);
+    store_some(v, moments.second, count);
     return adam.direction(moments);
   }
 
@@ -347,17 +357,16 @@ struct MatrixStep {
 
   // r^T (P^T P - I) r of every line r.
   void measure_defect(int64_t tile, const Workspace<T>& space, float* defects) const {
-    const int64_t lines = lines_of(tile);
-    for (int64_t k = 0; k < rank; k += kTall) {
-      const int64_t rows = lesser(kTall, rank - k);
-      for (int64_t line = 0; line < lines; line += kPanel) {
-        matmul(rows, kPanel, rank, defect + k * rank_even, rank_even, int64_t{1}, kept_tile(tile) + line * rank_even,
-               space.wide + line, width, false);
-      }
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t line = 0; line < lines; line += kLanes) {
-          const vfloat product = load(space.low + element(k + row, line)) * load(space.wide + row * width + line);
-          store(defects + line, load(defects + line) + product);
+    for (int64_t line = 0; line < lines_of(tile); line += kPanel) {
+      const C* packed = kept_tile(tile) + line * rank_even;
+      for (int64_t k = 0; k < rank; k += kTall) {
+        const int64_t rows = lesser(kTall, rank - k);
+        matmul(rows, kPanel, rank, defect + k * rank_even, rank_even, int64_t{1}, packed, space.wide, kPanel, false);
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+            const vfloat low = load(space.low + element(k + row, line + lane));
+            store(defects + line + lane, load(defects + line + lane) + low * load(space.wide + row * kPanel + lane));
+          }
         }
       }
     }
@@ -509,12 +518,11 @@ class Runner {
   }
 
   Space space_of(char* base) const {
-    int64_t low = 0, wide = 0, packed = 0, piece = 0, product = 0, projector = 0;
+    int64_t low = 0, packed = 0, piece = 0, product = 0, projector = 0;
     const auto raise = [](int64_t& most, int64_t size) { most = most < size ? size : most; };
     for (int64_t i = 0; i < step_.count; ++i) {
       const MatrixStep<T>& one = matrix(i);
       raise(low, one.rank_even * one.width);
-      raise(wide, kTall * one.width);
       raise(packed, kDeep * one.width);
       raise(piece, kTall * (one.rank_even > kDeep ? one.rank_even : kDeep));
       if (measures_defect()) {
@@ -529,7 +537,7 @@ class Runner {
     space.product = arena.take<float>(product);
     space.projector = arena.take<C>(projector);
     Arena other = arena;
-    space.wide = arena.take<float>(wide);
+    space.wide = arena.take<float>(kTall * kGranule);
     space.packed = other.take<C>(packed);
     space.used = arena.used > other.used ? arena.used : other.used;
     return space;
@@ -554,7 +562,7 @@ class Runner {
     }
     float* stored = static_cast<float*>(one.matrix.residual_norm);
     double norm = stored ? *stored : 0;
-    factors_[i] = static_cast<float>(lowrank::shared_factor(step_, total, stored ? &norm : nullptr));
+    factors_[i] = static_cast<float>(lowrank::shared_factor(step_.limit, total, stored ? &norm : nullptr));
     if (stored) *stored = static_cast<float>(norm);
     if (step_.residual == Residual::fira) return;
     const float factor = factors_[i] * static_cast<float>(one.matrix.rule.sign);

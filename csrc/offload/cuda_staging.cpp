@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/cuda.h"
+#include "common/scratch.h"
 #include "offload/staging.h"
 
 namespace pykern {

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/scratch.h"
 #include "kernels/offload/staging.h"
 
 namespace pykern {
@@ -20,11 +19,9 @@ struct StagedTensor {
   int64_t offset;  // of its codes
 
   int64_t bytes() const { return tensor.numel() * tensor.element_size(); }
-  int64_t scales_offset() const { return offset + round_up(count, kStagingAlignment); }
-  int64_t scales_bytes() const {
-    return codec == StagingCodec::none ? 0 : ceil_div(count, kScaleBlock) * static_cast<int64_t>(sizeof(float));
-  }
-  int64_t end() const { return scales_offset() + round_up(scales_bytes(), kStagingAlignment); }
+  int64_t scales_offset() const { return offset + staging_aligned(count); }
+  int64_t scales_bytes() const { return codec == StagingCodec::none ? 0 : pykern::scales_bytes(count); }
+  int64_t end() const { return scales_offset() + staging_aligned(scales_bytes()); }
 };
 
 // The tensors that have elements.

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/lowrank/panels.h"
 #include "kernels/lowrank/project_sm80.cuh"
 #include "kernels/lowrank/project_wide_sm80.cuh"
 
@@ -6,11 +7,35 @@ namespace pykern::lowrank {
 namespace {
 
 constexpr int kRankTiles[] = {64, 128, 256};
-// A split is worth its parts from so many steps on.
-constexpr int kLeastSteps = 4;
+// A split is worth its parts from so many rows of G on.
+constexpr int kLeastRows = 128;
 
-int rank_tile_of(const ProjectMatrix& m) { return m.rank <= 64 ? 64 : m.rank <= 128 ? 128 : 256; }
-int64_t tiles_of(const ProjectMatrix& m) { return rank_tiles(m, rank_tile_of(m)) * length_tiles(m); }
+// Up to this rank a projection is bound by memory with mma.sync too.
+constexpr int kLeastRankSm90 = 65;
+
+int rank_tile_of(const ProjectMatrix& m) {
+  if (m.warpgroups) return rank_tile_sm90(m);
+  return m.rank <= 64 ? 64 : m.rank <= 128 ? 128 : 256;
+}
+ProjectTile tile_of(const ProjectMatrix& m) {
+  return m.warpgroups ? project_tile_sm90(rank_tile_of(m), m.narrow) : project_tile(rank_tile_of(m));
+}
+int64_t tiles_of(const ProjectMatrix& m) {
+  const ProjectTile tile = tile_of(m);
+  return rank_tiles(m, tile.rank) * length_tiles(m, tile.length);
+}
+
+// Whether the kernel for 9.0 takes a matrix: worth it from a rank on, where there are tensor maps.
+bool takes_warpgroups(const ProjectMatrix& m) {
+#if defined(PYKERN_HAS_SM90)
+  const int64_t rows = m.along_length ? m.n : m.length, columns = m.along_length ? m.length : m.n;
+  return m.rank >= kLeastRankSm90 && allows_panels(m.projector, m.rank, m.n, m.rank) &&
+         allows_panels(m.matrix, m.stride, rows, columns) && compute_capability() == 90;
+#else
+  (void)m;
+  return false;
+#endif
+}
 
 template <class T, int rank_tile>
 const char* launch_tiled(const ProjectCall& call, bool along_length, Stream stream) {
@@ -74,13 +99,27 @@ const char* launch_project_wide(const ProjectParams& params, Stream stream) {
 }
 
 int64_t plan_project(ProjectParams& params) {
-  int64_t tiles = 0, floats = 0;
-  for (int64_t i = 0; i < params.count; ++i) tiles += tiles_of(params.matrices[i]);
-  const int64_t wanted = tiles > 0 ? multiprocessors() / tiles : 1;
+  const auto tiles_of_all = [&] {
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < params.count; ++i) tiles += tiles_of(params.matrices[i]);
+    return tiles;
+  };
+  for (int64_t i = 0; i < params.count; ++i) {
+    params.matrices[i].warpgroups = takes_warpgroups(params.matrices[i]);
+    params.matrices[i].narrow = false;
+  }
+  const int64_t blocks = multiprocessors();
+  if (2 * tiles_of_all() <= blocks) {
+    for (int64_t i = 0; i < params.count; ++i) {
+      ProjectMatrix& m = params.matrices[i];
+      m.narrow = m.warpgroups && rank_tile_of(m) == 128;
+    }
+  }
+  const int64_t tiles = tiles_of_all(), wanted = tiles > 0 ? blocks / tiles : 1;
+  int64_t floats = 0;
   for (int64_t i = 0; i < params.count; ++i) {
     ProjectMatrix& m = params.matrices[i];
-    const int depth = rank_tile_of(m) == 64 ? ProjectTiling<64>::kDepth : ProjectTiling<128>::kDepth;
-    const int64_t most = (int64_t{m.n} + depth - 1) / depth / kLeastSteps;
+    const int64_t most = m.n / kLeastRows;
     m.splits = static_cast<int32_t>(wanted < most ? wanted : most);
     if (m.splits < 1) m.splits = 1;
     if (m.splits > 1) floats += int64_t{m.splits} * (m.rank + 1) * m.length;
@@ -104,13 +143,16 @@ const char* launch_project(const ProjectParams& params, Stream stream) {
           call.table, params.count, matrix,
           [&](int64_t i) -> int64_t {
             const ProjectMatrix& m = params.matrices[i];
-            const bool chosen = m.along_length == along_length && rank_tile_of(m) == rank_tile;
+            const bool chosen = !m.warpgroups && m.along_length == along_length && rank_tile_of(m) == rank_tile;
             return chosen ? tiles_of(m) * m.splits : 0;
           },
           [&](const ProjectTable&) { return launch_typed(call, params.type, rank_tile, along_length, stream); });
       if (error) return error;
     }
   }
+#if defined(PYKERN_HAS_SM90)
+  if (const char* error = launch_project_sm90(params, stream)) return error;
+#endif
   return launch_grouped(
       call.table, params.count, matrix,
       [&](int64_t i) -> int64_t {

@@ -19,6 +19,8 @@ struct ProjectMatrix {
   int32_t n, length, rank;
   int32_t splits;     // set by plan_project: parts of n that different blocks take
   bool along_length;  // where the unit stride is; else it is along n
+  // Set by plan_project: whether the kernel for 9.0 takes it, and in narrow tiles.
+  bool warpgroups, narrow;
 };
 
 struct ProjectParams {
@@ -37,6 +39,8 @@ int64_t plan_project(ProjectParams& params);
 
 // Matrices of bf16 or f16.
 const char* launch_project(const ProjectParams& params, Stream stream);
+// The products of those that plan_project gives to the kernel for 9.0, without the sum of parts.
+const char* launch_project_sm90(const ProjectParams& params, Stream stream);
 
 // Matrices of f32 or f64, whose `low` is P^T G already, by the vendor's products: the squares, and the gradient's scale
 // and sign.

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/lowrank/grouped.h"
-#include "kernels/lowrank/project.h"
+#include "kernels/lowrank/project_tiles.cuh"
 #include "kernels/lowrank/tile_sm80.cuh"
 
 namespace pykern::lowrank {
@@ -19,47 +19,20 @@ static_assert(sizeof(ProjectCall) <= 32764, "more than the parameters of a kerne
 
 constexpr int kProjectThreads = 256;
 constexpr int kProjectWarps = kProjectThreads / kWarpSize;
-constexpr int kProjectLength = 128;  // columns of G of a block
 
 // A block has `rank` rows of low. As deep a stage as leaves room for two blocks of a multiprocessor; the widest one
 // fills a multiprocessor's registers alone.
 template <int rank>
 struct ProjectTiling {
-  static constexpr int kRank = rank;
-  static constexpr int kDepth = rank == 64 ? 64 : 32;
+  static constexpr int kRank = rank, kLength = project_tile(rank).length, kDepth = project_tile(rank).depth;
   static constexpr int kStages = rank == 64 ? 3 : 4;
   static constexpr int kBlocks = rank == 256 ? 1 : 2;  // of a multiprocessor, at least
   static constexpr int kWarpsAcross = rank == 256 ? 2 : 4, kWarpsDown = kProjectWarps / kWarpsAcross;
-  static constexpr int kWarpRank = rank / kWarpsDown, kWarpLength = kProjectLength / kWarpsAcross;
+  static constexpr int kWarpRank = rank / kWarpsDown, kWarpLength = kLength / kWarpsAcross;
   static constexpr int kBasisBytes = 2 * kDepth * rank;
-  static constexpr int kStageBytes = kBasisBytes + 2 * kDepth * kProjectLength;
+  static constexpr int kStageBytes = kBasisBytes + 2 * kDepth * kLength;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(kSharedBytes <= 99 * 1024, "what 8.6, 8.9 and 12.0 have");
-};
-
-__host__ __device__ __forceinline__ int64_t rank_tiles(const ProjectMatrix& m, int tile) {
-  return m.rank > tile ? (m.rank + tile - 1) / tile : 1;
-}
-__host__ __device__ __forceinline__ int64_t length_tiles(const ProjectMatrix& m) {
-  return (m.length + kProjectLength - 1) / kProjectLength;
-}
-
-// What a block computes: neighbouring blocks have the tiles of low that read the same columns of G.
-template <class Tiling>
-struct ProjectPlace {
-  int first_rank, first_column, split, first_step, steps;
-
-  __device__ __forceinline__ ProjectPlace(const ProjectMatrix& m, unsigned tile) {
-    const unsigned ranks = static_cast<unsigned>(rank_tiles(m, Tiling::kRank));
-    const unsigned lengths = (m.length + kProjectLength - 1) / kProjectLength;
-    first_rank = static_cast<int>(tile % ranks) * Tiling::kRank;
-    tile /= ranks;
-    first_column = static_cast<int>(tile % lengths) * kProjectLength;
-    split = static_cast<int>(tile / lengths);
-    const int all = (m.n + Tiling::kDepth - 1) / Tiling::kDepth;
-    first_step = static_cast<int>(int64_t{all} * split / m.splits);
-    steps = static_cast<int>(int64_t{all} * (split + 1) / m.splits) - first_step;
-  }
 };
 
 // Sums of squares of the columns whose operands B a warp reads; the warps that read the same ones take turns.
@@ -84,7 +57,7 @@ class Projection {
   static constexpr int kDepth = Tiling::kDepth, kRowBlocks = Tiling::kWarpRank / 16;
   static constexpr int kColumnBlocks = Tiling::kWarpLength / 16;
   // Rows of G's tile are G's rows, or its columns where those lie along memory.
-  static constexpr int kGradientColumns = along_length ? kProjectLength : kDepth;
+  static constexpr int kGradientColumns = along_length ? Tiling::kLength : kDepth;
 
  public:
   __device__ __forceinline__ Projection(const ProjectMatrix& m, const ProjectPlace<Tiling>& place,
@@ -119,9 +92,9 @@ class Projection {
       const int row = (place_.first_step + step) * kDepth;
       copy_tile<kDepth, Tiling::kRank, kProjectThreads>(basis, basis_, row, place_.first_rank);
       if (along_length) {
-        copy_tile<kDepth, kProjectLength, kProjectThreads>(gradient, gradient_, row, place_.first_column);
+        copy_tile<kDepth, Tiling::kLength, kProjectThreads>(gradient, gradient_, row, place_.first_column);
       } else {
-        copy_tile<kProjectLength, kDepth, kProjectThreads>(gradient, gradient_, place_.first_column, row);
+        copy_tile<Tiling::kLength, kDepth, kProjectThreads>(gradient, gradient_, place_.first_column, row);
       }
     }
     ptx::cp_async_commit();
@@ -159,26 +132,6 @@ class Projection {
   const ProjectPlace<Tiling>& place_;
   unsigned char* const shared_;
 };
-
-// Where sums go: the results, or the parts of a split [rank + 1, length], squares last.
-struct ProjectTarget {
-  float *low, *squares;
-  float factor;  // on low; squares get its square
-
-  __device__ __forceinline__ ProjectTarget(const ProjectMatrix& m, int split, float given)
-      : low(static_cast<float*>(m.low)), squares(static_cast<float*>(m.squares)), factor(given) {
-    if (m.splits > 1) {
-      low = m.parts + int64_t{split} * (m.rank + 1) * m.length;
-      squares = m.squares ? low + int64_t{m.rank} * m.length : nullptr;
-      factor = 1;
-    }
-  }
-};
-
-__device__ __forceinline__ float gradient_factor(const float* grad_scale, bool maximize) {
-  const float sign = maximize ? -1.0f : 1.0f;
-  return grad_scale ? sign / *grad_scale : sign;
-}
 
 template <class T, int rank_tile, bool along_length>
 __global__ void __launch_bounds__(kProjectThreads, ProjectTiling<rank_tile>::kBlocks)
@@ -232,14 +185,14 @@ __global__ void __launch_bounds__(kProjectThreads, ProjectTiling<rank_tile>::kBl
     float sum = squares.values[j];
     sum += __shfl_xor_sync(kFullWarp, sum, 1);
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
-    if (lane % 4 == 0) parts[down * kProjectLength + across * Tiling::kWarpLength + 8 * j + lane / 4] = sum;
+    if (lane % 4 == 0) parts[down * Tiling::kLength + across * Tiling::kWarpLength + 8 * j + lane / 4] = sum;
   }
   __syncthreads();
   const int column = place.first_column + static_cast<int>(threadIdx.x);
-  if (threadIdx.x >= kProjectLength || column >= m.length) return;
+  if (threadIdx.x >= Tiling::kLength || column >= m.length) return;
   float total = 0;
 #pragma unroll
-  for (int w = 0; w < Tiling::kWarpsDown; ++w) total += parts[w * kProjectLength + threadIdx.x];
+  for (int w = 0; w < Tiling::kWarpsDown; ++w) total += parts[w * Tiling::kLength + threadIdx.x];
   target.squares[column] = target.factor * target.factor * total;
 }
 

@@ -6,24 +6,19 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common/host_device.h"
 #include "kernels/offload/staging.h"
-
-#if defined(__CUDACC__)
-#define PYKERN_CODEC __host__ __device__ __forceinline__
-#else
-#define PYKERN_CODEC inline __attribute__((always_inline))
-#endif
 
 namespace pykern {
 namespace codec {
 
-PYKERN_CODEC uint32_t bits_of(float value) {
+PYKERN_HOST_DEVICE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-PYKERN_CODEC float float_of(uint32_t bits) {
+PYKERN_HOST_DEVICE float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
@@ -31,11 +26,11 @@ PYKERN_CODEC float float_of(uint32_t bits) {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
-PYKERN_CODEC uint32_t absolute_bits(float value) { return bits_of(value) & 0x7fffffffu; }
+PYKERN_HOST_DEVICE uint32_t absolute_bits(float value) { return bits_of(value) & 0x7fffffffu; }
 
 // What a value counts in the largest magnitude of its block: as bits, which compare as magnitudes do. NaN and
 // infinity count nothing; the others keep their precision beside them.
-PYKERN_CODEC uint32_t finite_bits(float value) {
+PYKERN_HOST_DEVICE uint32_t finite_bits(float value) {
   const uint32_t bits = absolute_bits(value);
   return bits < kInfinityBits ? bits : 0;
 }
@@ -43,7 +38,7 @@ PYKERN_CODEC uint32_t finite_bits(float value) {
 // What the codes of a block are multiplied with. Never below the smallest normal number, so that its inverse is
 // finite; and the largest magnitude is held a little below the largest float, so that rounding the scale up doesn't
 // decode to infinity.
-PYKERN_CODEC float scale_of(uint32_t largest_bits, float range) {
+PYKERN_HOST_DEVICE float scale_of(uint32_t largest_bits, float range) {
   constexpr uint32_t kMost = 0x7f7ffff0u;
   const float scale = float_of(largest_bits < kMost ? largest_bits : kMost) / range;
   return scale > FLT_MIN ? scale : FLT_MIN;
@@ -54,7 +49,7 @@ struct Float8E4m3 {
   static constexpr float kRange = 448.0f;
   static constexpr uint8_t kNan = 0x7f;
 
-  static PYKERN_CODEC uint8_t encode_finite(float value, float inverse) {
+  static PYKERN_HOST_DEVICE uint8_t encode_finite(float value, float inverse) {
     const float scaled = float_of(absolute_bits(value)) * inverse;
     const float magnitude = scaled < kRange ? scaled : kRange;
     // The unit in the last place is 2^-3 of the leading bit, and 2^-9 at least: adding 2^20 leading bits makes the
@@ -68,7 +63,7 @@ struct Float8E4m3 {
     return static_cast<uint8_t>((code & 0x7fu) | (bits_of(value) >> 24 & 0x80u));
   }
 
-  static PYKERN_CODEC float decode(uint8_t code, float scale) {
+  static PYKERN_HOST_DEVICE float decode(uint8_t code, float scale) {
     const uint32_t rest = code & 0x7fu;
     const float normal = float_of((rest << 20) + (120u << 23));
     // Without a leading bit: the fraction over 2^-6, less the 2^-6.
@@ -83,7 +78,7 @@ struct Int8 {
   static constexpr float kRange = 127.0f;
   static constexpr uint8_t kNan = 0x80;
 
-  static PYKERN_CODEC uint8_t encode_finite(float value, float inverse) {
+  static PYKERN_HOST_DEVICE uint8_t encode_finite(float value, float inverse) {
     const float scaled = value * inverse;
     const float below = scaled < kRange ? scaled : kRange;
     const float limited = below > -kRange ? below : -kRange;
@@ -91,7 +86,7 @@ struct Int8 {
     return static_cast<uint8_t>(bits_of(limited + 12582912.0f));
   }
 
-  static PYKERN_CODEC float decode(uint8_t code, float scale) {
+  static PYKERN_HOST_DEVICE float decode(uint8_t code, float scale) {
     const float value = static_cast<float>(static_cast<int8_t>(code)) * scale;
     return code == kNan ? float_of(0x7fc00000u) : value;
   }
@@ -99,7 +94,7 @@ struct Int8 {
 
 // Of any value; NaN and infinity become NaN.
 template <class Codec>
-PYKERN_CODEC uint8_t encode(float value, float inverse) {
+PYKERN_HOST_DEVICE uint8_t encode(float value, float inverse) {
   return absolute_bits(value) < kInfinityBits ? Codec::encode_finite(value, inverse) : Codec::kNan;
 }
 

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/storage_type.h"
 #include "kernels/offload/norm_sm80.cuh"
 
 namespace pykern {
@@ -53,16 +54,6 @@ const char* launch_typed(const NormBackwardParams& p, Stream stream) {
   return launch(norm_columns_kernel<T>, sum_grid, stream, p, blocks);
 }
 
-template <class Params>
-const char* launch_type(DataType type, const Params& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_typed<float>(params, stream);
-    case DataType::bf16: return launch_typed<bf16>(params, stream);
-    case DataType::f16: return launch_typed<f16>(params, stream);
-    default: return "float64 has no kernel";
-  }
-}
-
 }  // namespace
 
 int64_t norm_backward_blocks(int64_t rows, int64_t columns) {
@@ -71,11 +62,11 @@ int64_t norm_backward_blocks(int64_t rows, int64_t columns) {
 }
 
 const char* launch_norm(DataType type, const NormParams& params, Stream stream) {
-  return launch_type(type, params, stream);
+  return with_storage_type(type, [&](auto value) { return launch_typed<decltype(value)>(params, stream); });
 }
 
 const char* launch_norm_backward(DataType type, const NormBackwardParams& params, Stream stream) {
-  return launch_type(type, params, stream);
+  return with_storage_type(type, [&](auto value) { return launch_typed<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/storage_type.h"
 #include "kernels/offload/pointwise_sm80.cuh"
 
 namespace pykern {
@@ -31,24 +32,14 @@ const char* launch_typed(const DropoutParams& p, Stream stream) {
   return launch(packed ? dropout_kernel<T, true> : dropout_kernel<T, false>, grid, stream, p);
 }
 
-template <class Params>
-const char* launch_type(DataType type, const Params& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_typed<float>(params, stream);
-    case DataType::bf16: return launch_typed<bf16>(params, stream);
-    case DataType::f16: return launch_typed<f16>(params, stream);
-    default: return "float64 has no kernel";
-  }
-}
-
 }  // namespace
 
 const char* launch_activation(DataType type, const ActivationParams& params, Stream stream) {
-  return launch_type(type, params, stream);
+  return with_storage_type(type, [&](auto value) { return launch_typed<decltype(value)>(params, stream); });
 }
 
 const char* launch_dropout(DataType type, const DropoutParams& params, Stream stream) {
-  return launch_type(type, params, stream);
+  return with_storage_type(type, [&](auto value) { return launch_typed<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern

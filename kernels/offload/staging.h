@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/host_device.h"
 #include "kernels/common/numeric.h"
 #include "kernels/common/stream.h"
 
@@ -15,6 +16,15 @@ enum class StagingCodec : int { none, float8_e4m3, int8 };
 constexpr int64_t kStagingAlignment = 256;
 // Elements that share a scale.
 constexpr int64_t kScaleBlock = 128;
+
+PYKERN_HOST_DEVICE int64_t staging_aligned(int64_t bytes) {
+  return (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
+}
+// Bytes of the scales of `count` elements.
+PYKERN_HOST_DEVICE int64_t scales_bytes(int64_t count) {
+  return (count + kScaleBlock - 1) / kScaleBlock * static_cast<int64_t>(sizeof(float));
+}
+
 // Bytes of a tensor that one block of threads takes at a time.
 constexpr int64_t kStagingChunk = 16384;
 

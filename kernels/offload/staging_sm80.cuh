@@ -26,10 +26,6 @@ __device__ __forceinline__ int staging_segment(const StagingLaunch& params, int3
   return low;
 }
 
-__device__ __forceinline__ int64_t staging_aligned(int64_t bytes) {
-  return (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
-}
-
 __device__ __forceinline__ void zero_to_alignment(unsigned char* bytes, int64_t count) {
   const int64_t at = count + threadIdx.x;
   if (at < staging_aligned(count)) bytes[at] = 0;
@@ -224,8 +220,7 @@ __device__ __forceinline__ void code_chunk(const StagingSegment& segment, unsign
   }
   if (packing && first + kElements >= part.count) {
     zero_to_alignment(part.codes, part.count);
-    const int64_t blocks = (part.count + kScaleBlock - 1) / kScaleBlock;
-    zero_to_alignment(reinterpret_cast<unsigned char*>(part.scales), blocks * static_cast<int64_t>(sizeof(float)));
+    zero_to_alignment(reinterpret_cast<unsigned char*>(part.scales), scales_bytes(part.count));
   }
 }
 
@@ -234,10 +229,9 @@ __global__ void __launch_bounds__(kStagingThreads) staging_code_kernel(StagingLa
   const int32_t index = static_cast<int32_t>(blockIdx.x);
   const StagingSegment& segment = params.segment[staging_segment(params, index)];
   const int64_t chunk = index - segment.first_chunk;
-  const DataType type = static_cast<DataType>(segment.type);
-  if (type == DataType::f32) {
+  if (segment.type == DataType::f32) {
     code_chunk<packing, float, Codec>(segment, params.staging, chunk);
-  } else if (type == DataType::bf16) {
+  } else if (segment.type == DataType::bf16) {
     code_chunk<packing, bf16, Codec>(segment, params.staging, chunk);
   } else {
     code_chunk<packing, f16, Codec>(segment, params.staging, chunk);

@@ -8,6 +8,7 @@ from torch import Tensor, cuda
 
 from .. import _native
 from .host_arena import map_pages
+from .near import cpus_near, running_on
 
 _pack = torch.ops.pykern.offload_pack.default
 
@@ -18,8 +19,9 @@ _MOST_WAITS = 256
 class CudaDevice:
     """A StreamDevice of torch.cuda: copies on streams of its own, host memory mapped here and registered with CUDA.
 
-    Registering takes memory as it is; torch's own pinned memory, which is taken where registering fails (as under a
-    low limit of locked memory), is rounded up to a power of two.
+    Registering takes memory as it is; torch's own pinned memory, which is taken where registering fails (as in some
+    sandboxes), is rounded up to a power of two. The memory lies at the processor that the device is nearest to, where
+    this process may run there.
 
     device: by default the current one. directions: 2 streams for copies if both directions run at once, 1 if they
     take turns, as is better where two devices share a switch.
@@ -44,6 +46,9 @@ class CudaDevice:
 
     def accepts(self, tensor: Tensor) -> bool:
         return tensor.device == self.device
+
+    def is_capturing(self) -> bool:
+        return cuda.is_current_stream_capturing()
 
     def compute_stream(self) -> cuda.Stream:
         return cuda.current_stream(self.device)
@@ -81,8 +86,9 @@ class CudaDevice:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def free(self, block: Tensor, stream: cuda.Stream) -> None:
-        # The allocator gives memory back to the stream that it was allocated in when the last reference goes.
-        pass
+        # The allocator gives memory back to the stream that it was allocated in when the last reference goes. This has
+        # it wait for `stream` if that is another one, and else does nothing, so when memory is free stays determined.
+        block.record_stream(stream)
 
     def copy(self, stream: cuda.Stream, target: Tensor, source: Tensor) -> None:
         with cuda.stream(stream):
@@ -97,12 +103,16 @@ class CudaDevice:
 
     def allocate_host(self, nbytes: int) -> Tensor:
         memory = map_pages(nbytes)
-        if int(cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0:
+        # Without the guard, a process that uses another device alone would begin to use the first one, too. Flags 0:
+        # the memory is pinned for every device.
+        with cuda.device(self.device), running_on(cpus_near(cuda.get_device_properties(self.device))):
+            error = int(cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
+        if error == 0:
             self._registered.add(memory.data_ptr())
             return memory
         self._forget_error()
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             self._forget_error()
             raise MemoryError(f"no pinned memory for {nbytes} bytes on the host: {error}") from error
@@ -117,7 +127,8 @@ class CudaDevice:
     def free_host(self, memory: Tensor) -> None:
         if memory.data_ptr() in self._registered:
             self._registered.remove(memory.data_ptr())
-            cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            with cuda.device(self.device):
+                cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def touch_host(self, memory: Tensor, writes: bool) -> None:
         pass

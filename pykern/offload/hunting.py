@@ -56,12 +56,13 @@ class _Access:
 class _Memory:
     """One allocation, the accesses that a later one could conflict with, and the ranges that are free."""
 
-    __slots__ = ("accesses", "bytes", "free", "home", "is_host", "name")
+    __slots__ = ("accesses", "bytes", "free", "home", "is_host", "is_lent", "name")
 
     def __init__(self, name: str, memory: Tensor, is_host: bool, home: HuntedStream | None) -> None:
         self.name, self.bytes, self.is_host, self.home = name, memory, is_host, home
         self.accesses: list[_Access] = []
         self.free: list[tuple[int, int]] = []
+        self.is_lent = False
 
 
 class HuntingDevice:
@@ -106,6 +107,9 @@ class HuntingDevice:
     def accepts(self, tensor: Tensor) -> bool:
         return not self.lags and tensor.device.type == "cpu"
 
+    def is_capturing(self) -> bool:
+        return False
+
     def record(self, stream: HuntedStream) -> HuntedEvent:
         self._know_host(stream)
         return HuntedEvent(stream)
@@ -132,7 +136,7 @@ class HuntingDevice:
 
     def allocate(self, nbytes: int) -> Tensor:
         self._blocks += 1
-        block = torch.empty(nbytes, dtype=torch.uint8)
+        block = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         self._add(f"block {self._blocks}", block, False, self.current)
         self._put(self.current, "allocation", lambda: block.fill_(POISON_FRESH), writes=[block])
         return block
@@ -143,7 +147,7 @@ class HuntingDevice:
             if memory is not None:
                 del self._memories[block.untyped_storage().data_ptr()]
             return
-        if memory.home is not stream:
+        if memory.home is not stream and not memory.is_lent:
             raise Race(f"{memory.name} is freed in {stream.name}, but was allocated in {memory.home.name}")
         self._put(stream, "freeing", lambda: block.fill_(POISON_FREED), writes=[block])
         memory.free.append(_range_of(block))
@@ -190,6 +194,12 @@ class HuntingDevice:
         self._memory_of(memory).free.append((begin, end))
 
     # --- what a test uses ---------------------------------------------------------------------------
+
+    def lend(self, nbytes: int) -> Tensor:
+        """A tensor of the model's, which the engine may get, and let go of, in another stream than this."""
+        block = self.allocate(nbytes)
+        self._memory_of(block).is_lent = True
+        return block
 
     def launch(
         self, what: str, reads: Sequence[tuple[Tensor, int]] = (), writes: Sequence[tuple[Tensor, int]] = ()

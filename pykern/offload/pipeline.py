@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .block_store import BlockStore
-from .coding import Coding, check_codec
+from .coding import Coding, check_codec, is_lossy
 from .engine import Rates
 from .planning.types import Action, Plan, Transfer
-from .saving import Copy, Packed, Packing, Saved, placeholder, plain_tensors, unpacked
+from .saving import Copy, Kept, Packed, Packing, saved_tensors_hooks, unpacked
 from .streams import StreamDevice
+from .tensors import placeholder, take_memory
 
 # Parts of a block begin at multiples of this; large ones at those of a page, so that they go to a file without being
 # copied on the way.
@@ -57,9 +58,8 @@ class _Block:
         self._owner = owner
         # Weak: what the graph drops before the block leaves need not be copied.
         self._copies: list[weakref.ref[_BlockCopy]] = []
-        self._inputs: list[tuple[Tensor, Saved]] = []
+        self._inputs: list[tuple[Tensor, Packed]] = []
         self._item = -1
-        self._bytes: Tensor | None = None
         self._away = self._reserved = self._ended = False
 
     @property
@@ -73,9 +73,9 @@ class _Block:
             copy.size = copy.coding.nbytes
         self._copies.append(weakref.ref(copy))
 
-    def add_input(self, tensor: Tensor, saved: Saved) -> None:
-        """A plain tensor whose memory comes and goes with the block: the runtime holds it until the backward."""
-        self._inputs.append((tensor, saved))
+    def add_input(self, tensor: Tensor, packed: Packed) -> None:
+        """A tensor whose memory comes and goes with the block: the runtime holds it until the backward."""
+        self._inputs.append((tensor, packed))
 
     def living(self) -> list[_BlockCopy]:
         return [copy for copy in (reference() for reference in self._copies) if copy is not None]
@@ -114,7 +114,7 @@ class _Block:
         for copy in self.living():
             copy.resident = None
         for tensor, _ in self._inputs:
-            tensor.data = placeholder(tensor)
+            take_memory(tensor, placeholder(tensor))
         self._away = True
         return True
 
@@ -132,21 +132,19 @@ class _Block:
             self._owner._store.fetch(self._item)
 
     def bytes(self) -> Tensor:
-        """The whole block, uint8; waits for it if need be."""
+        """The whole block, uint8, for use in the stream that computes now; waits for it if need be."""
         if self._ended:
             raise RuntimeError(
                 f"{self._name()} was needed after its last backward action had ended, which frees it; "
                 "keep such tensors by skip="
             )
-        if self._bytes is None:
-            with self._owner._stalled():
-                self._bytes = self._engine().load(self._item)
-        return self._bytes
+        with self._owner._stalled():
+            return self._engine().load(self._item)
 
     def restore_inputs(self) -> None:
         if self._away:
-            for tensor, saved in self._inputs:
-                tensor.data = saved.unpack()
+            for tensor, packed in self._inputs:
+                take_memory(tensor, _unpack(packed))
 
     def end(self) -> None:
         """The last backward action has ended: nothing of the block is needed any more."""
@@ -154,9 +152,8 @@ class _Block:
             return
         self._ended = True
         for tensor, _ in self._inputs:
-            tensor.data = placeholder(tensor)
+            take_memory(tensor, placeholder(tensor))
         self._inputs = []
-        self._bytes = None
         if self._item >= 0:
             if self._reserved:
                 self._engine().unreserve(self._item)
@@ -184,6 +181,11 @@ class PipelineOffload:
             torch.autograd.backward(outputs, gradients)
         ...
         offload.end_step()
+
+    Ranks that share a switch are not held to the turns that the plan gives their copies: a barrier before each copy
+    would order the hosts, which run ahead of their devices. Copies that meet share the link, and the later one ends
+    when it would have in turns. So where copies take about as long as what they hide behind, plan with the bandwidth
+    that the ranks of a pair have while both copy.
 
     `SchedulePipeOffload` does this on torch.distributed.pipelining. Blocks need not look the same from one microbatch,
     or step, to the next. Gradients are equal bit for bit to those without offload, unless there is a codec.
@@ -237,9 +239,8 @@ class PipelineOffload:
         self._store = BlockStore(storage, path, threads, device, map_allocations, debug_delays)
         self._packing = Packing(
             "PipelineOffload", min_bytes=min_bytes, parameters=parameters, skip=skip,
-            accepts=self._store.accepts, copy_type=_BlockCopy, made=self._on_copy,
+            accepts=self._store.accepts, lossy=is_lossy(codec), copy_type=_BlockCopy, made=self._on_copy,
         )  # fmt: skip
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, _unpack)
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._newest: _Block | None = None
         self._warned = False
@@ -261,6 +262,10 @@ class PipelineOffload:
         self._transfers = plan.transfers[self.rank]
         self._store.open(plan, self.rank, sizes_known)
         self.reset_counters()
+
+    def synchronize(self) -> None:
+        """Waits until all copies have ended: what the counters tell of the storage is then settled."""
+        self._store.engine.synchronize()
 
     def close(self) -> None:
         """Ends the threads and frees the storage now. Dropping the last reference does the same."""
@@ -307,14 +312,13 @@ class PipelineOffload:
         block = self._newest = _Block(self, action)
         self._packing.begin(held, given)
         start = self._now()
-        with self._hooks:
+        with saved_tensors_hooks(self._packing.pack, _unpack):
             yield held
         self._measure(action, self._now() - start)
         for tensor in held:
-            for plain in plain_tensors(tensor):
-                packed = self._packing.pack(plain)
-                if isinstance(packed, Saved):
-                    block.add_input(plain, packed)
+            packed = self._packing.pack(tensor)
+            if not isinstance(packed, Kept):
+                block.add_input(tensor, packed)
         self._blocks[chunk, microbatch] = block
         size = self._sizes[chunk, microbatch] = block.nbytes()
         self._add_live(1, size)
@@ -328,7 +332,7 @@ class PipelineOffload:
             yield
             return
         start = self._now()
-        with self._hooks:
+        with saved_tensors_hooks(self._packing.pack, _unpack):
             yield
         self._measure(block.action, self._now() - start, again=True)
         before, size = self._sizes[chunk, microbatch], block.nbytes()

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import _Action, _batch_p2p, _ComputationType, _PipelineScheduleRuntime
 from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.nn.parallel import DistributedDataParallel
 
 from .pipeline import PipelineOffload
 from .planning.orders import make_order
@@ -26,6 +28,10 @@ _COMPUTATIONS = ("F", "B", "I", "W")
 class SchedulePlanned(_PipelineScheduleRuntime):
     """Any schedule of the planner's table, run by PyTorch's own pipeline runtime.
 
+    The modules of stages may be sharded by `fully_shard`, over another dimension of the mesh than the pipeline's, and
+    may take and return DTensors; or be wrapped by DistributedDataParallel, with whole backwards and stages that were
+    told `input_args` and `output_args`.
+
     Args:
         schedule: "gis", "gis_h", "po", "1f1b", "1f1b_interleaved", "zb_v", "v_half" or "v_min".
         stages: this rank's stages, of torch.distributed.pipelining, sorted by index: those of
@@ -39,7 +45,8 @@ class SchedulePlanned(_PipelineScheduleRuntime):
             scale_grads.
 
     Raises:
-        ValueError: an unknown schedule; stages that are not those of this rank.
+        ValueError: an unknown schedule; stages that are not those of this rank; a split backward of stages in
+            DistributedDataParallel.
     """
 
     def __init__(
@@ -70,6 +77,12 @@ class SchedulePlanned(_PipelineScheduleRuntime):
                 f"stages: rank {stages[0].group_rank} of {schedule!r} has the stages {expected}, "
                 f"got {[stage.stage_index for stage in stages]}"
             )
+        self._splits = any(action.kind == "W" for actions in self.order.ranks for action in actions)
+        if self._splits and any(isinstance(stage.submod, DistributedDataParallel) for stage in stages):
+            raise ValueError(
+                "split_backward: DistributedDataParallel averages gradients in whole backwards alone; "
+                "pass split_backward=False, or use fully_shard"
+            )
         super().__init__(stages, n_microbatches, loss_fn, **keywords)
         self.pipeline_order = {
             rank: [
@@ -86,6 +99,15 @@ class SchedulePlanned(_PipelineScheduleRuntime):
             for stage in self._stages:
                 stack.enter_context(without_messages_to_itself(stage))
             super()._initialize_stages(*arguments, **keywords)
+
+    def _assert_unsharded(self, stage: _PipelineStageBase) -> None:
+        # The first thing that the runtime does for a computation: before it waits for what it needs.
+        super()._assert_unsharded(stage)
+        if self._splits:
+            # A split backward looks for the parameters that the forward used. Inner modules may have let them go since.
+            for module in stage.submod.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
 
 
 def _stages_of_rank(order: Order, rank: int, chunks: int, schedule: str) -> list[int]:
@@ -239,7 +261,6 @@ class SchedulePipeOffload(SchedulePlanned):
                 self._plan_anew()
 
     def _assert_unsharded(self, stage: _PipelineStageBase) -> None:
-        # The first thing that the runtime does for a computation: before it waits for what it needs.
         super()._assert_unsharded(stage)
         self._before_computation()
 

@@ -69,6 +69,9 @@ class SimulatedDevice:
     def accepts(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu"
 
+    def is_capturing(self) -> bool:
+        return False
+
     def record(self, stream: SimulatedStream | str) -> threading.Event:
         event = threading.Event()
         if isinstance(stream, str):
@@ -98,7 +101,7 @@ class SimulatedDevice:
         return self._stalled
 
     def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def free(self, block: Tensor, stream: SimulatedStream | str) -> None:
         pass

@@ -7,7 +7,7 @@ buffers are made when they are needed.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
-from .saving import placeholder
+from .tensors import placeholder
 
 
 class _WithoutMemory(torch.autograd.Function):
@@ -56,7 +56,7 @@ def drop_outputs(stage: _PipelineStageBase, microbatch: int) -> None:
     """Lets a microbatch's outputs go, up to what the backward begins with. To be called once they are on their way.
 
     Those of the last stage stay, which the loss and the caller have, and those that DistributedDataParallel or a
-    builder of weight gradients looks at, and tensor subclasses.
+    builder of weight gradients looks at.
     """
     if stage.is_last or stage.dw_builder is not None or isinstance(stage.submod, DistributedDataParallel):
         return
@@ -69,7 +69,7 @@ def drop_outputs(stage: _PipelineStageBase, microbatch: int) -> None:
     elif microbatch in stage.fwd_cache:
         outputs, inputs = stage.fwd_cache[microbatch]
         outputs = tuple(
-            _WithoutMemory.apply(output) if type(output) is Tensor and output.requires_grad else output
+            _WithoutMemory.apply(output) if isinstance(output, Tensor) and output.requires_grad else output
             for output in outputs
         )
         stage.fwd_cache[microbatch] = outputs, inputs
@@ -130,11 +130,15 @@ class ReceiveBuffers:
             if info in self._made:
                 info.buffer = self._made[info].make()
 
-    def take(self, infos: tuple) -> None:
+    def take(self, infos: Iterable) -> None:
         """After the last use."""
         for info in infos:
             if info in self._made:
                 self._take(info)
+
+    def take_wrapped(self, infos: Iterable, inputs: Iterable[Tensor]) -> None:
+        """Those over which the stage made its inputs: a DTensor holds the memory, as a view of its own."""
+        self.take([info for info, tensor in zip(infos, inputs, strict=True) if tensor is not info.buffer])
 
     def _take(self, info) -> None:
         # Not None: between steps torch sets the gradients of all buffers to None.
@@ -181,6 +185,7 @@ class Watched:
             output = self._originals["forward_one_chunk"](fwd_chunk_id, args, kwargs, save_forward_output)
             if held:
                 held[:] = held_inputs(stage, fwd_chunk_id)
+                self._buffers.take_wrapped(stage.args_recv_info[fwd_chunk_id], held)
         if not stage.has_backward:
             self._buffers.take(stage.args_recv_info.get(fwd_chunk_id, ()))
         return output

@@ -38,6 +38,9 @@ class StreamDevice(Protocol):
     def accepts(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in this device's memory."""
 
+    def is_capturing(self) -> bool:
+        """Whether the stream that computes now records its work in a graph, to be done later, any number of times."""
+
     def compute_stream(self) -> Stream:
         """The stream that computes at this moment. It changes from call to call: ask, and keep no answer."""
 
@@ -59,7 +62,10 @@ class StreamDevice(Protocol):
         """uint8 [nbytes] of device memory, usable in the stream that computes now; starts at a multiple of 64 bytes."""
 
     def free(self, block: Tensor, stream: Stream) -> None:
-        """The engine lets go of `block` at this point of `stream`; whoever else holds its storage keeps it."""
+        """The engine lets go of `block` at this point of `stream`; whoever else holds its storage keeps it.
+
+        A tensor of the model's may have been allocated in another stream, which then gets the memory no earlier.
+        """
 
     def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         """Puts one copy between device and host memory into `stream`. Both uint8, one dimension, of one size."""

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Copies start at multiples of this, so that a restored view is aligned as the saved one was: some
-# matrix kernels choose their path, and with it their rounding, by alignment.
-ALIGNMENT = 64
+# Copies start at multiples of this, so that a restored view is aligned as the saved one was: some matrix kernels choose
+# their path, and with it their rounding, by alignment; those of cuBLAS by as much as this.
+ALIGNMENT = 256
 
 
 class View(NamedTuple):

@@ -48,7 +48,7 @@ def test_shared_rows_without_squares(device):
 
 def test_one_list_of_everything(device):
     """Sides, widths of the rank and alignments that different kernels and branches take, in one call."""
-    shapes = [(33, 17, 3), (64, 136, 70), (40, 24, 130), (8, 8, 8), (0, 5, 2), (1, 1, 1)]
+    shapes = [(33, 17, 3), (64, 136, 70), (40, 24, 130), (40, 24, 136), (8, 8, 8), (0, 5, 2), (1, 1, 1), (0, 8, 80)]
     sides = [matrices(torch.bfloat16, device, right=right, shapes=shapes) for right in (False, True)]
     basis = projectors(torch.bfloat16, device, shapes=shapes)
     hold(sides[0] + sides[1], basis + basis)

@@ -70,7 +70,10 @@ def run_case(case: Case) -> dict:
             actual = [parameter.grad for parameter in stage.submod.parameters()]
             if not all(torch.equal(*pair) for pair in zip(actual, expected[stage.stage_index], strict=True)):
                 problems.append(f"step {step}: a gradient of stage {stage.stage_index} differs")
-    counters = schedule.offload.counters() if case.offload is not None else None
+    counters = None
+    if case.offload is not None:
+        schedule.offload.synchronize()
+        counters = schedule.offload.counters()
     return {"problems": problems, "counters": counters}
 
 

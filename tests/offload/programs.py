@@ -58,13 +58,15 @@ class Program:
         sizes = [self.random.choice((1, 64, 255, 256, 300, 700)) for _ in range(self.random.choice((1, 1, 2, 4)))]
         parts, offsets, end = [], [], 0
         shares = self.random.random() < 0.3
-        storage = self.device.allocate(sum(sizes)) if shares else None
+        storage = self.device.lend(sum(sizes)) if shares else None
         begin = 0
         for size in sizes:
-            parts.append(storage[begin : begin + size] if shares else self.device.allocate(size))
+            parts.append(storage[begin : begin + size] if shares else self.device.lend(size))
             offsets.append(end)
             begin += size
             end = -(-(end + size) // 256) * 256 + self.random.choice((0, 0, 256))
+        if self.random.random() < 0.2:
+            self.change_stream()
         values = [self.random.randrange(128) for _ in sizes]
         block = Block(key, parts, offsets, sizes, values)
         self.device.launch(f"forward {key}", writes=list(zip(parts, values)))

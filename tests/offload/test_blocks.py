@@ -17,8 +17,8 @@ def folder(request, tmp_path):
     return str(tmp_path) if request.param == "file" else None
 
 
-def open_engine(folder, *, capacity=8 << 20, threads=2, queue_bytes=32 << 20, delay_seed=None, **options):
-    return Engine(folder, capacity, threads, queue_bytes, delay_seed, **options)
+def open_engine(folder, **options):
+    return Engine(folder, **{"capacity": 8 << 20, **options})
 
 
 def layout(sizes, gaps):
@@ -169,9 +169,14 @@ def test_many_seeds(storage, tmp_path):
     for seed in range(100):
         random = Random(seed)
         engine = Engine(
-            folder, 1 << 16, 1 + seed % 3, 1 << 14, seed, memory=1 << 15 if storage == "memory+file" else None,
+            folder,
+            capacity=1 << 16,
+            threads=1 + seed % 3,
+            queue_bytes=1 << 14,
+            delay_seed=seed,
+            memory=1 << 15 if storage == "memory+file" else None,
             transfers="threads" if seed % 8 else "best",  # making a ring takes its time
-        )  # fmt: skip
+        )
         expected, reserved = {}, set()
         for _ in range(24):
             action = random.randrange(7)
@@ -207,7 +212,7 @@ def test_many_seeds(storage, tmp_path):
 @pytest.mark.parametrize("transfers", ["best", "threads"])
 def test_a_failed_write_loses_no_block(tmp_path, transfers):
     parts = [bytes_of(5000), bytes_of(30_000, 1), bytes_of(5000, 2), bytes_of(30_000, 3)]
-    engine = Engine(str(tmp_path), 1 << 20, 1, 1 << 20, None, transfers=transfers)
+    engine = Engine(str(tmp_path), capacity=1 << 20, threads=1, transfers=transfers)
     with file_size_limit(1 << 16):
         items = [engine.store([part.clone() for part in pair], [0, 8192], 40_000) for pair in (parts[:2], parts[2:])]
         assert [engine.settle(item) for item in items * 2] == [True, False] * 2

@@ -1,12 +1,14 @@
 """The CUDA device without one: which calls of torch.cuda it makes, in which order; and bandwidth, measured."""
 
 import contextlib
+import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pykern.offload import cuda_device
+from pykern.offload import cuda_device, near
 from pykern.offload.bandwidth import Bandwidth, measure_bandwidth
 from pykern.offload.cuda_device import CudaDevice
 from pykern.offload.simulated import SimulatedDevice
@@ -23,6 +25,8 @@ class FakeCuda:
         self.streams = 0
         self.register_error = 0
         self.registered = set()
+        self.selected = None
+        self.capturing = False
 
     def is_available(self):
         return True
@@ -40,6 +44,18 @@ class FakeCuda:
     def current_stream(self, device):
         return self.current
 
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=2)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.selected = device
+        yield
+        self.selected = None
+
     @contextlib.contextmanager
     def stream(self, stream):
         before, self.current = self.current, stream
@@ -50,12 +66,14 @@ class FakeCuda:
         return self
 
     def cudaHostRegister(self, address, nbytes, flags):
+        assert self.selected is not None and flags == 0
         self.calls.append(f"register {nbytes}")
         if not self.register_error:
             self.registered.add(address)
         return self.register_error
 
     def cudaHostUnregister(self, address):
+        assert self.selected is not None
         self.registered.remove(address)
         return 0
 
@@ -92,6 +110,11 @@ class FakeEvent:
 def fake(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(cuda_device, "cuda", fake)
+
+    def record_stream(tensor, stream):
+        fake.calls.append(f"{tensor.numel()} freed in {stream.name}")
+
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
     return fake
 
 
@@ -138,17 +161,18 @@ def test_the_calls_of_an_item(fake):
     assert fake.calls == [
         "register 8192",
         "record compute", "out waits for compute 1", "copy 5000 on out late", "record out",
-        "compute waits for out 4",
-        "record compute", "back waits for compute 6", "back waits for out 4", "copy 5000 on back late", "record back",
-        "compute waits for back 10",
+        "compute waits for out 4", "5000 freed in compute",
+        "record compute", "back waits for compute 7", "back waits for out 4", "copy 5000 on back late", "record back",
+        "compute waits for back 11",
     ]  # fmt: skip
     del fake.calls[:]
     engine.release(item)
     second = engine.store([source], [0], 5000)
-    assert fake.calls[:4] == [
+    assert fake.calls[:5] == [
+        "5000 freed in compute",
         "record compute",
-        "out waits for compute 0",
-        "out waits for back 10",
+        "out waits for compute 1",
+        "out waits for back 11",
         "copy 5000 on out late",
     ]
     engine.release(second)
@@ -183,13 +207,13 @@ def test_memory_that_cannot_be_registered_is_pinned_by_torch(fake, monkeypatch):
     empty = torch.empty
 
     def fake_empty(*arguments, pin_memory=False, **keywords):
-        asked.append(pin_memory)
+        asked.append((pin_memory, keywords["device"]))
         return empty(*arguments, **keywords)
 
     monkeypatch.setattr(torch, "empty", fake_empty)
     device = OnCpu(fake)
     memory = device.allocate_host(8192)
-    assert memory.numel() == 8192 and asked == [True]
+    assert memory.numel() == 8192 and asked == [(True, "cpu")]
     device.free_host(memory)
 
 
@@ -206,6 +230,55 @@ def test_no_pinned_memory_at_all(fake, monkeypatch):
         MemoryError, match="slot_bytes: no pinned memory for 8192 bytes on the host: CUDA error: out of"
     ):
         StreamedEngine(OnCpu(fake), slot_bytes=[5000])
+
+
+def test_nothing_is_captured_in_a_graph(fake):
+    """What dies meanwhile is seen to after the capture: no event may be asked for during it."""
+    engine = StreamedEngine(OnCpu(fake), slot_bytes=[5000, 5000])
+    source = torch.arange(5000).to(torch.uint8)
+    items = [engine.store([source], [0], 5000) for _ in range(2)]
+    fake.capturing = True
+    del fake.calls[:]
+    for use in (lambda: engine.store([source], [0], 5000), lambda: engine.load(items[0]), engine.synchronize):
+        with pytest.raises(RuntimeError, match="can't be captured in a CUDA graph, whose .*; capture the step"):
+            use()
+    engine.release(items[0])
+    assert engine.counters()["slots"] == 2 and fake.calls == []
+    fake.capturing = False
+    assert torch.equal(engine.load(items[1]), source)
+    with pytest.raises(RuntimeError, match="released before its use"):
+        engine.load(items[0])
+    engine.close()
+
+
+def test_memory_is_had_near_the_device(fake, monkeypatch, tmp_path):
+    here = os.sched_getaffinity(0)
+    monkeypatch.setattr(near, "_DEVICES", tmp_path)
+    (tmp_path / "0000:1b:02.0").mkdir()
+    (tmp_path / "0000:1b:02.0" / "local_cpulist").write_text(f"{min(here)},1000000-1000002\n")
+    ran_on = []
+    register = FakeCuda.cudaHostRegister
+
+    def note(*arguments):
+        ran_on.append(os.sched_getaffinity(0))
+        return register(*arguments)
+
+    monkeypatch.setattr(FakeCuda, "cudaHostRegister", note)
+    device = OnCpu(fake)
+    memory = device.allocate_host(4096)
+    assert ran_on == [{min(here)}] and os.sched_getaffinity(0) == here
+    device.free_host(memory)
+
+
+@pytest.mark.parametrize("told", [None, "", "1000000-1000002"])
+def test_processors_that_are_not_told_or_not_ours_change_nothing(fake, monkeypatch, tmp_path, told):
+    monkeypatch.setattr(near, "_DEVICES", tmp_path)
+    if told is not None:
+        (tmp_path / "0000:1b:02.0").mkdir()
+        (tmp_path / "0000:1b:02.0" / "local_cpulist").write_text(told)
+    here = os.sched_getaffinity(0)
+    with near.running_on(near.cpus_near(fake.get_device_properties(None))):
+        assert os.sched_getaffinity(0) == here
 
 
 def test_parts_are_packed_on_the_device(fake):
@@ -248,6 +321,14 @@ def test_the_bandwidth_of_every_kind_of_memory(fake, monkeypatch):
     measured = measure_bandwidth("cuda", [4096])
     assert [one.memory for one in measured] == ["registered", "pinned", "pageable"]
     assert not fake.registered
+
+
+def test_a_measurement_that_finds_no_room_gives_back_what_it_had():
+    device = SimulatedDevice(host_bytes=3 * 4096)
+    with pytest.raises(MemoryError, match="no memory for 8192 bytes on the host, which has 4096"):
+        measure_bandwidth(device, [8192])
+    assert [one.nbytes for one in measure_bandwidth(device, [4096])] == [4096]
+    assert measure_bandwidth(device, []) == []
 
 
 @pytest.mark.parametrize(

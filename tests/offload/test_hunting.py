@@ -19,10 +19,10 @@ def test_a_thousand_seeds_are_clean(first):
 def test_a_file_behind_the_slots_is_clean(tmp_path):
     spills = 0
     for seed in range(120):
-        file = Engine(str(tmp_path), 1 << 18, 1, 1 << 16, None)
+        file = Engine(str(tmp_path), capacity=1 << 18, threads=1)
         program = Program(seed, file=file)
         program.run()
-        spills += program.engine._spills
+        spills += program.engine._counts["spills"]
     assert spills > 150
 
 
@@ -124,6 +124,13 @@ class OneStreamForEver(HuntingDevice):
         return self.streams[0]
 
 
+class FreedWhereAllocated(HuntingDevice):
+    """Memory goes back to the stream that allocated it at once, whichever stream lets go of it."""
+
+    def free(self, block, stream):
+        super().free(block, self._memory_of(block).home)
+
+
 RACES = [
     (LateReadyEvent, 2, r"the (forward|packing) .*\(writes, compute\) and the copy out \(reads, copies out\)"),
     (SlotReusedBeforeItsCopyEnded, 2, r"host memory.*copy back \(reads.* copy out \(writes"),
@@ -171,12 +178,17 @@ def test_a_planted_race_is_found(engine, directions, message):
 )
 def test_a_race_with_the_host_is_found(tmp_path, engine, message):
     with pytest.raises(Race, match=message):
-        raise first_failure(40, engine_class=engine, file=lambda: Engine(str(tmp_path), 1 << 18, 1, 1 << 16, None))
+        raise first_failure(40, engine_class=engine, file=lambda: Engine(str(tmp_path), capacity=1 << 18, threads=1))
 
 
 def test_a_cached_stream_is_found():
     with pytest.raises(Race, match="not in order|is freed in compute, but was allocated in second compute"):
         raise first_failure(20, device_class=OneStreamForEver)
+
+
+def test_memory_that_does_not_wait_for_who_let_it_go_is_found():
+    with pytest.raises(Race, match=r"block \d+, .*(copy out|backward|forward|packing).* and the freeing \(writes"):
+        raise first_failure(20, device_class=FreedWhereAllocated)
 
 
 def test_a_stale_key_is_found():

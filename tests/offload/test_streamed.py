@@ -1,29 +1,27 @@
 """The engine for devices with streams: its state machine, its arena, its failures, and real models on it."""
 
 import gc
+import re
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 import pykern
+from pykern.offload import host_arena
 from pykern.offload.engine import Engine
 from pykern.offload.hunting import HuntingDevice
 from pykern.offload.simulated import SimulatedDevice
 from pykern.offload.streamed import StreamedEngine
 
 from .programs import Program
-from .support import MODELS, assert_bit_equal, gradients, loss_of, make
+from .support import MODELS, assert_bit_equal, bytes_of, gradients, in_a_process, loss_of, make
 from .test_pipeline import Rank, assert_same
 
 KIB = 1 << 10
-
-
-def bytes_of(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
 
 
 class Recorder(SimulatedDevice):
@@ -253,6 +251,22 @@ def test_a_slot_of_the_plan_goes_on_when_its_block_is_back():
     assert torch.equal(engine.load(second), bytes_of(5000, 1))
 
 
+def test_a_slot_of_the_plan_goes_on_when_its_block_never_left():
+    engine = StreamedEngine(slow(), slot_bytes=[5000], packed_below=1000)
+    parts, offsets = [bytes_of(300), bytes_of(4000)], [0, 512]
+    first = engine.store(parts, offsets, 4512, slot=0)
+    engine.reserve(first)
+    second = engine.store([bytes_of(5000, 1)], [0], 5000, slot=0)
+    for item in (first, second):
+        engine.settle(item)
+    block = engine.load(first)
+    assert torch.equal(block[:300], parts[0]) and torch.equal(block[512:], parts[1])
+    assert torch.equal(engine.load(second), bytes_of(5000, 1))
+    engine.release(first)
+    engine.release(second)
+    assert engine.counters()["slots"] == 0
+
+
 def test_a_slot_that_somebody_found_free_is_not_fought_for():
     engine = StreamedEngine(slow(), slot_bytes=[5000, 5000])
     items = [engine.store([bytes_of(5000, 0)], [0], 5000)]
@@ -304,6 +318,56 @@ def test_freed_neighbours_merge():
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_memory_for_slots_has_huge_pages_and_stays_out_of_forked_processes():
+    memory = host_arena.map_pages(8 << 20)
+    address = memory.data_ptr()
+    kept = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        place = re.match(r"([0-9a-f]+)-([0-9a-f]+) ....", line)
+        if place:
+            kept = [line] if int(place[1], 16) <= address < int(place[2], 16) else []
+        elif kept and line.startswith("VmFlags:"):
+            break
+        elif kept:
+            kept.append(line)
+    flags = line.split()
+    assert "rw-p" in kept[0] and "hg" in flags and "dc" in flags
+
+
+def test_a_forked_process_leaves_the_engine_alone():
+    """Its streams are threads, or a driver, which the new process does not have."""
+    printed = in_a_process("""
+import os, torch
+from pykern.offload.simulated import SimulatedDevice
+from pykern.offload.streamed import StreamedEngine
+
+engine = StreamedEngine(SimulatedDevice())
+item = engine.store([torch.ones(5000, dtype=torch.uint8)], [0], 5000)
+engine.settle(item)
+child = os.fork()
+if child == 0:
+    try:
+        engine.load(item)
+    except RuntimeError as error:
+        print(error, flush=True)
+    engine.release(item)
+    engine = None
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(int(engine.load(item).sum()))
+""")
+    assert printed.splitlines() == [
+        "ActivationOffload: used in a process that was forked off its own; start processes with 'spawn'", "5000"
+    ]  # fmt: skip
+
+
+def test_a_default_device_of_torch_changes_nothing():
+    with torch.device("meta"):
+        device = SimulatedDevice()
+        assert device.allocate(10).device.type == device.allocate_host(4096).device.type == "cpu"
+        assert all(one.out > 0 for one in pykern.measure_bandwidth("cpu", [1 << 12]))
 
 
 def test_no_memory_for_the_plan():
@@ -375,7 +439,7 @@ def test_failures_are_free_of_races():
 
 
 def with_file(tmp_path, device, slots=3, file_bytes=1 << 20):
-    file = Engine(str(tmp_path), file_bytes, 1, 1 << 20, None)
+    file = Engine(str(tmp_path), capacity=file_bytes, threads=1)
     return StreamedEngine(device, slot_bytes=[8192] * slots, file=file), file
 
 
@@ -526,6 +590,29 @@ def test_a_pipeline_is_free_of_races(model, split):
         counters = rank.offload.counters()
         assert counters["offloads"] == len(rank.offload.plan.copies[0]) == counters["engine"]["reloads"]
         assert counters["stayed"] == counters["engine"]["slots"] == 0
+
+
+def test_every_stream_that_uses_a_block_of_a_pipeline_waits_for_it(monkeypatch):
+    """As do two that compute at once in one stage: here, the backwards of the inputs and of the weights."""
+    device, users = HuntingDevice(0, lags=False), {}
+
+    class InTwoStreams(Rank):
+        def backward(self, kind, *place):
+            device.current = device.second if kind == "W" else device.streams[0]
+            super().backward(kind, *place)
+            device.current = device.streams[0]
+
+    order_use = StreamedEngine._order_use
+
+    def note(engine, item, stream):
+        users.setdefault(item.number, set()).add(stream.name)
+        order_use(engine, item, stream)
+
+    monkeypatch.setattr(StreamedEngine, "_order_use", note)
+    rank = InTwoStreams("feedforward", "pinned", True, device=device)
+    assert_same(rank)
+    assert len(users) == len(rank.offload.plan.copies[0])
+    assert all(names == {"compute", "second compute"} for names in users.values())
 
 
 def test_a_graph_that_is_kept_is_brought_back_again():

@@ -11,7 +11,15 @@ import pykern
 from pykern.offload.engine import Engine, Link
 
 from .support import (
-    STORAGES, assert_bit_equal, bytes_of, descriptors, file_size_limit, gradients, in_a_process, loss_of, make,
+    STORAGES,
+    assert_bit_equal,
+    bytes_of,
+    descriptors,
+    file_size_limit,
+    gradients,
+    in_a_process,
+    loss_of,
+    make,
 )  # fmt: skip
 
 PAGE = 4096
@@ -22,8 +30,8 @@ def folder(request, tmp_path):
     return str(tmp_path) if request.param == "file" else None
 
 
-def open_engine(folder, *, capacity=32 << 20, threads=2, queue_bytes=1 << 20, delay_seed=None, **options):
-    return Engine(folder, capacity, threads, queue_bytes, delay_seed, **options)
+def open_engine(folder, **options):
+    return Engine(folder, **{"capacity": 32 << 20, "queue_bytes": 1 << 20, **options})
 
 
 def store(engine, size, seed, **where):
@@ -344,7 +352,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, ctypes.byref(Program(4, ctypes.addressof(buffer))), 0, 0) == 0, ctypes.get_errno()
 assert libc.syscall(425, 1, None) == -1 and ctypes.get_errno() == 1
-engine = Engine(tempfile.mkdtemp(), 1 << 24, 2, 1 << 24, None)
+engine = Engine(tempfile.mkdtemp(), capacity=1 << 24)
 items = [engine.store([bytes_of(3 << 20, seed)], [0], 3 << 20) for seed in range(3)]
 engine.synchronize()
 for seed, item in enumerate(items):
