@@ -8,7 +8,7 @@ import pytest
 import pykern
 from pykern.offload import planning
 from pykern.offload.planning import Times, check_plan, plan, replan
-from pykern.offload.planning.copying import CopyTimes, run_copies
+from pykern.offload.planning.simulation import CopyTimes, run_copies
 from pykern.offload.planning.types import Action, Order, Plan, Transfer
 
 
