@@ -156,7 +156,7 @@ struct ColumnTiles : Tiles<T> {
   void prepare(char* shared, int64_t index) const {
     const int64_t row0 = index * chunk;
     convert_rows(reinterpret_cast<C*>(shared) + row0 * whole, whole, projector + row0 * rank, rank,
-                 lesser_size(chunk, n - row0), rank);
+                 lesser(chunk, n - row0), rank);
   }
 
   template <Rounding Kind>
@@ -170,12 +170,12 @@ struct ColumnTiles : Tiles<T> {
     if constexpr (std::is_same_v<T, C>) {
       if (!converts()) left = projector;
     }
-    const int64_t column0 = tile * width, columns = lesser_size(width, length - column0);
+    const int64_t column0 = tile * width, columns = lesser(width, length - column0);
     for (int i = 0; i < 2; ++i) {
       if (sources[i]) pack(packed[i], sources[i] + column0, rank, columns, length, int64_t{1});
     }
     for (int64_t row0 = 0; row0 < n; row0 += kUpdateHeight) {
-      const int64_t rows = lesser_size(kUpdateHeight, n - row0);
+      const int64_t rows = lesser(kUpdateHeight, n - row0);
       for (int i = 0; i < 2; ++i) {
         if (!sources[i]) continue;
         matmul(rows, columns, rank, left + row0 * whole, whole, int64_t{1}, packed[i], updates[i], width, false);
@@ -213,7 +213,7 @@ struct LineTiles : Tiles<T> {
     static_assert(kUpdateWidth % kPanel == 0);
     const int64_t place0 = index * kUpdateWidth;
     pack(reinterpret_cast<C*>(shared) + place0 * whole, projector + place0 * rank, rank,
-         lesser_size(kUpdateWidth, n - place0), int64_t{1}, rank);
+         lesser(kUpdateWidth, n - place0), int64_t{1}, rank);
   }
 
   template <Rounding Kind>
@@ -223,7 +223,7 @@ struct LineTiles : Tiles<T> {
     float* updates[2] = {reinterpret_cast<float*>(own), reinterpret_cast<float*>(own + update_bytes())};
     T* buffer = reinterpret_cast<T*>(own + 2 * update_bytes());
     const float* sources[2] = {direction, low};
-    const int64_t line0 = tile * height, lines = lesser_size(height, length - line0);
+    const int64_t line0 = tile * height, lines = lesser(height, length - line0);
     for (int i = 0; i < 2; ++i) {
       if (!sources[i]) continue;
       transpose_block(lefts[i], whole, sources[i] + line0, length, rank, lines, 1.0f);
@@ -231,7 +231,7 @@ struct LineTiles : Tiles<T> {
       for (int64_t line = 0; line < lines; ++line) narrow(0.0f, lefts[i] + line * whole + rank);
     }
     for (int64_t place0 = 0; place0 < n; place0 += kUpdateWidth) {
-      const int64_t places = lesser_size(kUpdateWidth, n - place0);
+      const int64_t places = lesser(kUpdateWidth, n - place0);
       for (int i = 0; i < 2; ++i) {
         if (!sources[i]) continue;
         matmul(lines, places, rank, lefts[i], whole, int64_t{1}, reinterpret_cast<const C*>(shared) + place0 * whole,

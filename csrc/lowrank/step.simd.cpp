@@ -305,9 +305,9 @@ struct MatrixStep {
       __builtin_prefetch(m + kAhead * length, 1, 2);
       __builtin_prefetch(v + kAhead * length, 1, 2);
     }
-    const Moments moments = adam.advance(low, {detail::load_up_to(m, count), detail::load_up_to(v, count)});
-    store_up_to(m, moments.first, count);
-    store_up_to(v, moments.second, count);
+    const Moments moments = adam.advance(low, {load_some(m, count), load_some(v, count)});
+    store_some(m, moments.first, count);
+    store_some(v, moments.second, count);
     return adam.direction(moments);
   }
 
@@ -562,7 +562,7 @@ class Runner {
     }
     float* stored = static_cast<float*>(one.matrix.residual_norm);
     double norm = stored ? *stored : 0;
-    factors_[i] = static_cast<float>(lowrank::shared_factor(step_, total, stored ? &norm : nullptr));
+    factors_[i] = static_cast<float>(lowrank::shared_factor(step_.limit, total, stored ? &norm : nullptr));
     if (stored) *stored = static_cast<float>(norm);
     if (step_.residual == Residual::fira) return;
     const float factor = factors_[i] * static_cast<float>(one.matrix.rule.sign);

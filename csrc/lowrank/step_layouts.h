@@ -125,15 +125,6 @@ PYKERN_INLINE void store_rounded(T* target, vfloat value) {
   store(target, value);
 }
 
-template <class T>
-PYKERN_INLINE void store_up_to(T* target, vfloat value, int64_t count) {
-  if (count >= kLanes) {
-    store(target, value);
-  } else {
-    store_partial(target, value, count);
-  }
-}
-
 // One contiguous row of W: W -= step_size * (direction + gradient * factor), each term where it is given. The
 // gradient's elements lie `stride` apart; the factor is one for the row or one for each element.
 template <class T>

@@ -18,15 +18,10 @@ from pykern.offload.simulated import SimulatedDevice
 from pykern.offload.streamed import StreamedEngine
 
 from .programs import Program
-from .support import MODELS, assert_bit_equal, gradients, in_a_process, loss_of, make
+from .support import MODELS, assert_bit_equal, bytes_of, gradients, in_a_process, loss_of, make
 from .test_pipeline import Rank, assert_same
 
 KIB = 1 << 10
-
-
-def bytes_of(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
 
 
 class Recorder(SimulatedDevice):
@@ -254,6 +249,22 @@ def test_a_slot_of_the_plan_goes_on_when_its_block_is_back():
     engine.unreserve(first)
     assert torch.equal(engine.load(first), bytes_of(5000))
     assert torch.equal(engine.load(second), bytes_of(5000, 1))
+
+
+def test_a_slot_of_the_plan_goes_on_when_its_block_never_left():
+    engine = StreamedEngine(slow(), slot_bytes=[5000], packed_below=1000)
+    parts, offsets = [bytes_of(300), bytes_of(4000)], [0, 512]
+    first = engine.store(parts, offsets, 4512, slot=0)
+    engine.reserve(first)
+    second = engine.store([bytes_of(5000, 1)], [0], 5000, slot=0)
+    for item in (first, second):
+        engine.settle(item)
+    block = engine.load(first)
+    assert torch.equal(block[:300], parts[0]) and torch.equal(block[512:], parts[1])
+    assert torch.equal(engine.load(second), bytes_of(5000, 1))
+    engine.release(first)
+    engine.release(second)
+    assert engine.counters()["slots"] == 0
 
 
 def test_a_slot_that_somebody_found_free_is_not_fought_for():

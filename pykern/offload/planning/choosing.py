@@ -12,7 +12,9 @@ from functools import cache
 from itertools import accumulate
 from statistics import median
 
-from .transfers import Block, Placed, RankTimes, hurry_warm_up, peak_bytes, place, place_in_file
+from .layout import Placed, RankTimes, hurry_warm_up, place, place_in_file
+from .simulation import Block
+from .transfers import peak_bytes
 
 
 @dataclass
@@ -106,7 +108,7 @@ def choose(
         over = [number for number, now in enumerate(held) if now > budget]
         worth = [block for block in worth if bisect_left(over, block.forward) < bisect_left(over, block.last)]
     ordered = by_lifespan(rank, worth)
-    if housed is not None and rank.link.file_rate is None and housed < len(ordered):
+    if housed is not None and rank.request.file_rate is None and housed < len(ordered):
         choice.unhoused = ordered[housed:]
         ordered = ordered[:housed]
 
