@@ -531,7 +531,11 @@ def test_a_full_file_is_told_and_loses_nothing(tmp_path, device):
     items = [engine.store([bytes_of(8000, seed)], [0], 8000) for seed in range(8)]
     assert items[5:] == [-1, -1, -1]
     assert "full" in engine.take_failure()
-    for seed in range(5):
+    # It is used again once something there is not needed any more.
+    engine.release(items[0])
+    items[5] = engine.store([bytes_of(8000, 5)], [0], 8000)
+    assert items[5] > 0
+    for seed in range(1, 6):
         assert torch.equal(engine.load(items[seed]), bytes_of(8000, seed))
 
 
