@@ -81,9 +81,14 @@ def anchor(rank: RankTimes, placed: Sequence[Placed]) -> tuple[Transfer, ...]:
         if copy.write_start is not None and copy.read_start is not None:
             spill = min(max(release, bisect_right(rank.ends, copy.write_start + rounding)), reload)
             fetch = min(max(spill, bisect_right(rank.ends, copy.read_start + rounding)), reload)
-            add("spill", copy, spill, max(copy.out_end, copy.write_start))
-            add("fetch", copy, fetch, max(copy.out_end, copy.write_start, copy.read_start))
-        add("reload", copy, reload, copy.back_start)
+            # In this order, even if moments differ by rounding only.
+            written = max(copy.out_end, copy.write_start)
+            read = max(written, copy.read_start)
+            add("spill", copy, spill, written)
+            add("fetch", copy, fetch, read)
+            add("reload", copy, reload, max(read, copy.back_start))
+        else:
+            add("reload", copy, reload, copy.back_start)
     return tuple(event[-1] for event in sorted(events))
 
 
