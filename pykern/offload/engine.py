@@ -103,7 +103,7 @@ def machine_memory() -> int:
 class Engine:
     """A C++ engine: one or two media, their slots, and the threads that copy.
 
-    Closed when the last reference goes; whoever holds an item of it holds the engine.
+    Closed when the last reference goes; whoever holds an item of it holds the engine. A forked process can use neither.
 
     Args:
         folder: where the spill file lies; None: no file, only an arena of memory.

@@ -293,7 +293,8 @@ def test_parts_are_packed_on_the_device(fake):
 
 
 def test_the_bandwidth_of_a_device_is_measured():
-    rate = 50e6
+    # Slow enough that a busy machine hardly adds to it.
+    rate = 15e6
     (apart,) = measure_bandwidth(SimulatedDevice(bandwidth=rate), [1 << 19])
     assert (apart.memory, apart.nbytes, apart.directions) == ("host", 1 << 19, 2)
     (in_turns,) = measure_bandwidth(SimulatedDevice(bandwidth=rate, directions=1), [1 << 19])
