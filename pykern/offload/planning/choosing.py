@@ -69,7 +69,8 @@ def fewest(count: int, enough: Callable[[int], bool]) -> int:
 
 
 def lowest(ordered: Sequence[Block], peak: Callable[[int], int]) -> int:
-    """How many of `ordered` give the lowest peak, the fewest such: whole chunks, and parts of the next one.
+    """How many of `ordered` give the lowest peak, the fewest such: of whole chunks, and of quarters of the chunk before
+    and after the best of those.
 
     Where copies are too slow for all, more blocks make all of them leave later: at some number the peak turns.
     """

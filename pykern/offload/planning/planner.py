@@ -60,8 +60,8 @@ def plan(
             one per rank. With a budget, "none" lets it choose among all.
         budget: device bytes for blocks per rank, for all ranks or one per rank: only blocks that are needed to keep
             within it leave, those missed longest first.
-        host_budget: host bytes for blocks per rank. What has no room goes on to a file if there is a `file_bandwidth`,
-            and else stays on the device.
+        host_budget: host bytes for the arena of each rank. What has no room goes on to a file if there is a
+            `file_bandwidth`, with `Plan.staging_bytes` on the host beside the arena, and else stays on the device.
         file_bandwidth: bytes per second of a rank's writes to or reads from its file, which alternate.
         directions: "one" at a time, for two ranks at a switch, or one slow link; "two" at once.
         pairs: with one direction, the ranks that share a switch and so alternate against each other: (0, 1), (2, 3)
@@ -117,7 +117,7 @@ def replan(
     return plan(**{**plan_.request, **{name: value for name, value in measured.items() if value is not None}})
 
 
-# By which computation is slowed down for a request that insists: what is late even so stays.
+# By which the times of computation are stretched at most for a request that insists: what is late even so stays.
 _LONGEST_STRETCH = float(1 << 24)
 
 
