@@ -5,6 +5,8 @@
 
 namespace pykern::PYKERN_SIMD {
 
+PYKERN_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Up to a vector: `count` elements, or all that it holds; the other lanes are zero.
 template <class T>
 PYKERN_INLINE vfloat load_some(const T* source, int64_t count) {

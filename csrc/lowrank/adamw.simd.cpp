@@ -20,20 +20,13 @@ void advance_chunk(const AdamTensor& tensor, int64_t begin) {
   const T* grad = static_cast<const T*>(tensor.grad) + begin;
   float* first = static_cast<float*>(tensor.exp_avg) + begin;
   float* second = static_cast<float*>(tensor.exp_avg_sq) + begin;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Moments moments = adam.advance(load(grad + i) * adam.sign, {load(first + i), load(second + i)});
-    store(first + i, moments.first);
-    store(second + i, moments.second);
-    store(param + i, update.apply(load(param + i), adam.direction(moments)));
-  }
-  if (i < count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t rest = count - i;
-    const Moments moments = adam.advance(load_partial(grad + i, rest) * adam.sign,
-                                         {load_partial(first + i, rest), load_partial(second + i, rest)});
-    store_partial(first + i, moments.first, rest);
-    store_partial(second + i, moments.second, rest);
-    store_partial(param + i, update.apply(load_partial(param + i, rest), adam.direction(moments)), rest);
+    const Moments moments = adam.advance(load_some(grad + i, rest) * adam.sign,
+                                         {load_some(first + i, rest), load_some(second + i, rest)});
+    store_some(first + i, moments.first, rest);
+    store_some(second + i, moments.second, rest);
+    store_some(param + i, update.apply(load_some(param + i, rest), adam.direction(moments)), rest);
   }
 }
 

@@ -16,8 +16,6 @@ constexpr int64_t kSliceDepth = 256;    // compressed axis, elements per slice o
 constexpr int64_t kUpdateWidth = 512;   // compressed axis in memory order: elements per slice of an up-projection
 constexpr int64_t kUpdateHeight = 96;   // compressed axis across it
 
-PYKERN_INLINE int64_t lesser_size(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Lines of the kept axis per tile where the compressed one is contiguous, and where the kept one is.
 PYKERN_INLINE int64_t tile_of_lines(int64_t lines) { return lines >= 1536 ? 96 : lines >= 384 ? 48 : 24; }
 PYKERN_INLINE int64_t tile_of_columns(int64_t columns) {
@@ -29,9 +27,9 @@ template <class To, class From>
 PYKERN_INLINE void transpose_block(To* target, int64_t target_stride, const From* source, int64_t source_stride,
                                    int64_t rows, int64_t columns, float factor) {
   for (int64_t row0 = 0; row0 < rows; row0 += kLanes) {
-    const int64_t height = lesser_size(kLanes, rows - row0);
+    const int64_t height = lesser(kLanes, rows - row0);
     for (int64_t column0 = 0; column0 < columns; column0 += kLanes) {
-      const int64_t width = lesser_size(kLanes, columns - column0);
+      const int64_t width = lesser(kLanes, columns - column0);
       vuint lines[kLanes];
       for (int64_t row = 0; row < kLanes; ++row) {
         const From* from = source + (row0 + row) * source_stride + column0;

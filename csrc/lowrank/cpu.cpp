@@ -11,12 +11,6 @@
 namespace pykern {
 namespace {
 
-using lowrank::number;
-
-double one_over(const std::optional<Tensor>& grad_scale) { return grad_scale ? 1 / number(*grad_scale) : 1.0; }
-
-bool is_skipped(const std::optional<Tensor>& found_inf) { return found_inf && number(*found_inf) != 0; }
-
 void run_low_rank(std::vector<Tensor> param, std::vector<Tensor> grad, std::vector<Tensor> projector,
                   std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> step,
                   std::vector<Tensor> residual_norm, Tensor lr, std::optional<Tensor> grad_scale,
@@ -25,14 +19,12 @@ void run_low_rank(std::vector<Tensor> param, std::vector<Tensor> grad, std::vect
                   bool zero_norm_limits, double amplitude, bool amplitude_first, bool orthonormal, bool maximize) {
   lowrank::check_low_rank_adamw(param, grad, projector, exp_avg, exp_avg_sq, step, residual_norm, lr, grad_scale,
                                 found_inf, residual, check_cpu);
-  if (param.empty() || is_skipped(found_inf)) return;
-  const double rate = number(lr), gradient_scale = one_over(grad_scale);
+  if (param.empty() || lowrank::is_skipped(found_inf)) return;
+  const double rate = lowrank::number(lr), sign = lowrank::gradient_factor(grad_scale, maximize);
   std::vector<lowrank::Matrix> matrices;
   for (size_t i = 0; i < param.size(); ++i) {
     lowrank::Matrix matrix{};
-    matrix.rule = lowrank::next_rule(step[i], rate, beta1, beta2, eps, weight_decay, decay_after, corrected_eps,
-                                     maximize);
-    matrix.rule.sign *= gradient_scale;
+    matrix.rule = lowrank::next_rule(step[i], rate, beta1, beta2, eps, weight_decay, decay_after, corrected_eps, sign);
     if (param[i].numel() == 0) continue;
     matrix.n = param[i].size(0);
     matrix.length = param[i].size(1);
@@ -58,10 +50,8 @@ void run_low_rank(std::vector<Tensor> param, std::vector<Tensor> grad, std::vect
   request.residual = static_cast<lowrank::Residual>(residual);
   request.scale = scale;
   request.removed = removed;
-  request.growth = growth;
-  request.amplitude = amplitude;
-  request.amplitude_first = amplitude_first;
-  request.zero_norm_limits = zero_norm_limits;
+  request.limit = {request.residual == lowrank::Residual::apollo_tensor, growth, amplitude, amplitude_first,
+                   zero_norm_limits};
   request.orthonormal = orthonormal;
   bool done = true;
   if (request.type == DataType::f64) {
@@ -77,15 +67,13 @@ void run_adam(std::vector<Tensor> param, std::vector<Tensor> grad, std::vector<T
               std::optional<Tensor> found_inf, double beta1, double beta2, double eps, double weight_decay,
               bool decay_after, bool corrected_eps, bool maximize) {
   lowrank::check_adamw(param, grad, exp_avg, exp_avg_sq, step, lr, grad_scale, found_inf, check_cpu);
-  if (param.empty() || is_skipped(found_inf)) return;
-  const double rate = number(lr), gradient_scale = one_over(grad_scale);
+  if (param.empty() || lowrank::is_skipped(found_inf)) return;
+  const double rate = lowrank::number(lr), sign = lowrank::gradient_factor(grad_scale, maximize);
   std::vector<lowrank::AdamTensor> tensors;
   for (size_t i = 0; i < param.size(); ++i) {
     lowrank::AdamTensor tensor{};
     tensor.size = param[i].numel();
-    tensor.rule = lowrank::next_rule(step[i], rate, beta1, beta2, eps, weight_decay, decay_after, corrected_eps,
-                                     maximize);
-    tensor.rule.sign *= gradient_scale;
+    tensor.rule = lowrank::next_rule(step[i], rate, beta1, beta2, eps, weight_decay, decay_after, corrected_eps, sign);
     tensor.param = param[i].mutable_data_ptr();
     tensor.grad = grad[i].const_data_ptr();
     tensor.exp_avg = exp_avg[i].mutable_data_ptr();

@@ -86,7 +86,7 @@ bool low_rank_step_double(const LowRankStep& step, const Matrix& matrix) {
       total.low += sums[line].low;
       total.residual += sums[line].residual;
     }
-    shared = shared_factor(step, total, static_cast<double*>(matrix.residual_norm));
+    shared = shared_factor(step.limit, total, static_cast<double*>(matrix.residual_norm));
   }
   parallel_tasks(length, [&](int64_t line, int) {
     for (int64_t place = 0; place < n; ++place) {

@@ -16,13 +16,11 @@ AffineMatrix matrix_of(const Tensor& values, const Tensor& codes, const Tensor& 
           values.stride(1),          output<uint8_t>(codes), output<float>(scale), output<float>(zero)};
 }
 
-bool is_set(const std::optional<Tensor>& flag) { return flag && *input<float>(*flag) != 0; }
-
 void run_quantize(const Tensors& values, const Tensors& codes, const Tensors& scale, const Tensors& zero,
                   const std::optional<Tensor>& found_inf, int64_t bits) {
   const DataType type = lowrank::check_quantized(values, codes, scale, zero, bits, check_cpu);
   lowrank::check_optional_one(found_inf, "found_inf", check_cpu);
-  if (is_set(found_inf)) return;
+  if (lowrank::is_skipped(found_inf)) return;
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i].numel() == 0) continue;
     quantize_matrix()(type, static_cast<int>(bits), matrix_of(values[i], codes[i], scale[i], zero[i]));
@@ -33,7 +31,7 @@ void run_dequantize(const Tensors& codes, const Tensors& scale, const Tensors& z
                     const std::optional<Tensor>& grad_scale, int64_t bits, bool adds, bool maximize) {
   const DataType type = lowrank::check_quantized(values, codes, scale, zero, bits, check_cpu);
   lowrank::check_optional_one(grad_scale, "grad_scale", check_cpu);
-  const double factor = (maximize ? -1.0 : 1.0) / (grad_scale ? *input<float>(*grad_scale) : 1.0);
+  const double factor = lowrank::gradient_factor(grad_scale, maximize);
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i].numel() == 0) continue;
     dequantize_matrix()(type, static_cast<int>(bits), matrix_of(values[i], codes[i], scale[i], zero[i]),
@@ -50,7 +48,7 @@ void run_apply(const Tensors& codes, const Tensors& scale, const Tensors& zero, 
                const Tensor& lr, const std::optional<Tensor>& found_inf, double factor, double weight_decay,
                bool decay_after) {
   lowrank::check_int8_weights(codes, scale, zero, left, right, step, seeds, step_factor, lr, found_inf, check_cpu);
-  if (is_set(found_inf)) return;
+  if (lowrank::is_skipped(found_inf)) return;
   const double rate = lowrank::number(lr), shrink = rate * weight_decay;
   for (size_t i = 0; i < codes.size(); ++i) {
     if (codes[i].numel() == 0) continue;

@@ -24,9 +24,10 @@ inline MatrixLayout matrix_layout(const Tensor& matrix, const char* name) {
   return {along_length, along_length ? strides.row : strides.column};
 }
 
-// low = P^T G, and the columns' squares unless the list is empty.
-void project(const Tensors& matrix, const Tensors& projector, const std::optional<Tensor>& grad_scale,
-             const Tensors& low, const Tensors& squares, bool maximize, Stream stream);
+// low = P^T G, and the columns' squares unless the list is empty. What it returns is the memory of parts of these sums,
+// to be kept while the op launches more: on the emulator a launch looks at all memory of those before it.
+Tensor project(const Tensors& matrix, const Tensors& projector, const std::optional<Tensor>& grad_scale,
+               const Tensors& low, const Tensors& squares, bool maximize, Stream stream);
 
 // The arguments of low_rank_apply.
 struct Application {

@@ -7,9 +7,9 @@
 namespace pykern {
 namespace lowrank {
 
-void project(const Tensors& matrix, const Tensors& projector, const std::optional<Tensor>& grad_scale,
-             const Tensors& low, const Tensors& squares, bool maximize, Stream stream) {
-  if (matrix.empty()) return;
+Tensor project(const Tensors& matrix, const Tensors& projector, const std::optional<Tensor>& grad_scale,
+               const Tensors& low, const Tensors& squares, bool maximize, Stream stream) {
+  if (matrix.empty()) return Tensor();
   std::vector<ProjectMatrix> matrices(matrix.size());
   for (size_t i = 0; i < matrix.size(); ++i) {
     const MatrixLayout layout = matrix_layout(matrix[i], "matrix");
@@ -39,12 +39,13 @@ void project(const Tensors& matrix, const Tensors& projector, const std::optiona
       if (low[i].numel() > 0) cuda::multiply(cuda::transposed(projector[i]), matrix[i], low[i]);
     }
     cuda::check_launch(launch_project_wide(params, stream), "low_rank_project");
-    return;
+    return Tensor();
   }
   const int64_t floats = plan_project(params);
   const Tensor workspace = cuda::empty(matrix[0], {floats}, ScalarType::Float);
   params.workspace = cuda::workspace<float>(workspace);
   cuda::check_launch(launch_project(params, stream), "low_rank_project");
+  return workspace;
 }
 
 }  // namespace lowrank

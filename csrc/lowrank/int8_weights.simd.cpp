@@ -80,29 +80,29 @@ void step_group(const Int8Step& step, int64_t row, int64_t first, int64_t count,
 template <class C>
 bool step_typed(const Int8Step& step) {
   const int64_t stride = round_up(step.rank, 2), depth = round_up(step.rank, kDepth<C>);
-  const int64_t wide = lesser_size(kWide, round_up(step.columns, kPanel));
+  const int64_t wide = lesser(kWide, round_up(step.columns, kPanel));
   const int64_t thread_bytes = round_up(static_cast<int64_t>(kTall * (wide * sizeof(float) + stride * sizeof(C))), 64);
   const Scratch packed(static_cast<size_t>(packed_size<C>(step.rank, step.columns)) * sizeof(C));
   const Scratch tiles(static_cast<size_t>(thread_bytes * max_threads()));
   if (!packed.get<C>() || !tiles.get<char>()) return false;
   parallel_tasks(ceil_div(step.columns, kWide), [&](int64_t task, int) {
-    const int64_t first = task * kWide, columns = lesser_size(kWide, step.columns - first);
+    const int64_t first = task * kWide, columns = lesser(kWide, step.columns - first);
     with_type(step.right.type, step.right.values, [&](auto values) {
       pack(packed.get<C>() + first * depth, values + first * step.right.column_stride, step.rank, columns,
            step.right.row_stride, step.right.column_stride);
     });
   });
   parallel_tasks(ceil_div(step.rows, kTall), [&](int64_t task, int thread) {
-    const int64_t first_row = task * kTall, rows = lesser_size(kTall, step.rows - first_row);
+    const int64_t first_row = task * kTall, rows = lesser(kTall, step.rows - first_row);
     float* update = reinterpret_cast<float*>(tiles.get<char>() + thread * thread_bytes);
     C* left = reinterpret_cast<C*>(update + kTall * wide);
     convert_left(left, stride, step.left, first_row, rows, step.rank);
     for (int64_t first = 0; first < step.columns; first += kWide) {
-      const int64_t columns = lesser_size(kWide, step.columns - first);
+      const int64_t columns = lesser(kWide, step.columns - first);
       matmul(rows, columns, step.rank, left, stride, int64_t{1}, packed.get<C>() + first * depth, update, wide, false);
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t group = 0; group < columns; group += kAffineGroup) {
-          step_group(step, first_row + row, first + group, lesser_size(kAffineGroup, columns - group),
+          step_group(step, first_row + row, first + group, lesser(kAffineGroup, columns - group),
                      update + row * wide + group);
         }
       }

@@ -94,20 +94,6 @@ struct ApplyPart {
   uint32_t step;
 };
 
-// The residual's growth since the last step, resolved: the factor on the residual, and the new norm.
-struct ResidualLimit {
-  double factor, norm;
-};
-
-PYKERN_INLINE ResidualLimit limit_growth(double norm, double before, double growth, bool zero_norm_limits) {
-  constexpr double kEpsilon = 1e-8;
-  if (before < 0 || (before == 0 && !zero_norm_limits)) return {1.0, norm};
-  const double grown = norm / (before + kEpsilon);
-  // Written so that a NaN becomes the norm.
-  const double limiter = (grown <= growth ? growth : grown) / growth;
-  return {1.0 / limiter, norm / limiter};
-}
-
 // Float64, straight from the definition: serves comparisons, not speed.
 void project_part_double(const ProjectPart& part);
 void rule_part_double(const RulePart& part);

@@ -1,7 +1,6 @@
 // Host side of the low-rank parts on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <cstring>
 
 #include "lowrank/parts.h"
@@ -13,10 +12,6 @@ namespace {
 
 using lowrank::Tensors;
 using OptionalTensor = std::optional<Tensor>;
-
-double number_or_one(const OptionalTensor& tensor) { return tensor ? lowrank::number(*tensor) : 1.0; }
-
-bool is_stopped(const OptionalTensor& found_inf) { return found_inf && lowrank::number(*found_inf) != 0; }
 
 lowrank::PartMatrix part_matrix(const Tensor& matrix) {
   const lowrank::MatrixStrides strides = lowrank::matrix_strides(matrix, "matrix");
@@ -35,7 +30,7 @@ void* mutable_data_or_null(const Tensors& list, size_t index) {
 void run_project(Tensors matrix, Tensors projector, OptionalTensor grad_scale, Tensors low, Tensors squares,
                  bool maximize) {
   lowrank::check_project(matrix, projector, grad_scale, low, squares, check_cpu);
-  const double factor = (maximize ? -1.0 : 1.0) / number_or_one(grad_scale);
+  const double factor = lowrank::gradient_factor(grad_scale, maximize);
   for (size_t i = 0; i < matrix.size(); ++i) {
     lowrank::ProjectPart part{};
     part.matrix = part_matrix(matrix[i]);
@@ -65,7 +60,7 @@ void run_rule(Tensors low, Tensors exp_avg, Tensors exp_avg_sq, Tensors exp_avg_
   part.beta2 = beta2;
   part.eps = eps;
   const bool corrects = part.rule == lowrank::InnerRule::adamw || part.rule == lowrank::InnerRule::adabelief;
-  const bool stopped = is_stopped(found_inf);
+  const bool stopped = lowrank::is_skipped(found_inf);
   for (size_t i = 0; i < low.size(); ++i) {
     double& factor = output<double>(step_factor)[i];
     factor = 1.0;
@@ -73,17 +68,12 @@ void run_rule(Tensors low, Tensors exp_avg, Tensors exp_avg_sq, Tensors exp_avg_
       std::memset(direction[i].mutable_data_ptr(), 0, direction[i].numel() * direction[i].element_size());
       continue;
     }
-    float& count = *output<float>(step[i]);
-    count += 1;
-    part.first = part.second = 1.0;
+    const double count = lowrank::next_count(step[i]);
     if (corrects) {
-      const double first = 1 / (1 - std::pow(beta1, count)), root = std::sqrt(1 - std::pow(beta2, count));
-      if (corrected_eps) {
-        part.first = first;
-        part.second = 1 / root;
-      } else {
-        factor = root * first;
-      }
+      const auto corrections = lowrank::bias_corrections(beta1, beta2, count, corrected_eps);
+      part.first = corrections.first;
+      part.second = corrections.second;
+      factor = corrections.rate;
     }
     part.rank = low[i].size(0);
     part.length = low[i].size(1);
@@ -127,23 +117,14 @@ void run_limit(Tensors low, Tensors direction, Tensors ratios, Tensor sums, Tens
                bool per_tensor, double amplitude, bool amplitude_first, double growth, bool zero_norm_limits,
                bool maximize) {
   lowrank::check_limit(low, direction, ratios, sums, residual_norm, grad_scale, found_inf, check_cpu);
-  const bool stopped = is_stopped(found_inf);
+  const lowrank::LimitRule rule{per_tensor, growth, amplitude, amplitude_first, zero_norm_limits};
+  const bool stopped = lowrank::is_skipped(found_inf);
   for (size_t i = 0; i < low.size(); ++i) {
-    const double* three = input<double>(sums) + 3 * i;
-    double factor = amplitude_first ? amplitude : 1.0;
-    if (per_tensor) factor *= std::sqrt(three[0]) / (std::sqrt(three[1]) + 1e-8);
-    const double norm = factor * std::sqrt(three[2]);
-    if (!residual_norm.empty() && growth > 0) {
-      const Tensor& stored = residual_norm[i];
-      const auto limit = lowrank::limit_growth(norm, lowrank::number(stored), growth, zero_norm_limits);
-      factor *= limit.factor;
-      if (!stopped && lowrank::is_double(stored)) {
-        *output<double>(stored) = limit.norm;
-      } else if (!stopped) {
-        *output<float>(stored) = static_cast<float>(limit.norm);
-      }
-    }
-    if (!amplitude_first) factor *= amplitude;
+    const double* of_matrix = input<double>(sums) + 3 * i;
+    double norm = residual_norm.empty() ? 0.0 : lowrank::number(residual_norm[i]);
+    const double factor = lowrank::shared_factor(rule, {of_matrix[0], of_matrix[1], of_matrix[2]},
+                                                 residual_norm.empty() ? nullptr : &norm);
+    if (!residual_norm.empty() && !stopped) lowrank::set_number(residual_norm[i], norm);
     lowrank::LimitPart part{};
     part.wide = lowrank::is_double(low[i]);
     part.rank = low[i].size(0);
@@ -155,7 +136,7 @@ void run_limit(Tensors low, Tensors direction, Tensors ratios, Tensor sums, Tens
     part.scale = scale;
     part.removed = removed.value_or(0.0);
     part.factor = factor;
-    part.sign = (maximize ? -1.0 : 1.0) / number_or_one(grad_scale);
+    part.sign = lowrank::gradient_factor(grad_scale, maximize);
     limit_part()(part);
   }
 }
@@ -166,7 +147,7 @@ void run_apply(Tensors param, Tensors projector, Tensors direction, Tensors grad
                bool decay_after, double sign_scale, int64_t rounding, bool maximize) {
   lowrank::check_apply(param, projector, direction, grad, factors, low, compensation, step, seeds, step_factor, lr,
                        grad_scale, found_inf, rounding, check_cpu);
-  if (is_stopped(found_inf)) return;
+  if (lowrank::is_skipped(found_inf)) return;
   const double rate = lowrank::number(lr);
   for (size_t i = 0; i < param.size(); ++i) {
     if (param[i].numel() == 0) continue;
@@ -189,7 +170,7 @@ void run_apply(Tensors param, Tensors projector, Tensors direction, Tensors grad
     part.shrink = rate * weight_decay;
     part.step_size = rate * input<double>(step_factor)[i] * (decay_after ? 1 - rate * weight_decay : 1.0);
     part.sign_scale = sign_scale;
-    part.sign_factor = (maximize ? -1.0 : 1.0) / number_or_one(grad_scale);
+    part.sign_factor = lowrank::gradient_factor(grad_scale, maximize);
     part.rounding = lowrank::checked_rounding(rounding);
     part.seed = static_cast<uint64_t>(seeds[i]);
     part.step = static_cast<uint32_t>(*input<float>(step[i]));

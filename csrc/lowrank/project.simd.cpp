@@ -2,6 +2,7 @@
 #include "common/parallel.h"
 #include "lowrank/blocking.h"
 #include "lowrank/parts.h"
+#include "lowrank/prefetch.h"
 
 namespace pykern::PYKERN_SIMD {
 namespace {
@@ -30,7 +31,7 @@ struct ColumnTiles {
   int64_t thread_bytes() const { return low_bytes() + packed_bytes() + round_up(width * sizeof(float), 64); }
 
   void prepare(char* shared, int64_t slice) const {
-    const int64_t place0 = slice * kSliceDepth, depth = lesser_size(kSliceDepth, n - place0);
+    const int64_t place0 = slice * kSliceDepth, depth = lesser(kSliceDepth, n - place0);
     C* to = transposed(shared, slice);
     transpose_block(to, kSliceDepth, static_cast<const T*>(part.projector) + place0 * rank, rank, depth, rank, 1.0f);
     for (int64_t k = 0; k < rank; ++k) {
@@ -42,13 +43,18 @@ struct ColumnTiles {
     float* low = reinterpret_cast<float*>(own);
     C* packed = reinterpret_cast<C*>(own + low_bytes());
     float* squares = reinterpret_cast<float*>(own + low_bytes() + packed_bytes());
-    const int64_t column0 = tile * width, columns = lesser_size(width, length - column0);
+    const int64_t column0 = tile * width, columns = lesser(width, length - column0);
     for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t place0 = slice * kSliceDepth, depth = lesser_size(kSliceDepth, n - place0);
+      const int64_t place0 = slice * kSliceDepth, depth = lesser(kSliceDepth, n - place0);
       const T* from = static_cast<const T*>(part.data) + place0 * stride + column0;
       pack(packed, from, depth, columns, stride, int64_t{1});
       if (part.squares) add_squares(from, depth, columns, squares, slice > 0);
-      matmul(rank, columns, depth, transposed(shared, slice), kSliceDepth, int64_t{1}, packed, low, width, slice > 0);
+      Prefetch next(from + depth * stride, lesser(kSliceDepth, n - place0 - depth), stride * sizeof(T),
+                    columns * sizeof(T), panel_steps<C>(rank, depth) * ceil_div(columns, kPanel));
+      for (int64_t panel = 0; panel < columns; panel += kPanel) {
+        multiply_panel(transposed(shared, slice), kSliceDepth, rank, depth, packed + panel * round_up(depth, kDepth<C>),
+                       low + panel, width, slice > 0, [&] { next.step(); });
+      }
     }
     float* target = static_cast<float*>(part.low) + column0;
     for (int64_t k = 0; k < rank; ++k) {
@@ -107,17 +113,17 @@ struct LineTiles {
   int64_t thread_bytes() const { return low_bytes() + gradient_bytes(); }
 
   void prepare(char* shared, int64_t slice) const {
-    const int64_t place0 = slice * kSliceDepth, depth = lesser_size(kSliceDepth, n - place0);
+    const int64_t place0 = slice * kSliceDepth, depth = lesser(kSliceDepth, n - place0);
     pack(packed(shared, slice), static_cast<const T*>(part.projector) + place0 * rank, depth, rank, rank, int64_t{1});
   }
 
   void run(char* shared, char* own, int64_t tile) const {
     float* low = reinterpret_cast<float*>(own);
     C* converted = reinterpret_cast<C*>(own + low_bytes());
-    const int64_t line0 = tile * height, lines = lesser_size(height, length - line0);
+    const int64_t line0 = tile * height, lines = lesser(height, length - line0);
     float squares[96] = {};
     for (int64_t slice = 0; slice < slices; ++slice) {
-      const int64_t place0 = slice * kSliceDepth, depth = lesser_size(kSliceDepth, n - place0);
+      const int64_t place0 = slice * kSliceDepth, depth = lesser(kSliceDepth, n - place0);
       const T* from = static_cast<const T*>(part.data) + line0 * stride + place0;
       const C* left = converted;
       int64_t left_stride = kSliceDepth;

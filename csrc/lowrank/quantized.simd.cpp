@@ -1,6 +1,7 @@
 // Quantisation in groups and its inverse.
 #include "common/pack.h"
 #include "common/parallel.h"
+#include "common/vector_part.h"
 #include "lowrank/affine.h"
 #include "lowrank/quantized.h"
 
@@ -12,8 +13,6 @@ using lowrank::Blend;
 
 // Rows that are read or written together where rows are neighbours in memory: a line of it has so many bfloat16.
 constexpr int64_t kRows = 32;
-
-PYKERN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 PYKERN_INLINE float read(T value) {
@@ -43,8 +42,8 @@ void each_tile(const AffineMatrix& matrix, const Body& body) {
   const int64_t groups = lowrank::affine_groups(matrix.columns);
   parallel_tasks(ceil_div(matrix.rows, kRows) * groups, [&](int64_t task, int) {
     const int64_t first_row = task / groups * kRows, group = task % groups, first = group * kAffineGroup;
-    body(Tile{first_row, smaller(kRows, matrix.rows - first_row), group, first,
-              smaller(kAffineGroup, matrix.columns - first)});
+    body(Tile{first_row, lesser(kRows, matrix.rows - first_row), group, first,
+              lesser(kAffineGroup, matrix.columns - first)});
   });
 }
 

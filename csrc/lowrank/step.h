@@ -49,6 +49,15 @@ struct Matrix {
   AdamRule rule;
 };
 
+// What the residual's columns are multiplied by together.
+struct LimitRule {
+  bool per_tensor;  // |N| / |R| of the whole matrix
+  double growth;    // of the residual's norm in a step, at most; zero: no limit
+  double amplitude;
+  bool amplitude_first;
+  bool zero_norm_limits;  // a stored norm of zero limits the next residual, as in the fira package
+};
+
 struct LowRankStep {
   DataType type;
   const Matrix* matrices;  // none is empty
@@ -56,9 +65,7 @@ struct LowRankStep {
   Residual residual;
   double scale;
   double removed;  // multiplies up(R) in G - removed * up(R)
-  double growth, amplitude;
-  bool amplitude_first;
-  bool zero_norm_limits;  // a stored norm of zero limits the next residual, as in the fira package
+  LimitRule limit;
   bool orthonormal;
 };
 
@@ -70,24 +77,22 @@ struct Sums {
 };
 
 // The factor that all columns of the residual share, and the new stored norm (null: no limit).
-PYKERN_INLINE double shared_factor(const LowRankStep& step, const Sums& sums, double* stored) {
-  double factor = step.amplitude_first ? step.amplitude : 1.0;
-  if (step.residual == Residual::apollo_tensor) {
-    factor *= __builtin_sqrt(sums.direction) / (__builtin_sqrt(sums.low) + kNormEpsilon);
-  }
-  if (stored && step.growth > 0) {
+PYKERN_INLINE double shared_factor(const LimitRule& rule, const Sums& sums, double* stored) {
+  double factor = rule.amplitude_first ? rule.amplitude : 1.0;
+  if (rule.per_tensor) factor *= __builtin_sqrt(sums.direction) / (__builtin_sqrt(sums.low) + kNormEpsilon);
+  if (stored && rule.growth > 0) {
     const double norm = factor * __builtin_sqrt(sums.residual), before = *stored;
-    if (step.zero_norm_limits ? before < 0 : before <= 0) {
+    if (rule.zero_norm_limits ? before < 0 : before <= 0) {
       *stored = norm;
     } else {
       // Written so that a NaN stays.
       const double growth = norm / (before + kNormEpsilon);
-      const double limiter = (growth < step.growth ? step.growth : growth) / step.growth;
+      const double limiter = (growth < rule.growth ? rule.growth : growth) / rule.growth;
       factor /= limiter;
       *stored = norm / limiter;
     }
   }
-  return step.amplitude_first ? factor : factor * step.amplitude;
+  return rule.amplitude_first ? factor : factor * rule.amplitude;
 }
 
 // Float64, straight from the definition: serves comparisons, not speed. False: out of memory.

@@ -23,6 +23,12 @@ ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
 _UNCOUNTED = -1
 
 
+def recount(counted: dict[Tensor, int], param: Tensor) -> None:
+    """Has the device asked for a parameter's count of steps the next time, and no more often than before."""
+    if counted.get(param) != _UNCOUNTED:
+        counted.pop(param, None)
+
+
 def orthonormal(group: dict) -> bool:
     """Whether bases of this group are known to be orthonormal."""
     known = group["projector"] is not None and PROJECTORS[group["projector"]].orthonormal
@@ -58,7 +64,7 @@ class Bases:
         if amp.found_inf is None:
             return True
         # What was skipped before was not counted on the device. To ask it waits for it, but only here.
-        self.counted.pop(job.param, None)
+        recount(self.counted, job.param)
         return is_due(job, self.steps_done(job)) and not bool(amp.found_inf)
 
     def refresh(self, job: Job, source: Tensor, amp: Amp) -> None:
@@ -89,7 +95,7 @@ class Bases:
         if momentum is not None:
             keep_lost_momentum(job, momentum, source)
         if group["moments"] == "reset" and not first:
-            self.counted[job.param] = 0
+            recount(self.counted, job.param)
         note_refresh(job, done, before, self._share_before(job) if group["refresh"] == "staggered" else 0.0)
 
     def _share_before(self, job: Job) -> float:

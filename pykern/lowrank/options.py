@@ -151,7 +151,7 @@ def _check_numbers(group: dict) -> None:
             'projector_memory, feedback_momentum: expected rule "adamw" or "adabelief", moments that are not 8-bit, '
             f'and a side that is not "full"; got {group["rule"]!r}, {group["state_dtype"]!r}, {group["side"]!r}'
         )
-    for name in ("eps", "weight_decay", "growth_limit", "residual_scale"):
+    for name in ("eps", "weight_decay", "scale", "growth_limit", "residual_scale"):
         if not group[name] >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {group[name]}")
 

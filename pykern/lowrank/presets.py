@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .optimizer import LowRankOptimizer
+from .options import ALIASES
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,34 @@ class PresetOptimizer(LowRankOptimizer):
     """A LowRankOptimizer whose options begin with a row of PRESETS, the one with the name of the class."""
 
     def __init__(self, params, lr: float | Tensor = 1e-3, **keywords):
-        name = next(kind.__name__ for kind in type(self).__mro__ if kind.__name__ in PRESETS)
+        self._refuse_others(keywords)
+        preset = PRESETS[self._name()]
+        begins = {**preset.defaults, **preset.parity.get(keywords.get("parity"), {})}
+        super().__init__(params, lr, **{**begins, **keywords, **preset.fixed})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group; see torch.optim.Optimizer.add_param_group."""
+        if isinstance(param_group, dict):
+            self._refuse_others({ALIASES.get(option, option): value for option, value in param_group.items()})
+        super().add_param_group(param_group)
+
+    @classmethod
+    def _name(cls) -> str:
+        return next(kind.__name__ for kind in cls.__mro__ if kind.__name__ in PRESETS)
+
+    @classmethod
+    def _refuse_others(cls, options: dict) -> None:
+        """Raises where options are not those of the preset."""
+        name = cls._name()
         preset = PRESETS[name]
         for option, value in preset.fixed.items():
-            given = keywords.get(option, value)
+            given = options.get(option, value)
             if isinstance(given, Tensor) or given != value:
                 raise ValueError(f"{option}: {name} has {value!r}, got {given!r}; use LowRankOptimizer to choose")
-        parity = keywords.get("parity")
+        parity = options.get("parity")
         if parity is not None and parity not in preset.parity:
             choices = " or ".join(repr(choice) for choice in (None, *preset.parity))
             raise ValueError(f"parity: expected {choices} for {name}, got {parity!r}")
-        begins = {**preset.defaults, **preset.parity.get(parity, {})}
-        super().__init__(params, lr, **{**begins, **keywords, **preset.fixed})
 
 
 class GaLoreAdamW(PresetOptimizer):

@@ -5,6 +5,11 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .choosing import recount
+from .optimizer import LowRankOptimizer
+from .sltrain import SLTrainLinear
+from .weight_norm import NormalizedLowRankLinear
+
 
 @torch.no_grad()
 def refactorize(module: nn.Module) -> int:
@@ -24,9 +29,9 @@ def refactorize(module: nn.Module) -> int:
     """
     count = 0
     for layer in module.modules():
-        up, down = getattr(layer, "up", None), getattr(layer, "down", None)
-        if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and getattr(layer, "rank", None)):
+        if not isinstance(layer, (SLTrainLinear, NormalizedLowRankLinear)):
             continue
+        up, down = layer.up, layer.down
         wide = torch.float64 if up.dtype == torch.float64 else torch.float32
         left, left_rest = torch.linalg.qr(up.to(wide))
         right, right_rest = torch.linalg.qr(down.mT.to(wide))
@@ -52,8 +57,8 @@ def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool 
     """Zeroes the moments of an optimizer: those of `params`, or of all it has. Returns how many parameters.
 
     For any optimizer that keeps its moments under the names of torch's (exp_avg, exp_avg_sq, max_exp_avg_sq,
-    momentum_buffer), pykern's with 8-bit states included; bases and everything else stay. `steps` says whether the
-    bias corrections start anew too.
+    momentum_buffer), pykern's with 8-bit states included; bases stay, and the next ones come when they were due. `steps`
+    says whether the bias corrections start anew too.
 
     Paper: momentum reset, arXiv 2505.22922; after 2501.06842 (SPAM).
     """
@@ -63,6 +68,10 @@ def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool 
         if chosen is not None and id(param) not in chosen:
             continue
         count += 1
+        if steps and isinstance(optimizer, LowRankOptimizer) and "next_refresh" in state:
+            # A count of steps, as the one that begins anew.
+            state["next_refresh"].sub_(int(state["step"]))
+            recount(optimizer._counted, param)
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 continue

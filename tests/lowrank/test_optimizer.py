@@ -408,6 +408,12 @@ def test_presets_refuse_what_they_fix(make, other):
         make([matrix()], parity=other)
     with pytest.raises(ValueError, match="residual: .* use LowRankOptimizer to choose"):
         make([matrix()], residual="fira" if make is pykern.GaLoreAdamW else "none")
+    with pytest.raises(ValueError, match="rule: .* use LowRankOptimizer to choose"):
+        make([{"params": [matrix()], "rule": "lion"}])
+    optimizer = make([matrix()])
+    with pytest.raises(ValueError, match="parity: expected None or"):
+        optimizer.add_param_group({"params": [matrix()], "parity": other})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_refused_parameters_gradients_and_bases():

@@ -112,3 +112,25 @@ def test_reset_moments(make, steps):
     if "projector" in fresh:
         assert fresh["projector"].any()
     assert pykern.reset_moments(optimizer) == 2
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_reset_moments_leaves_the_next_refresh_where_it_was(steps):
+    param = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = pykern.GaLoreAdamW([param], 0.1, rank=2, refresh_every=4)
+    chosen = []
+    for done in range(6):
+        if done == 3:
+            pykern.reset_moments(optimizer, steps=steps)
+        param.grad = torch.randn(6, 4)
+        optimizer.step()
+        chosen.append(int(optimizer.state[param]["refreshes"]))
+    assert chosen == [1, 1, 1, 1, 2, 2]
+
+
+def test_refactorize_leaves_other_layers_alone():
+    layer = torch.nn.Module()
+    layer.up, layer.down = (torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    layer.rank = 4
+    before = layer.up.detach().clone()
+    assert pykern.refactorize(layer) == 0 and torch.equal(layer.up, before)

@@ -324,6 +324,14 @@ def test_the_bandwidth_of_every_kind_of_memory(fake, monkeypatch):
     assert not fake.registered
 
 
+def test_a_measurement_that_finds_no_room_gives_back_what_it_had():
+    device = SimulatedDevice(host_bytes=3 * 4096)
+    with pytest.raises(MemoryError, match="no memory for 8192 bytes on the host, which has 4096"):
+        measure_bandwidth(device, [8192])
+    assert [one.nbytes for one in measure_bandwidth(device, [4096])] == [4096]
+    assert measure_bandwidth(device, []) == []
+
+
 @pytest.mark.parametrize(
     ("beside", "directions", "rates"), [((9.0, 8.0), 2, (9.0, 8.0)), ((5.0, 5.0), 1, (10.0, 10.0))]
 )
