@@ -4,6 +4,7 @@
 #include "lowrank/blocking.h"
 #include "lowrank/parts.h"
 #include "lowrank/philox.h"
+#include "lowrank/prefetch.h"
 
 namespace pykern::PYKERN_SIMD {
 namespace {
@@ -133,6 +134,27 @@ struct Tiles {
   }
 };
 
+// Lines of the weight, and of the gradient that lies alike, on their way into the cache.
+template <class T>
+struct Fetched {
+  Prefetch weights, gradients;
+
+  Fetched(const Tiles<T>& tiles, int64_t line0, int64_t lines, int64_t element0, int64_t elements, int64_t steps) {
+    const ApplyPart& part = tiles.part;
+    constexpr int64_t size = sizeof(T);
+    weights = Prefetch(static_cast<const T*>(part.data) + line0 * part.param.stride + element0, lines,
+                       part.param.stride * size, elements * size, steps);
+    if (!part.grad || part.grad_element != 1) return;
+    gradients = Prefetch(static_cast<const T*>(part.grad) + line0 * part.grad_line + element0, lines,
+                         part.grad_line * size, elements * size, steps);
+  }
+
+  PYKERN_INLINE void step() {
+    weights.step();
+    gradients.step();
+  }
+};
+
 // --- rows of the weight are contiguous: a tile is a block of columns ------------------------------
 
 template <class T>
@@ -176,9 +198,13 @@ struct ColumnTiles : Tiles<T> {
     }
     for (int64_t row0 = 0; row0 < n; row0 += kUpdateHeight) {
       const int64_t rows = lesser(kUpdateHeight, n - row0);
-      for (int i = 0; i < 2; ++i) {
-        if (!sources[i]) continue;
-        matmul(rows, columns, rank, left + row0 * whole, whole, int64_t{1}, packed[i], updates[i], width, false);
+      Fetched<T> fetched(*this, row0, rows, column0, columns, panel_steps<C>(rows, rank) * ceil_div(columns, kPanel));
+      for (int64_t panel = 0; panel < columns; panel += kPanel) {
+        for (int i = 0; i < 2; ++i) {
+          if (!sources[i]) continue;
+          multiply_panel(left + row0 * whole, whole, rows, rank, packed[i] + panel * whole, updates[i] + panel, width,
+                         false, [&] { fetched.step(); });
+        }
       }
       for (int64_t row = 0; row < rows; ++row) {
         rule.run(this->piece(row0 + row, column0, columns, updates[0] + row * width, updates[1] + row * width, buffer));
@@ -232,10 +258,14 @@ struct LineTiles : Tiles<T> {
     }
     for (int64_t place0 = 0; place0 < n; place0 += kUpdateWidth) {
       const int64_t places = lesser(kUpdateWidth, n - place0);
-      for (int i = 0; i < 2; ++i) {
-        if (!sources[i]) continue;
-        matmul(lines, places, rank, lefts[i], whole, int64_t{1}, reinterpret_cast<const C*>(shared) + place0 * whole,
-               updates[i], kUpdateWidth, false);
+      Fetched<T> fetched(*this, line0, lines, place0, places, panel_steps<C>(lines, rank) * ceil_div(places, kPanel));
+      for (int64_t panel = 0; panel < places; panel += kPanel) {
+        for (int i = 0; i < 2; ++i) {
+          if (!sources[i]) continue;
+          multiply_panel(lefts[i], whole, lines, rank,
+                         reinterpret_cast<const C*>(shared) + (place0 + panel) * whole, updates[i] + panel,
+                         kUpdateWidth, false, [&] { fetched.step(); });
+        }
       }
       for (int64_t line = 0; line < lines; ++line) {
         rule.run(this->piece(line0 + line, place0, places, updates[0] + line * kUpdateWidth,

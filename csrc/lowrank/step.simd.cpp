@@ -89,7 +89,6 @@ struct Workspace {
 template <class T>
 struct MatrixStep {
   using C = compute_t<T>;
-  static constexpr int64_t kSlice = 512 / sizeof(C);  // a panel of so much of the rank stays in the first-level cache
 
   const LowRankStep& step;
   const Matrix& matrix;
@@ -158,23 +157,17 @@ struct MatrixStep {
   // low = P^T G for the tile, and the squared norms of G's columns where they are asked for.
   void project(int64_t tile, const Workspace<T>& space, float* squares) const {
     const int64_t line0 = cut.first_line(tile), lines = lines_of(tile);
-    const int64_t groups = ceil_div(rank, kGroup) * ceil_div(lines, kPanel);
     for (int64_t place = 0; place < n; place += kDeep) {
-      const int64_t depth = lesser(kDeep, n - place);
+      const int64_t depth = lesser(kDeep, n - place), steps = panel_steps<C>(rank, depth) * ceil_div(lines, kPanel);
       pack(space.packed, gradient(place, line0), depth, lines, matrix.grad_place, matrix.grad_line);
       if (squares) add_squares(space.packed, depth, lines, squares);
-      Prefetch next = prefetch_gradient(place + kDeep, kDeep, line0, lines, groups);
+      Prefetch next = prefetch_gradient(place + kDeep, kDeep, line0, lines, steps);
       for (int64_t k = 0; k < rank; k += kTall) {
         const int64_t rows = lesser(kTall, rank - k);
         transpose_projector(space.piece, projector(place) + k, depth, rows, rank);
         for (int64_t line = 0; line < lines; line += kPanel) {
-          for (int64_t row = 0; row < rows; row += kGroup) {
-            next.step();
-            if (place > 0) prefetch_sums(space.low + element(k + row + kGroup, line), kPanel, rows - row - kGroup);
-            matmul(lesser(kGroup, rows - row), kPanel, depth, space.piece + row * kDeep, kDeep, int64_t{1},
-                   space.packed + line * round_up(depth, kDepth<C>), space.low + element(k + row, line), kPanel,
-                   place > 0);
-          }
+          multiply_panel(space.piece, kDeep, rows, depth, space.packed + line * round_up(depth, kDepth<C>),
+                         space.low + element(k, line), kPanel, place > 0, [&] { next.step(); });
         }
       }
     }
@@ -211,30 +204,20 @@ struct MatrixStep {
       if (left == space.piece) convert_rows(space.piece, rank_even, projector(place), rank, places, rank);
       for (int64_t line = 0; line < lines; line += kGranule) {
         const int64_t columns = lesser(kGranule, lines - line);
-        const int64_t groups = ceil_div(places, kGroup) * ceil_div(columns, kPanel) * ceil_div(rank, kSlice);
+        const int64_t steps = panel_steps<C>(places, rank) * ceil_div(columns, kPanel);
         // Asked for no earlier than now: rows that are a power of two long lie in few sets of the cache, and push each
         // other out.
-        Prefetch weights = prefetch_weights(place, kTall, line0 + line, columns, groups), slopes;
-        if (factors) slopes = prefetch_gradient(place, kTall, line0 + line, columns, groups);
+        Prefetch weights = prefetch_weights(place, kTall, line0 + line, columns, steps), slopes;
+        if (factors) slopes = prefetch_gradient(place, kTall, line0 + line, columns, steps);
         for (int64_t panel = 0; panel < columns; panel += kPanel) {
-          multiply_up(left, places, reinterpret_cast<const C*>(space.low + (line + panel) * rank_even),
-                      space.wide + panel, weights, slopes);
+          multiply_panel(left, rank_even, places, rank,
+                         reinterpret_cast<const C*>(space.low + (line + panel) * rank_even), space.wide + panel,
+                         kGranule, false, [&] {
+                           weights.step();
+                           slopes.step();
+                         });
         }
         update_weights(line0 + line, columns, place, places, space.wide, factors ? factors + line : nullptr);
-      }
-    }
-  }
-
-  // Rows of P times a packed panel of X.
-  void multiply_up(const C* left, int64_t places, const C* panel, float* product, Prefetch& weights,
-                   Prefetch& slopes) const {
-    for (int64_t k = 0; k < rank; k += kSlice) {
-      for (int64_t row = 0; row < places; row += kGroup) {
-        weights.step();
-        slopes.step();
-        if (k > 0) prefetch_sums(product + (row + kGroup) * kGranule, kGranule, places - row - kGroup);
-        matmul(lesser(kGroup, places - row), kPanel, lesser(kSlice, rank - k), left + row * rank_even + k, rank_even,
-               int64_t{1}, panel + k * kPanel, product + row * kGranule, kGranule, k > 0);
       }
     }
   }

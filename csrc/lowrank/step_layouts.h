@@ -1,21 +1,16 @@
-// How the low-rank steps lay out their operands, change rows of weights, and fetch ahead. Include from *.simd.cpp files
+// How the low-rank steps lay out their operands and change rows of weights. Include from *.simd.cpp files
 // only.
 #pragma once
 
 #include <type_traits>
 
-#include "common/matmul.h"
 #include "lowrank/adam.h"
+#include "lowrank/prefetch.h"
 
 namespace pykern::PYKERN_SIMD {
 
 constexpr int64_t kDeep = 256;  // places per slice of a projection
 constexpr int64_t kTall = 96;   // rows of a product at a time
-#if defined(PYKERN_SIMD_IS_amx)
-constexpr int64_t kGroup = 32;  // rows of a product between two steps of a prefetch
-#else
-constexpr int64_t kGroup = 12;
-#endif
 
 // P^T as rows: target [rank, kDeep] from `count` places of P, zero up to a whole number of vectors.
 template <class C, class T>
@@ -151,43 +146,6 @@ void update_row(const WeightUpdate& update, T* weights, const float* direction, 
   if (i < count) {
     const vfloat value = update.apply(load_partial(weights + i, count - i), change(i, count - i));
     store_partial(weights + i, value, count - i);
-  }
-}
-
-// A matrix on its way into the second-level cache, a few cache lines at a time between products: asked for all at once
-// they would hold up the products as long as the memory takes.
-class Prefetch {
- public:
-  Prefetch() = default;
-  // `rows` rows of `bytes`, each `stride` bytes from the next, to be asked for in `steps` steps.
-  Prefetch(const void* base, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
-      : row_(static_cast<const char*>(base)),
-        rows_(bytes > 0 ? rows : 0),
-        stride_(stride),
-        bytes_(bytes),
-        share_(ceil_div(rows_ * ceil_div(bytes, 64), steps > 0 ? steps : 1)) {}
-
-  PYKERN_INLINE void step() {
-    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + offset_, 0, 2);
-      offset_ += 64;
-      if (offset_ >= bytes_) {
-        offset_ = 0;
-        row_ += stride_;
-        --rows_;
-      }
-    }
-  }
-
- private:
-  const char* row_ = nullptr;
-  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, share_ = 0, offset_ = 0;
-};
-
-// The sums that the next group of rows adds to, into the first-level cache.
-PYKERN_INLINE void prefetch_sums(const float* sums, int64_t stride, int64_t rows) {
-  for (int64_t row = 0; row < lesser(kGroup, rows); ++row) {
-    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(sums + row * stride + line, 1, 3);
   }
 }
 

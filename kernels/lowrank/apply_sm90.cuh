@@ -41,7 +41,8 @@ static_assert(sizeof(ApplyCallSm90) <= 32764, "more than the parameters of a ker
 using BasisTile = PanelTile<kTileRows, kTileDepth>;
 template <int width>
 using StripTile = PanelTile<kTileDepth, width>;
-template <bool along_length, int width>
+// Of a weight whose rows are along n, or along the length. Both have as many bytes.
+template <int width, bool along_length>
 using WeightTile = PanelTile<along_length ? kTileRows : width, along_length ? width : kTileRows>;
 
 template <int width>
@@ -89,9 +90,10 @@ __device__ __forceinline__ void for_each_unit(const ApplyCallSm90& call, const V
   }
 }
 
-template <class T, bool along_length, int width>
+template <class T, int width>
 class ApplyBlockSm90 {
-  using Weights = WeightTile<along_length, width>;
+  template <bool along_length>
+  using Weights = WeightTile<width, along_length>;
   using Strip = StripTile<width>;
   using Shared = ApplySharedSm90<width>;
   static constexpr int kGroups = width / 16;  // of sixteen columns along the length
@@ -125,8 +127,14 @@ class ApplyBlockSm90 {
     for_each_unit<width>(call_, [&](const ApplyUnit& unit) {
       for (int tile = 0; tile < unit.tiles; ++tile) {
         uint64_t* const full = shared_.weights.begin(turn, call_.layout.buffer_bytes());
+        const int first_n = unit.first_n + tile * kTileRows;
         for (int i = 0; i < call_.layout.tensors; ++i) {
-          Weights::load(weight_tile(turn.stage, i), unit.maps[1 + i], row(unit, tile), column(unit, tile), full);
+          unsigned char* const target = weight_tile(turn.stage, i);
+          if (unit.m.along_length) {
+            Weights<true>::load(target, unit.maps[1 + i], first_n, unit.first_length, full);
+          } else {
+            Weights<false>::load(target, unit.maps[1 + i], unit.first_length, first_n, full);
+          }
         }
         turn.next(call_.layout.buffers);
       }
@@ -138,8 +146,8 @@ class ApplyBlockSm90 {
     for_each_unit<width>(call_, [&](const ApplyUnit& unit) {
       for (int tile = 0; tile < unit.tiles; ++tile) {
         ptx::mbarrier_wait(&shared_.changed[turn.stage], turn.parity);
-        store(turn.stage, 0, unit, tile);
-        if (call_.rule.rounding == WeightRounding::kahan) store(turn.stage, call_.layout.tensors - 1, unit, tile);
+        copy_back(turn.stage, 0, unit, tile);
+        if (call_.rule.rounding == WeightRounding::kahan) copy_back(turn.stage, call_.layout.tensors - 1, unit, tile);
         ptx::bulk_commit();
         ptx::bulk_wait_read<0>();
         ptx::mbarrier_arrive(&shared_.weights.empty[turn.stage]);
@@ -166,7 +174,12 @@ class ApplyBlockSm90 {
           if (count > 0) ptx::mbarrier_wait(&shared_.multiplied[1 - group], (count - 1) / 2 % 2);
           multiply(unit, basis, group, sums);
           shared_.weights.wait_full(buffer);
-          change_tile(unit, unit.first_n + tile * kTileRows, change, factor, sums[0], buffer.stage);
+          const int first_n = unit.first_n + tile * kTileRows;
+          if (unit.m.along_length) {
+            change_tile<true>(unit, first_n, change, factor, sums[0], buffer.stage);
+          } else {
+            change_tile<false>(unit, first_n, change, factor, sums[0], buffer.stage);
+          }
           ptx::fence_proxy_async();
           __syncwarp();
           if (thread % kWarpSize == 0) ptx::mbarrier_arrive(&shared_.changed[buffer.stage]);
@@ -181,21 +194,16 @@ class ApplyBlockSm90 {
  private:
   __device__ __forceinline__ unsigned char* basis_tile(int stage) const { return basis_ + stage * BasisTile::kBytes; }
   __device__ __forceinline__ unsigned char* weight_tile(int buffer, int tensor) const {
-    return buffers_ + (buffer * call_.layout.tensors + tensor) * Weights::kBytes;
+    return buffers_ + (buffer * call_.layout.tensors + tensor) * Weights<true>::kBytes;
   }
 
-  __device__ __forceinline__ int row(const ApplyUnit& unit, int tile) const {
-    return along_length ? unit.first_n + tile * kTileRows : unit.first_length;
-  }
-  __device__ __forceinline__ int column(const ApplyUnit& unit, int tile) const {
-    return along_length ? unit.first_length : unit.first_n + tile * kTileRows;
-  }
-
-  __device__ __forceinline__ void store(int buffer, int tensor, const ApplyUnit& unit, int tile) const {
-#pragma unroll
-    for (int panel = 0; panel < Weights::kPanels; ++panel) {
-      ptx::tensor_store(unit.maps[1 + tensor], {column(unit, tile) + panel * kPanelElements, row(unit, tile)},
-                        weight_tile(buffer, tensor) + panel * Weights::kPanelBytes);
+  __device__ __forceinline__ void copy_back(int buffer, int tensor, const ApplyUnit& unit, int tile) const {
+    const int first_n = unit.first_n + tile * kTileRows;
+    const unsigned char* const source = weight_tile(buffer, tensor);
+    if (unit.m.along_length) {
+      Weights<true>::store(source, unit.maps[1 + tensor], first_n, unit.first_length);
+    } else {
+      Weights<false>::store(source, unit.maps[1 + tensor], unit.first_length, first_n);
     }
   }
 
@@ -312,17 +320,19 @@ class ApplyBlockSm90 {
 
   // Bytes from a tile's origin to the row of a matrix that the lane gives to ldmatrix and stmatrix: of a group of
   // sixteen columns along the length they take what the lane has sums of.
+  template <bool along_length>
   static __device__ __forceinline__ int fragment(int group) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kWarpgroupThreads / kWarpSize;
     if (along_length) {
       const int row = 16 * warp + lane % 16, chunk = (lane / 16) ^ (lane % 8);
-      return group / 4 * Weights::kPanelBytes + ((row * kPanelRowBytes + chunk * 16) ^ (group % 4 * 32));
+      return group / 4 * Weights<true>::kPanelBytes + ((row * kPanelRowBytes + chunk * 16) ^ (group % 4 * 32));
     }
     const int row = lane / 16 * 8 + lane % 8, chunk = (2 * warp + lane / 8 % 2) ^ (lane % 8);
     return group * 16 * kPanelRowBytes + row * kPanelRowBytes + chunk * 16;
   }
 
   // Some groups together: the latency of one's loads passes during the others'.
+  template <bool along_length>
   __device__ __forceinline__ void change_tile(const ApplyUnit& unit, int first_n, const WeightChange<T>& change,
                                               float factor, const float (&sums)[width / 2], int buffer) const {
     constexpr int kTogether = 4;
@@ -338,14 +348,14 @@ class ApplyBlockSm90 {
       float changes[kTogether][8];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        load(weight[i], weights, first + i);
+        load<along_length>(weight[i], weights, first + i);
 #pragma unroll
         for (int e = 0; e < 8; ++e) changes[i][e] = change.scale * (factor * sums[8 * (first + i) + e]);
       }
       if (m.grad) {
         uint32_t gradient[kTogether][4];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) load(gradient[i], gradients, first + i);
+        for (int i = 0; i < kTogether; ++i) load<along_length>(gradient[i], gradients, first + i);
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) add_gradient(gradient[i], first + i, changes[i]);
       }
@@ -357,11 +367,11 @@ class ApplyBlockSm90 {
       if (rounding == WeightRounding::kahan) {
         uint32_t lost[kTogether][4];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) load(lost[i], losses, first + i);
+        for (int i = 0; i < kTogether; ++i) load<along_length>(lost[i], losses, first + i);
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
           change_kahan(changes[i], weight[i], lost[i]);
-          store(losses, first + i, lost[i]);
+          store<along_length>(losses, first + i, lost[i]);
         }
       } else if (rounding == WeightRounding::stochastic) {
 #pragma unroll
@@ -371,15 +381,17 @@ class ApplyBlockSm90 {
         for (int i = 0; i < kTogether; ++i) change_nearest(changes[i], weight[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) store(weights, first + i, weight[i]);
+      for (int i = 0; i < kTogether; ++i) store<along_length>(weights, first + i, weight[i]);
     }
   }
 
+  template <bool along_length>
   static __device__ __forceinline__ void load(uint32_t (&values)[4], const unsigned char* tile, int group) {
-    ptx::ldmatrix<4, !along_length>(values, tile + fragment(group));
+    ptx::ldmatrix<4, !along_length>(values, tile + fragment<along_length>(group));
   }
+  template <bool along_length>
   static __device__ __forceinline__ void store(unsigned char* tile, int group, const uint32_t (&values)[4]) {
-    ptx::stmatrix<4, !along_length>(tile + fragment(group), values);
+    ptx::stmatrix<4, !along_length>(tile + fragment<along_length>(group), values);
   }
 
   // Columns along the length from the first of a group: those of element e of eight, two in each register.
@@ -451,7 +463,7 @@ class ApplyBlockSm90 {
   Shared& shared_;
 };
 
-template <class T, bool along_length, int width>
+template <class T, int width>
 __global__ void __launch_bounds__(kApplyThreadsSm90, 1) apply_sm90_kernel(const __grid_constant__ ApplyCallSm90 call) {
   PYKERN_DYNAMIC_SHARED(memory);
   PYKERN_SHARED(ApplySharedSm90<width>, shared);
@@ -464,15 +476,15 @@ __global__ void __launch_bounds__(kApplyThreadsSm90, 1) apply_sm90_kernel(const 
     shared.basis.init(kWarps);
   }
   __syncthreads();
-  const ApplyBlockSm90<T, along_length, width> weights(call, memory, shared);
+  const ApplyBlockSm90<T, width> block(call, memory, shared);
   if (threadIdx.x < kWarpgroupThreads) {
     ptx::decrease_registers<40>();
-    if (threadIdx.x == 0) weights.copy_basis();
-    if (threadIdx.x == kWarpSize) weights.copy_weights();
-    if (threadIdx.x == 2 * kWarpSize) weights.copy_back();
+    if (threadIdx.x == 0) block.copy_basis();
+    if (threadIdx.x == kWarpSize) block.copy_weights();
+    if (threadIdx.x == 2 * kWarpSize) block.copy_back();
   } else {
     ptx::increase_registers<232>();
-    weights.change();
+    block.change();
   }
 }
 

@@ -37,27 +37,29 @@ int choose_unit_tiles(const ApplyCallSm90& call) {
   return chosen;
 }
 
-template <class T, bool along_length, int width>
+template <class T, int width>
+const char* make_map(TensorMap& map, const ApplyMatrix& m, const void* data, int64_t stride) {
+  return m.along_length ? WeightTile<width, true>::template map<T>(map, data, stride, m.n, m.length)
+                        : WeightTile<width, false>::template map<T>(map, data, stride, m.length, m.n);
+}
+
+template <class T, int width>
 const char* make_maps(ApplyTableSm90& table) {
-  using Weights = WeightTile<along_length, width>;
   for (int i = 0; i < table.count; ++i) {
     const ApplyMatrix& m = table.matrix[i];
     TensorMap* map = table.map + i * table.maps_each;
-    const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
     const char* error = BasisTile::map<T>(*map++, m.projector, m.rank, m.n, m.rank);
-    if (!error) error = Weights::template map<T>(*map++, m.param, m.param_stride, rows, columns);
-    if (!error && m.grad) error = Weights::template map<T>(*map++, m.grad, m.grad_stride, rows, columns);
-    if (!error && m.compensation) {
-      error = Weights::template map<T>(*map++, m.compensation, m.param_stride, rows, columns);
-    }
+    if (!error) error = make_map<T, width>(*map++, m, m.param, m.param_stride);
+    if (!error && m.grad) error = make_map<T, width>(*map++, m, m.grad, m.grad_stride);
+    if (!error && m.compensation) error = make_map<T, width>(*map++, m, m.compensation, m.param_stride);
     if (error) return error;
   }
   return nullptr;
 }
 
-template <class T, bool along_length, int width>
+template <class T, int width>
 const char* launch_tiled(ApplyCallSm90& call, Stream stream) {
-  if (const char* error = make_maps<T, along_length, width>(call.table)) return error;
+  if (const char* error = make_maps<T, width>(call.table)) return error;
   // One strip holds the largest rank.
   int rank = 0;
   for (int i = 0; i < call.table.count; ++i) rank = std::max(rank, call.table.matrix[i].rank);
@@ -72,44 +74,36 @@ const char* launch_tiled(ApplyCallSm90& call, Stream stream) {
   const auto most = static_cast<unsigned>(multiprocessors());
   const Grid grid{dim3(units < most ? units : most), dim3(kApplyThreadsSm90),
                   static_cast<size_t>(call.layout.shared_bytes())};
-  return launch(apply_sm90_kernel<T, along_length, width>, grid, stream, call);
+  return launch(apply_sm90_kernel<T, width>, grid, stream, call);
 }
 
-template <class T>
-const char* launch_typed(const ApplyParams& params, Stream stream) {
+template <class T, int width>
+const char* launch_width(const ApplyParams& params, Stream stream) {
   ApplyCallSm90 call{{}, params.rule, {}, 1};
-  for (const int width : {kWideStrip, kNarrowStrip}) {
-    for (const bool along_length : {true, false}) {
-      const char* error = launch_grouped(
-          call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
-          [&](int64_t i) -> int64_t {
-            const ApplyMatrix& m = params.matrices[i];
-            const ApplyLayout layout = apply_layout(m, params.type);
-            if (layout.width != width || m.along_length != along_length) return 0;
-            call.layout.tensors = layout.tensors;
-            call.table.maps_each = 1 + layout.tensors;
-            return units_of(m, width, 1);
-          },
-          [&](const ApplyTableSm90&) {
-            if constexpr (std::is_same<T, bf16>::value) {
-              if (width == kWideStrip) {
-                return along_length ? launch_tiled<T, true, kWideStrip>(call, stream)
-                                    : launch_tiled<T, false, kWideStrip>(call, stream);
-              }
-            }
-            return along_length ? launch_tiled<T, true, kNarrowStrip>(call, stream)
-                                : launch_tiled<T, false, kNarrowStrip>(call, stream);
-          });
-      if (error) return error;
-    }
-  }
-  return nullptr;
+  return launch_grouped(
+      call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
+      [&](int64_t i) -> int64_t {
+        const ApplyMatrix& m = params.matrices[i];
+        const ApplyLayout layout = apply_layout(m, params.type);
+        if (layout.width != width) return 0;
+        call.layout.tensors = layout.tensors;
+        call.table.maps_each = 1 + layout.tensors;
+        return units_of(m, width, 1);
+      },
+      [&](const ApplyTableSm90&) { return launch_tiled<T, width>(call, stream); });
 }
 
 }  // namespace
 
 const char* launch_apply_sm90(const ApplyParams& params, Stream stream) {
-  return params.type == DataType::f16 ? launch_typed<f16>(params, stream) : launch_typed<bf16>(params, stream);
+  switch (params.type) {
+    case DataType::bf16: {
+      const char* error = launch_width<bf16, kWideStrip>(params, stream);
+      return error ? error : launch_width<bf16, kNarrowStrip>(params, stream);
+    }
+    case DataType::f16: return launch_width<f16, kNarrowStrip>(params, stream);
+    default: return nullptr;
+  }
 }
 
 }  // namespace pykern::lowrank

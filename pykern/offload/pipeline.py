@@ -261,6 +261,7 @@ class PipelineOffload:
         self._actions = plan.order.ranks[self.rank]
         self._transfers = plan.transfers[self.rank]
         self._store.open(plan, self.rank, sizes_known)
+        self._closed = False
         self.reset_counters()
 
     def synchronize(self) -> None:
@@ -269,6 +270,7 @@ class PipelineOffload:
 
     def close(self) -> None:
         """Ends the threads and frees the storage now. Dropping the last reference does the same."""
+        self._closed = True
         self._store.close()
 
     def measure_bandwidth(self) -> Rates:
@@ -279,6 +281,8 @@ class PipelineOffload:
 
     def begin_step(self) -> None:
         """Forgets the blocks of a step that was not ended, and begins with the plan's first action."""
+        if self._closed:
+            raise RuntimeError("PipelineOffload: closed, so nothing can be offloaded; set a plan, or make another")
         for block in self._blocks.values():
             block.end()
         self._blocks.clear()

@@ -354,7 +354,7 @@ class StreamedEngine:
             if item.slot is not None:
                 self._give_slot(item)
             if item.file_item is not None:
-                self._file.release(item.file_item)
+                self._release_in_file(item)
 
     # --- slots --------------------------------------------------------------------------------------
 
@@ -471,14 +471,19 @@ class StreamedEngine:
     def _evict(self, item: Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
         if not self._file.settle(item.file_item):
-            self._file.release(item.file_item)
-            item.file_item = None
+            self._release_in_file(item)
             self._stop_spilling()
             return False
         self._give_slot(item)
         return True
 
+    def _release_in_file(self, item: Item) -> None:
+        self._file.release(item.file_item)
+        item.file_item = None
+        self._can_spill = True
+
     def _stop_spilling(self) -> None:
+        """Until something in the file is released. A file that failed refuses what comes after that, too."""
         if self._can_spill:
             self._can_spill = False
             self._failure = self._file.take_failure() or "the spill file is full"

@@ -195,6 +195,15 @@ def test_actions_against_the_plan_are_refused():
         offload.end_step()
 
 
+def test_a_closed_one_is_refused_until_it_has_a_plan_again():
+    rank = Rank()
+    rank.offload.close()
+    with pytest.raises(RuntimeError, match="PipelineOffload: closed, so nothing can be offloaded; set a plan"):
+        rank.step(True)
+    rank.offload.set_plan(rank.offload.plan)
+    assert_same(rank)
+
+
 @pytest.mark.parametrize("stop", [3, 9, 14])
 def test_a_step_that_was_broken_off_leaves_nothing(stop):
     rank = Rank()
