@@ -351,6 +351,7 @@ def test_what_has_no_meaning_is_refused():
         (("gis", 2, -1, 4), {}, ValueError, "chunks: expected at least 1, got -1; pass a positive count"),
         (("gis", 2, 1, 0), {}, ValueError, "microbatches: expected at least 1, got 0; pass a positive count"),
         (("gis", 2, 1, 4), {"group": 0}, ValueError, "group: expected at least 1, got 0; pass a positive count"),
+        (("gis", 10**6, 2, 10**6), {}, ValueError, "devices: expected at most 10000000 blocks, got devices . chunks"),
         (("gis", 2.0, 1, 4), {}, TypeError, "devices: expected an int, got float; pass a positive count"),
         (("gis", True, 1, 4), {}, TypeError, "devices: expected an int, got bool; pass a positive count"),
         (("gis", 2, 1, 4), {"split_backward": 1}, TypeError, "split_backward: expected a bool or None, got int"),

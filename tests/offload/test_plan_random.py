@@ -2,9 +2,13 @@
 
 import gc
 import random
+import re
 
 from pykern.offload.planning import Times, check_plan, plan
 from pykern.offload.planning.orders import SCHEDULES
+from pykern.offload.planning.request import read_request
+
+LEFT = re.compile(r"(\d+) blocks? (?:is|are) left on the device, because ")
 
 
 def random_request(chance: random.Random) -> tuple[tuple, dict]:
@@ -56,6 +60,14 @@ def test_10000_random_requests():
         made = plan(*counts, **request)
         check_plan(made)
         devices = counts[1]
+        # What was asked for and stays is told, but where a budget is kept without it.
+        if "budget" not in request:
+            asked = read_request(made.order, made.request)
+            count = sum(
+                counts[3] * sum(map(bool, asked.sizes_of(rank)[: asked.offload[rank]])) for rank in range(devices)
+            )
+            told = sum(int(found[1]) for found in map(LEFT.match, made.notes) if found)
+            assert count == sum(map(len, made.copies)) + told
         leaving += any(made.copies)
         in_file += any(made.file_bytes)
         if request["stall"] == "avoid" or "budget" in request:

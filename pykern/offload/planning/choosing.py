@@ -30,6 +30,8 @@ class Choice:
     """Would go to a file, if that were read in time."""
     unhoused: list[Block] = field(default_factory=list)
     """The host has no room for them."""
+    returning: list[Block] = field(default_factory=list)
+    """Placed, but due back before any action could use the memory that they leave."""
 
 
 def by_lifespan(rank: RankTimes, blocks: Sequence[Block]) -> list[Block]:

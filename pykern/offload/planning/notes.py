@@ -18,6 +18,7 @@ def tell(
         "late": "their copies do not fit beside the computation",
         "unread": "the host has no room for them, and a file could not be read in time",
         "unhoused": "the host has no room for them",
+        "returning": "they would be due back as soon as they are out",
     }
     notes = []
     for name, reason in reasons.items():
@@ -42,8 +43,7 @@ def tell(
         notes.append("the schedule's tightest layout of copies would let computation wait for too long: laid out wider")
     if seconds > alone * (1 + 1e-9) + 1e-12:
         percent = 100 * (seconds / alone - 1)
-        notes.append(f"copies lengthen the step by {percent:.2g} %" if percent < 99 else
-                     f"copies lengthen the step by {percent:.0f} %")  # fmt: skip
+        notes.append(f"copies lengthen the step by {percent:{'.2g' if percent < 99 else '.0f'}} %")
     return tuple(notes)
 
 

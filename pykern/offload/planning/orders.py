@@ -313,6 +313,10 @@ half or all of the chunks offloaded. split_backward=None is what the schedule wa
 1F1B, split ones for the others. `group` is for GIS and PO."""
 
 
+# More than that would not fit into memory.
+_MOST_BLOCKS = 10**7
+
+
 def make_order(
     schedule: str,
     devices: int,
@@ -325,7 +329,7 @@ def make_order(
     """The order of a schedule of `SCHEDULES`, after checking the arguments.
 
     What cannot be had becomes the nearest that can, told in `Order.notes`. Raises TypeError or ValueError for what
-    has no meaning: an unknown name, or counts that aren't positive integers.
+    has no meaning: an unknown name, or counts that aren't positive integers, or ask for more than ten million blocks.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -337,6 +341,9 @@ def make_order(
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}; pass a positive count")
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}; pass a positive count")
+    if devices * chunks * microbatches > _MOST_BLOCKS:
+        raise ValueError(f"devices: expected at most {_MOST_BLOCKS} blocks, got devices * chunks * microbatches = "
+                         f"{devices} * {chunks} * {microbatches}; pass smaller counts")  # fmt: skip
     if split_backward is not None and not isinstance(split_backward, bool):
         raise TypeError(f"split_backward: expected a bool or None, got {type(split_backward).__name__}; pass True, "
                         "False, or None for the schedule's own")  # fmt: skip

@@ -248,6 +248,8 @@ class _Drafts:
                 placed = hurry_warm_up(ranks, placed, len(ranks))
             for rank, copies in zip(ranks, placed, strict=True):
                 transfers[rank.rank] = anchor(rank, copies)
+                leaving = {step[1:3] for step in transfers[rank.rank]}
+                choices[rank.rank].returning = [copy.block for copy in copies if copy.block[:2] not in leaving]
                 file_rate = request.file_rate or 1.0
                 copy_times[rank.rank] = {
                     (copy.block.chunk, copy.block.microbatch): CopyTimes(
