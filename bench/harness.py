@@ -1,5 +1,6 @@
 """Times the cases of bench/*/cases.py: every provider of a case on the same data, interleaved in one run."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -260,6 +261,8 @@ def run(
         record["limits"]["links"], record["links"] = limits.links, [one._asdict() for one in measured]
         print(*map(format_link, measured), sep="\n")
     for case in cases:
+        # Of the case before, what holds itself.
+        gc.collect()
         print(f"{case.label}   p20 p50 p80, and time over pykern's")
         try:
             timings, failures = run_alone(time_listed, device, case.family, case.label, seconds)

@@ -373,6 +373,10 @@ def low_rank_products() -> Iterator[Case]:
                 f"low_rank_apply rounding {rounding}{' up' if up else ''}{' signs' if signs else ''} {str(dtype)[6:]}"
             )
             yield label, lambda d=dtype, r=rounding, u=up, s=signs: apply(d, 5, r, u, s)
+    for dtype in (torch.bfloat16, torch.float16):
+        for rounding in (0, 1, 2):
+            label = f"low_rank_apply r72 rounding {rounding} {str(dtype)[6:]}"
+            yield label, lambda d=dtype, r=rounding: apply(d, 72, r, True, False)
 
 
 def sltrain() -> Iterator[Case]:

@@ -48,15 +48,22 @@ def test_a_peer_that_fails_is_told_and_the_others_are_timed(monkeypatch, tmp_pat
         raise ValueError("no such shape\nand more")
 
     providers = {"pykern": lambda: None, "broken": fail, "peer": lambda: None}
-    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
-    broken = harness.Case("policy", "op", "1", lambda: providers)
-    record = harness.run([broken], 0.01, path=tmp_path / "record.json")
+    run_here(monkeypatch, harness.Case("policy", "op", "1", lambda: providers))
+    record = harness.run(harness.load_cases(), 0.01, path=tmp_path / "record.json")
     assert [row["provider"] for row in record["rows"]] == ["pykern", "peer"]
     assert record["missing"] == {"policy/op[1] broken": "ValueError: no such shape"}
     assert json.loads((tmp_path / "record.json").read_text()) == record
     assert "broken not run: ValueError: no such shape" in capsys.readouterr().out
+    run_here(monkeypatch, harness.Case("policy", "op", "1", lambda: {"pykern": fail}))
     with pytest.raises(ValueError, match="no such shape"):
-        harness.run([harness.Case("policy", "op", "1", lambda: {"pykern": fail})], 0.01)
+        harness.run(harness.load_cases(), 0.01)
+
+
+def run_here(monkeypatch, case: harness.Case) -> None:
+    """This is the only case, and it is timed in this process."""
+    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(harness, "load_cases", lambda *arguments: [case])
+    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
 
 
 def test_what_goes_over_a_link_is_held_to_the_link():
@@ -69,11 +76,8 @@ def test_op_without_a_kernel_is_recorded_with_its_reason(monkeypatch, capsys):
     def refuse():
         raise NotImplementedError("op: no CUDA kernel")
 
-    listed = [harness.Case("policy", "op", "1", refuse)]
-    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
-    monkeypatch.setattr(harness, "load_cases", lambda families, device: listed)
-    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
-    record = harness.run(listed, 0.01)
+    run_here(monkeypatch, harness.Case("policy", "op", "1", refuse))
+    record = harness.run(harness.load_cases(), 0.01)
     assert record["rows"] == [] and record["missing"] == {"policy/op[1]": "op: no CUDA kernel"}
     assert "not run: op: no CUDA kernel" in capsys.readouterr().out
 

@@ -90,7 +90,8 @@ class Free(NamedTuple):
 def plan_free(stack: Stack) -> Free:
     layers = len(stack.blocks)
     forward, whole = seconds_of(stack.loss), seconds_of(stack.step)
-    times = forward / layers, (whole - forward) / 2 / layers, (whole - forward) / 2 / layers
+    backward = max(whole - forward, forward)
+    times = forward / layers, backward / 2 / layers, backward / 2 / layers
     offload = offload_of(stack)
     stack.step(context=lambda: offload)
     nbytes = offload.stats()["offloaded_bytes"] // layers

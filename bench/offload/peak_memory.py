@@ -10,17 +10,15 @@ the C library's allocator that pykern makes by itself: without it, the heap keep
 import argparse
 import hashlib
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from bench.processes import peak_bytes, run_alone, write
+
 MODELS = ("mlp", "transformer")
 PLAIN, MAPPED, CHECKPOINT, FILE = "plain PyTorch", "plain, mapped", "checkpoint, mapped", "pykern, file"
 PROVIDERS = (PLAIN, MAPPED, CHECKPOINT, FILE)
@@ -63,10 +61,12 @@ def checkpointed(name: str) -> Callable:
     return loss
 
 
-def peak_bytes() -> int:
-    """Not getrusage's figure: that one a process inherits from whoever started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE)[1]) * 1024
+def digest(parameters: Iterable) -> str:
+    """Of their gradients."""
+    found = hashlib.sha256()
+    for parameter in parameters:
+        found.update(parameter.grad.numpy().tobytes())
+    return found.hexdigest()
 
 
 def run(model: str, provider: str, path: str | None, steps: int) -> dict:
@@ -88,14 +88,11 @@ def run(model: str, provider: str, path: str | None, steps: int) -> dict:
         with offload or nullcontext():
             loss().backward()
         seconds.append(time.perf_counter() - begin)
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(parameter.grad.numpy().tobytes())
     return {
         "provider": provider,
         "peak_bytes": peak_bytes() - before,
         "seconds": statistics.median(seconds[1:] or seconds),
-        "gradients": digest.hexdigest(),
+        "gradients": digest(parameters),
         "stats": offload.stats() if offload else None,
     }
 
@@ -104,15 +101,9 @@ def measure(model: str, providers: tuple[str, ...] = PROVIDERS, path: str | None
     """One process per provider, compared with the first."""
     found = []
     for provider in providers:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if provider in (MAPPED, CHECKPOINT):
-            environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)
-        command = [sys.executable, "-m", "bench.offload.peak_memory", "--model", model, "--one", provider]
-        command += ["--steps", str(steps), *([] if path is None else ["--path", path])]
-        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise RuntimeError(f"peak_memory: {provider} failed:\n{finished.stderr}")
-        result = json.loads(finished.stdout)
+        options = {"model": model, "one": provider, "steps": steps, "path": path}
+        mmap_threshold = 1 << 18 if provider in (MAPPED, CHECKPOINT) else None
+        result = run_alone("bench.offload.peak_memory", options, mmap_threshold)
         first = found[0] if found else result
         found.append(
             {
@@ -163,13 +154,7 @@ def main() -> int:
         for result in measure(model, path=options.path, steps=options.steps):
             print(line(result), flush=True)
             results.append(result)
-    if options.json:
-        import torch
-
-        from bench import harness
-
-        record = {"environment": harness.environment(torch.device("cpu")), "table": table(results), "results": results}
-        harness.write(record, options.json)
+    write(results, table(results), options.json)
     return 0
 
 

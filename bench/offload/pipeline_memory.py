@@ -17,13 +17,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.offload.peak_memory import ROOT, peak_bytes
+from bench.offload.peak_memory import digest
+from bench.processes import peak_bytes, run_alone, write
 
 DEVICES, CHUNKS, MICROBATCHES = 2, 4, 12
 ROWS, WIDTH, LAYERS = 4096, 256, 5
@@ -96,8 +96,6 @@ def planned_blocks(schedule, rank: int) -> int:
 
 def work(rank: int, folder: str, provider: str, steps: int, path: str | None, block_seconds: float | None) -> None:
     """One rank; writes what it found to the folder."""
-    import hashlib
-
     import torch
     from torch import distributed
     from torch.distributed.pipelining import PipelineStage
@@ -112,9 +110,9 @@ def work(rank: int, folder: str, provider: str, steps: int, path: str | None, bl
     batch = torch.randn(ROWS * MICROBATCHES, WIDTH, generator=generator) if rank in (0, DEVICES - 1) else None
     arguments = (batch,) if rank == 0 else ()
     keywords = {"target": batch} if rank == DEVICES - 1 else {}
-    for stage in stages:
-        for parameter in stage.submod.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     distributed.barrier()
     before, seconds, peaks = resident_bytes(), [], []
     for _ in range(steps + 1):
@@ -127,10 +125,6 @@ def work(rank: int, folder: str, provider: str, steps: int, path: str | None, bl
         distributed.barrier()
         seconds.append(time.perf_counter() - begin)
         peaks.append(peak_bytes() - before)
-    digest = hashlib.sha256()
-    for stage in stages:
-        for parameter in stage.submod.parameters():
-            digest.update(parameter.grad.numpy().tobytes())
     counters = schedule.offload.counters() if hasattr(schedule, "offload") else {}
     result = {
         "peak_bytes": statistics.median(peaks[1:]),
@@ -141,7 +135,7 @@ def work(rank: int, folder: str, provider: str, steps: int, path: str | None, bl
         "stall_seconds": (counters["stall_seconds"] + counters["engine"]["stall_seconds"]) / steps if counters else 0.0,
         "offloaded_bytes": counters["offloaded_bytes"] // steps if counters else 0,
         "notes": list(schedule.offload.plan.notes) if counters else [],
-        "gradients": digest.hexdigest(),
+        "gradients": digest(parameters),
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     distributed.destroy_process_group()
@@ -163,26 +157,20 @@ def measure(
     found: list[dict] = []
     block_seconds = None
     for provider in providers:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-        command = [sys.executable, "-m", "bench.offload.pipeline_memory", "--one", provider, "--steps", str(steps)]
-        command += [] if path is None else ["--path", path]
-        command += [] if block_seconds is None else ["--block-seconds", str(block_seconds)]
-        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise RuntimeError(f"pipeline_memory: {provider} failed:\n{finished.stderr}")
-        ranks = json.loads(finished.stdout)
+        options = {"one": provider, "steps": steps, "path": path, "block-seconds": block_seconds}
+        ranks = run_alone("bench.offload.pipeline_memory", options, mmap_threshold=1 << 16)
         if provider == PO:
             # What a rank needs for one block: it is busy for most of the step.
             block_seconds = ranks[0]["seconds"] / (CHUNKS * MICROBATCHES)
-        first = found[0] if found else ranks[0]
+        measured = {"provider": provider, **ranks[0]}
+        torchs = next((result for result in (*found, measured) if result["provider"] == TORCH), None)
         po = next((result for result in found if result["provider"] == PO), None)
         found.append(
             {
-                "provider": provider,
-                **ranks[0],
+                **measured,
                 "gradients": [rank["gradients"] for rank in ranks],
                 "gradients_equal": not found or [rank["gradients"] for rank in ranks] == found[0]["gradients"],
-                "peak_over_interleaved": ranks[0]["peak_bytes"] / first["peak_bytes"],
+                "peak_over_interleaved": None if torchs is None else ranks[0]["peak_bytes"] / torchs["peak_bytes"],
                 "time_over_po": None if po is None else ranks[0]["seconds"] / po["seconds"],
             }
         )
@@ -192,11 +180,12 @@ def measure(
 
 def line(result: dict) -> str:
     blocks = f"{result['planned_blocks']}" + ("" if result["blocks"] is None else f" planned, {result['blocks']} seen")
+    share = result["peak_over_interleaved"]
+    of_peak = "" if share is None else f"{100 * share:5.1f}% of PyTorch's interleaved 1F1B, "
     time_over = "" if result["time_over_po"] is None else f"{result['time_over_po']:5.2f}x PO's time, "
     return (
         f"offload/pipeline_memory  {result['provider']:<26} {result['peak_bytes'] / 1e6:7.1f} MB  "
-        f"{100 * result['peak_over_interleaved']:5.1f}% of interleaved 1F1B, blocks: {blocks}, "
-        f"{result['seconds']:.2f} s, {time_over}stalls {result['stall_seconds']:.2f} s"
+        f"{of_peak}blocks: {blocks}, {result['seconds']:.2f} s, {time_over}stalls {result['stall_seconds']:.2f} s"
         + ("" if result["gradients_equal"] else "  GRADIENTS DIFFER")
     )
 
@@ -210,7 +199,8 @@ def table(results: list[dict]) -> str:
         # The modelled link's host memory is in the same process.
         is_memory = result["provider"] != PO_F_LINK
         peak = f"{result['peak_bytes'] / 1e6:.0f}" if is_memory else ""
-        share = f"{100 * result['peak_over_interleaved']:.0f} %" if is_memory else ""
+        share = result["peak_over_interleaved"]
+        share = f"{100 * share:.0f} %" if is_memory and share is not None else ""
         rows.append(
             f"| {result['provider']} | {result['planned_blocks']} | {peak} | {share} | {result['seconds']:.2f} | "
             f"{over} | {'bit-equal' if result['gradients_equal'] else 'differ'} |"
@@ -232,13 +222,7 @@ def main() -> int:
         return 0
     providers = tuple(options.provider or PROVIDERS)
     results = measure(providers, options.path, options.steps, lambda result: print(line(result), flush=True))
-    if options.json:
-        import torch
-
-        from bench import harness
-
-        record = {"environment": harness.environment(torch.device("cpu")), "table": table(results), "results": results}
-        harness.write(record, options.json)
+    write(results, table(results), options.json)
     return 0
 
 

@@ -10,12 +10,10 @@ and weight, in a process of its own. The eager head takes 7 GB at the default si
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from bench.offload.peak_memory import ROOT, peak_bytes
+from bench.processes import peak_bytes, run_alone, write
 
 PROVIDERS = ("linear_token_logprobs", "linear_policy_loss", "linear, log_softmax")
 
@@ -92,14 +90,9 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(peak(arguments.one, sizes)))
         return
-    command = [sys.executable, "-m", "bench.policy.linear_head"]
-    for name, size in zip(("--rows", "--hidden-size", "--vocabulary"), sizes):
-        command += [name, str(size)]
     label = "N={} H={} V={} bfloat16".format(*sizes)
-    peaks = {}
-    for provider in PROVIDERS:
-        child = subprocess.run([*command, "--one", provider], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks[provider] = json.loads(child.stdout)
+    options = dict(zip(("rows", "hidden-size", "vocabulary"), sizes))
+    peaks = {provider: run_alone("bench.policy.linear_head", {**options, "one": provider}) for provider in PROVIDERS}
     ours, products = times(sizes, arguments.rounds)
     results = {
         "peak_bytes": peaks,
@@ -108,13 +101,7 @@ def main() -> None:
         "ratio": statistics.median(a / b for a, b in zip(ours, products)),
     }
     print(table(label, results))
-    if arguments.json:
-        import torch
-
-        from bench import harness
-
-        environment = harness.environment(torch.device("cpu"))
-        harness.write({"environment": environment, "table": table(label, results), "results": results}, arguments.json)
+    write(results, table(label, results), arguments.json)
 
 
 if __name__ == "__main__":

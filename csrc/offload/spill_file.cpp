@@ -60,7 +60,10 @@ class SpillFile : public Medium {
     const bool fits = fstatvfs(file_, &system) != 0 || system.f_blocks == 0 ||
                       static_cast<uint64_t>(extent - size_) / system.f_frsize <= system.f_bavail;
     const int code = fits ? allocate(extent) : ENOSPC;
-    if (code != 0) return system_error("cannot preallocate " + std::to_string(extent) + " bytes", code);
+    if (code != 0) {
+      return system_error("cannot preallocate " + std::to_string(extent) + " bytes of the spill file in " + folder_,
+                          code);
+    }
     // The C library's zeros come in sizes that direct I/O would refuse.
     if (size_ == 0 && preallocates_) probe_direct();
     size_ = extent;
@@ -241,7 +244,7 @@ int open_without_name(const std::string& folder) {
 
 MediumResult make_spill_file(const std::string& folder, const FileOptions& options) {
   const int file = open_without_name(folder);
-  if (file < 0) return {nullptr, system_error("cannot create a file", errno)};
+  if (file < 0) return {nullptr, system_error("cannot create a file in " + folder, errno)};
   return {std::make_unique<SpillFile>(file, folder, options), ""};
 }
 

@@ -17,7 +17,8 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, const Arguments&... arguments) {
 #if defined(__CUDACC__)
-  if (grid.dynamic_shared > 48 * 1024) {
+  // A block has 48 KiB unasked, of which the kernel's static shared memory takes its part.
+  if (grid.dynamic_shared > 16 * 1024) {
     const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     static_cast<int>(grid.dynamic_shared));

@@ -21,23 +21,34 @@ struct PhiloxBits {
   }
 };
 
+struct PhiloxKeys {
+  uint32_t first, second;
+
+  PYKERN_HOST_DEVICE explicit PhiloxKeys(uint64_t key)
+      : first(static_cast<uint32_t>(key)), second(static_cast<uint32_t>(key >> 32)) {}
+  PYKERN_HOST_DEVICE void next() {
+    first += 0x9e3779b9u;
+    second += 0xbb67ae85u;
+  }
+};
+
+// One of the ten rounds.
+PYKERN_HOST_DEVICE void mix_philox(PhiloxBits& bits, const PhiloxKeys& keys) {
+  uint32_t(&c)[4] = bits.words;
+  const uint64_t first = uint64_t{0xd2511f53u} * c[0], second = uint64_t{0xcd9e8d57u} * c[2];
+  bits = {{static_cast<uint32_t>(second >> 32) ^ c[1] ^ keys.first, static_cast<uint32_t>(second),
+           static_cast<uint32_t>(first >> 32) ^ c[3] ^ keys.second, static_cast<uint32_t>(first)}};
+}
+
 // The words that `key` gives for the counter (index, step, 0), index in 64 bits.
 PYKERN_HOST_DEVICE PhiloxBits philox(uint64_t key, uint64_t index, uint32_t step) {
-  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = step, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  PhiloxBits bits{{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), step, 0}};
+  PhiloxKeys keys(key);
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = uint64_t{0xd2511f53u} * c0, second = uint64_t{0xcd9e8d57u} * c2;
-    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(second);
-    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(first);
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
-  return {{c0, c1, c2, c3}};
+  for (int round = 0; round < 10; ++round, keys.next()) mix_philox(bits, keys);
+  return bits;
 }
 
 }  // namespace pykern

@@ -16,9 +16,9 @@ constexpr int kTableBytes = 32764 - 256;
 // A grid has fewer than 2^31 blocks.
 constexpr int64_t kTableTiles = int64_t{1} << 30;
 
-template <class Matrix>
+template <class Matrix, int bytes = kTableBytes>
 struct GroupedTable {
-  static constexpr int kCapacity = (kTableBytes - 16) / static_cast<int>(sizeof(Matrix) + sizeof(uint32_t));
+  static constexpr int kCapacity = (bytes - 16) / static_cast<int>(sizeof(Matrix) + sizeof(uint32_t));
 
   int32_t count = 0;
   uint32_t tiles = 0;

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/lowrank/apply_layout.h"
 #include "kernels/lowrank/apply_sm80.cuh"
 #include "kernels/lowrank/apply_wide_sm80.cuh"
 
@@ -38,6 +39,16 @@ const char* launch_typed(const ApplyCall& call, DataType type, bool product, boo
 }  // namespace
 
 const char* launch_apply(const ApplyParams& params, Stream stream) {
+  bool has_sm90 = false;
+#if defined(PYKERN_HAS_SM90)
+  has_sm90 = compute_capability() == 90;
+  if (has_sm90) {
+    if (const char* error = launch_apply_sm90(params, stream)) return error;
+  }
+#endif
+  const auto is_left = [&](const ApplyMatrix& m) {
+    return !has_sm90 || apply_layout(m, params.type).width == 0;
+  };
   ApplyCall call{{}, params.rule};
   const int64_t pack = params.type == DataType::f64 ? 2 : params.type == DataType::f32 ? 4 : 8;
   for (const bool product : {true, false}) {
@@ -46,7 +57,7 @@ const char* launch_apply(const ApplyParams& params, Stream stream) {
           call.table, params.count, [&](int64_t i) -> const ApplyMatrix& { return params.matrices[i]; },
           [&](int64_t i) -> int64_t {
             const ApplyMatrix& m = params.matrices[i];
-            if (m.along_length != along_length || has_product(m, params.type) != product) return 0;
+            if (m.along_length != along_length || has_product(m, params.type) != product || !is_left(m)) return 0;
             const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
             return product ? ceil_div(rows, kApplyTile) * ceil_div(columns, kApplyTile)
                            : ceil_div(rows, kSlabRows) * ceil_div(columns, kSlabPacks * pack);

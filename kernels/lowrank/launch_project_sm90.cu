@@ -4,43 +4,40 @@
 namespace pykern::lowrank {
 namespace {
 
-template <class T, int rank, bool narrow, bool along_length>
+template <class T, int rank, bool narrow>
 const char* launch_tiled(ProjectCallSm90& call, const ProjectParams& params, Stream stream) {
-  using Tiling = ProjectTilingSm90<rank, narrow, along_length>;
+  using Tiling = ProjectTilingSm90<rank, narrow>;
   const char* refused = nullptr;
   const auto with_maps = [&](int64_t i) {
     const ProjectMatrix& m = params.matrices[i];
     ProjectSm90 made{{}, {}, m};
-    const int64_t rows = along_length ? m.n : m.length, columns = along_length ? m.length : m.n;
     const char* error = Tiling::Basis::template map<T>(made.basis, m.projector, m.rank, m.n, m.rank);
-    if (!error) error = Tiling::Gradient::template map<T>(made.gradient, m.matrix, m.stride, rows, columns);
+    if (!error && m.along_length) {
+      error = Tiling::template Gradient<true>::template map<T>(made.gradient, m.matrix, m.stride, m.n, m.length);
+    } else if (!error) {
+      error = Tiling::template Gradient<false>::template map<T>(made.gradient, m.matrix, m.stride, m.length, m.n);
+    }
     if (error) refused = error;
     return made;
   };
   const auto tiles_of = [&](int64_t i) -> int64_t {
     const ProjectMatrix& m = params.matrices[i];
-    const bool chosen = m.warpgroups && m.along_length == along_length && m.narrow == narrow;
-    return chosen && rank_tile_sm90(m) == rank ? rank_tiles(m, rank) * length_tiles(m, Tiling::kLength) * m.splits : 0;
+    const bool chosen = m.warpgroups && m.narrow == narrow && rank_tile_sm90(m) == rank;
+    return chosen ? rank_tiles(m, rank) * length_tiles(m, Tiling::kLength) * m.splits : 0;
   };
   return launch_grouped(call.table, params.count, with_maps, tiles_of, [&](const auto& table) {
     if (refused) return refused;
     const auto most = static_cast<unsigned>(multiprocessors());
     const Grid grid{dim3(table.tiles < most ? table.tiles : most), dim3(kProjectThreadsSm90), Tiling::kSharedBytes};
-    return launch(project_sm90_kernel<T, rank, narrow, along_length>, grid, stream, call);
+    return launch(project_sm90_kernel<T, rank, narrow>, grid, stream, call);
   });
-}
-
-template <class T, int rank, bool narrow>
-const char* launch_both(ProjectCallSm90& call, const ProjectParams& params, Stream stream) {
-  const char* error = launch_tiled<T, rank, narrow, true>(call, params, stream);
-  return error ? error : launch_tiled<T, rank, narrow, false>(call, params, stream);
 }
 
 template <class T>
 const char* launch_typed(ProjectCallSm90& call, const ProjectParams& params, Stream stream) {
-  const char* error = launch_both<T, 128, false>(call, params, stream);
-  if (!error) error = launch_both<T, 128, true>(call, params, stream);
-  return error ? error : launch_both<T, 256, false>(call, params, stream);
+  const char* error = launch_tiled<T, 128, false>(call, params, stream);
+  if (!error) error = launch_tiled<T, 128, true>(call, params, stream);
+  return error ? error : launch_tiled<T, 256, false>(call, params, stream);
 }
 
 }  // namespace

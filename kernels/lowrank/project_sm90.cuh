@@ -28,7 +28,7 @@ static_assert(sizeof(ProjectCallSm90) <= 32764, "more than the parameters of a k
 constexpr int kProjectGroups = 2;  // that multiply
 constexpr int kProjectThreadsSm90 = (1 + kProjectGroups) * kWarpgroupThreads;
 
-template <int rank, bool narrow, bool along_length>
+template <int rank, bool narrow>
 struct ProjectTilingSm90 {
   static constexpr ProjectTile kTile = project_tile_sm90(rank, narrow);
   static constexpr int kRank = rank, kLength = kTile.length, kDepth = kTile.depth;
@@ -37,10 +37,11 @@ struct ProjectTilingSm90 {
   static_assert(kDepth == kPanelElements && kBlocks * 64 == kGroupLength, "whole panels");
 
   using Basis = PanelTile<kDepth, kRank>;
+  template <bool along_length>
   using Gradient = PanelTile<along_length ? kDepth : kLength, along_length ? kLength : kDepth>;
-  static constexpr ptx::Major kGradientMajor = along_length ? ptx::Major::mn : ptx::Major::k;
 
-  static constexpr int kStageBytes = Basis::kBytes + Gradient::kBytes;
+  static constexpr int kStageBytes = Basis::kBytes + Gradient<true>::kBytes;
+  static_assert(Gradient<true>::kBytes == Gradient<false>::kBytes, "either way");
   static constexpr int kSharedBytes = 192 * 1024, kStages = kSharedBytes / kStageBytes;
   using Ring = StageRing<kStages>;
 };
@@ -69,7 +70,7 @@ class PanelSquares<T, Tiling, true> {
  public:
   __device__ __forceinline__ void add(const unsigned char* gradient, int group) {
     const int lane = threadIdx.x % kWarpSize, row = lane % 8, chunk = chunk_of(lane, group);
-    const unsigned char* from = gradient + chunk / 8 * Tiling::Gradient::kPanelBytes +
+    const unsigned char* from = gradient + chunk / 8 * Tiling::template Gradient<true>::kPanelBytes +
                                 (row + lane / 8 / kWarpChunks * 8) * kPanelRowBytes + (((chunk % 8) ^ row) << 4);
 #pragma unroll
     for (int below = 0; below < Tiling::kDepth; below += 8 * kRowGroups) {
@@ -158,23 +159,24 @@ __device__ __forceinline__ void for_each_tile(const ProjectCallSm90& call, const
 }
 
 // One thread: copies the stages of all tiles of the block.
-template <class Tiling, bool along_length>
+template <class Tiling>
 __device__ __forceinline__ void copy_stages(const ProjectCallSm90& call, unsigned char* shared,
                                             typename Tiling::Ring& ring) {
   using Basis = typename Tiling::Basis;
-  using Gradient = typename Tiling::Gradient;
   typename Tiling::Ring::Turn turn;
   for_each_tile<Tiling>(call, [&](const ProjectSm90& entry, const ProjectPlace<Tiling>& place) {
+    const bool along_length = entry.matrix.along_length;
 #pragma unroll 1
     for (int step = 0; step < place.steps; ++step) {
       const int row = (place.first_step + step) * Tiling::kDepth;
-      unsigned char* const stage = shared + turn.stage * Tiling::kStageBytes;
+      unsigned char* const basis = shared + turn.stage * Tiling::kStageBytes;
+      unsigned char* const gradient = basis + Basis::kBytes;
       uint64_t* const full = ring.begin(turn, Tiling::kStageBytes);
-      Basis::load(stage, entry.basis, row, place.first_rank, full);
+      Basis::load(basis, entry.basis, row, place.first_rank, full);
       if (along_length) {
-        Gradient::load(stage + Basis::kBytes, entry.gradient, row, place.first_column, full);
+        Tiling::template Gradient<true>::load(gradient, entry.gradient, row, place.first_column, full);
       } else {
-        Gradient::load(stage + Basis::kBytes, entry.gradient, place.first_column, row, full);
+        Tiling::template Gradient<false>::load(gradient, entry.gradient, place.first_column, row, full);
       }
       turn.next();
     }
@@ -210,55 +212,52 @@ __device__ __forceinline__ void store_sums(const ProjectMatrix& m, const Project
   }
 }
 
-// A warpgroup: its columns of all tiles of the block.
+// A warpgroup: its columns of a tile of low.
 template <class T, class Tiling, bool along_length>
-__device__ __forceinline__ void project_tiles(const ProjectCallSm90& call, const unsigned char* shared,
-                                              typename Tiling::Ring& ring, int group) {
+__device__ __forceinline__ void project_tile(const ProjectMatrix& m, const ProjectPlace<Tiling>& place,
+                                             const unsigned char* shared, typename Tiling::Ring& ring,
+                                             typename Tiling::Ring::Turn& turn, float factor, int group) {
   using Basis = typename Tiling::Basis;
+  constexpr ptx::Major kMajor = along_length ? ptx::Major::mn : ptx::Major::k;
   const PanelOperand<Basis, ptx::Major::mn> basis(shared);
-  const PanelOperand<typename Tiling::Gradient, Tiling::kGradientMajor> gradient(shared + Basis::kBytes);
-  const float factor = gradient_factor(call.grad_scale, call.maximize);
-  typename Tiling::Ring::Turn turn;
-  for_each_tile<Tiling>(call, [&](const ProjectSm90& entry, const ProjectPlace<Tiling>& place) {
-    const ProjectMatrix& m = entry.matrix;
-    const bool with_squares = m.squares != nullptr && place.first_rank == 0;
-    float sums[Tiling::kBlocks][Tiling::kRank / 2] = {};
-    PanelSquares<T, Tiling, along_length> squares;
-    keep_sums_in_place(sums);
-    int before = 0;
+  const PanelOperand<typename Tiling::template Gradient<along_length>, kMajor> gradient(shared + Basis::kBytes);
+  const bool with_squares = m.squares != nullptr && place.first_rank == 0;
+  float sums[Tiling::kBlocks][Tiling::kRank / 2] = {};
+  PanelSquares<T, Tiling, along_length> squares;
+  keep_sums_in_place(sums);
+  int before = 0;
 #pragma unroll 1
-    for (int step = 0; step < place.steps; ++step) {
-      const int offset = turn.stage * Tiling::kStageBytes;
-      ring.wait_full(turn);
-      ptx::wgmma_fence();
-      multiply_panels<T, Tiling::kGradientMajor, ptx::Major::mn, Tiling::kDepth>(
-          sums, gradient.further(offset), basis.further(offset), group * Tiling::kBlocks);
-      ptx::wgmma_commit();
-      if (with_squares) squares.add(shared + Basis::kBytes + offset, group);
-      ptx::wgmma_wait<1>();
-      if (step > 0) ring.release(before);
-      before = turn.stage;
-      turn.next();
-    }
-    ptx::wgmma_wait<0>();
-    keep_sums_in_place(sums);
-    if (place.steps > 0) ring.release(before);
+  for (int step = 0; step < place.steps; ++step) {
+    const int offset = turn.stage * Tiling::kStageBytes;
+    ring.wait_full(turn);
+    ptx::wgmma_fence();
+    multiply_panels<T, kMajor, ptx::Major::mn, Tiling::kDepth>(sums, gradient.further(offset), basis.further(offset),
+                                                               group * Tiling::kBlocks);
+    ptx::wgmma_commit();
+    if (with_squares) squares.add(shared + Basis::kBytes + offset, group);
+    ptx::wgmma_wait<1>();
+    if (step > 0) ring.release(before);
+    before = turn.stage;
+    turn.next();
+  }
+  ptx::wgmma_wait<0>();
+  keep_sums_in_place(sums);
+  if (place.steps > 0) ring.release(before);
 
-    const ProjectTarget target(m, place.split, factor);
-    store_sums<Tiling>(m, place, target, group, sums);
-    if (!with_squares) return;
-    int column;
-    const float sum = squares.finish(group, column);
-    if (column >= 0 && place.first_column + column < m.length) {
-      target.squares[place.first_column + column] = target.factor * target.factor * sum;
-    }
-  });
+  const ProjectTarget target(m, place.split, factor);
+  store_sums<Tiling>(m, place, target, group, sums);
+  if (!with_squares) return;
+  int column;
+  const float sum = squares.finish(group, column);
+  if (column >= 0 && place.first_column + column < m.length) {
+    target.squares[place.first_column + column] = target.factor * target.factor * sum;
+  }
 }
 
-template <class T, int rank, bool narrow, bool along_length>
+template <class T, int rank, bool narrow>
 __global__ void __launch_bounds__(kProjectThreadsSm90, 1)
     project_sm90_kernel(const __grid_constant__ ProjectCallSm90 call) {
-  using Tiling = ProjectTilingSm90<rank, narrow, along_length>;
+  using Tiling = ProjectTilingSm90<rank, narrow>;
   PYKERN_DYNAMIC_SHARED(shared);
   PYKERN_SHARED(typename Tiling::Ring, ring);
   if (threadIdx.x == 0) ring.init(kProjectGroups * kWarpgroupThreads / kWarpSize);
@@ -266,10 +265,18 @@ __global__ void __launch_bounds__(kProjectThreadsSm90, 1)
   const int group = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0) - 1;
   if (group < 0) {
     ptx::decrease_registers<40>();
-    if (threadIdx.x == 0) copy_stages<Tiling, along_length>(call, shared, ring);
+    if (threadIdx.x == 0) copy_stages<Tiling>(call, shared, ring);
   } else {
     ptx::increase_registers<232>();
-    project_tiles<T, Tiling, along_length>(call, shared, ring, group);
+    const float factor = gradient_factor(call.grad_scale, call.maximize);
+    typename Tiling::Ring::Turn turn;
+    for_each_tile<Tiling>(call, [&](const ProjectSm90& entry, const ProjectPlace<Tiling>& place) {
+      if (entry.matrix.along_length) {
+        project_tile<T, Tiling, true>(entry.matrix, place, shared, ring, turn, factor, group);
+      } else {
+        project_tile<T, Tiling, false>(entry.matrix, place, shared, ring, turn, factor, group);
+      }
+    });
   }
 }
 

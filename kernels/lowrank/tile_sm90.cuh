@@ -35,6 +35,15 @@ struct PanelTile {
       ptx::tensor_load(tile + panel * kPanelBytes, map, {column + panel * kPanelElements, row}, full);
     }
   }
+
+  // By one thread, after fence_proxy_async of all that wrote and a barrier; the caller commits and waits. What lies
+  // behind the matrix's last row and column is left out.
+  static __device__ __forceinline__ void store(const unsigned char* tile, const TensorMap& map, int row, int column) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx::tensor_store(map, {column + panel * kPanelElements, row}, tile + panel * kPanelBytes);
+    }
+  }
 };
 
 // A tile as an operand of wgmma. With Major::k its rows are m or n, with Major::mn its columns are.

@@ -2,10 +2,8 @@
 #pragma once
 
 #include "kernels/common/vector.cuh"
-#include "kernels/lowrank/apply.h"
-#include "kernels/lowrank/compute.cuh"
 #include "kernels/lowrank/grouped.h"
-#include "kernels/lowrank/stochastic_rounding.h"
+#include "kernels/lowrank/weight_change.cuh"
 
 namespace pykern::lowrank {
 
@@ -23,29 +21,6 @@ constexpr int kApplyWarps = kApplyThreads / kWarpSize;
 constexpr int kSlabRows = 64, kSlabPacks = 16;
 constexpr int kThreadPacks = kSlabRows * kSlabPacks / kApplyThreads;
 constexpr int kPacksInFlight = 2;
-
-template <class T>
-struct WeightChange {
-  using C = Compute<T>;
-
-  C shrink, step_size, scale, sign_scale, to_gradient;
-
-  __device__ __forceinline__ WeightChange(const ApplyRule& rule, const ApplyMatrix& m) {
-    const double lr = read_number(rule.lr, rule.lr_is_double);
-    const double decay = lr * rule.weight_decay;
-    shrink = static_cast<C>(decay);
-    step_size = static_cast<C>(lr * *m.step_factor * (rule.decay_after ? 1 - decay : 1));
-    scale = static_cast<C>(rule.scale);
-    sign_scale = static_cast<C>(rule.sign_scale);
-    to_gradient = rule.maximize ? C(-1) : C(1);
-    if (rule.grad_scale) to_gradient /= static_cast<C>(*rule.grad_scale);
-  }
-
-  // A small part of the weight: 1 - decay would keep fewer digits of decay.
-  __device__ __forceinline__ C operator()(C weight, C direction) const {
-    return -shrink * weight - step_size * direction;
-  }
-};
 
 // A sign in two bits, and what they stand for; NaN stays NaN.
 __device__ __forceinline__ uint32_t sign_code(float value) {
@@ -186,22 +161,19 @@ class WeightPacks {
   __device__ __forceinline__ void round(const Place& place, const C (&change)[kSize], Loaded& loaded) const {
     if (rule_.rounding == WeightRounding::kahan) {
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        const C weight = widen(loaded.weight[e]), wanted = static_cast<C>(widen(loaded.lost[e])) + change[e];
-        narrow(weight + wanted, loaded.weight[e]);
-        narrow(wanted - (static_cast<C>(widen(loaded.weight[e])) - weight), loaded.lost[e]);
-      }
+      for (int e = 0; e < kSize; ++e) change_kahan(change[e], loaded.weight[e], loaded.lost[e]);
     } else if (kSixteenBits && rule_.rounding == WeightRounding::stochastic) {
       if constexpr (kSixteenBits) {
         const uint32_t step = static_cast<uint32_t>(*m_.step);
-        int64_t element = along_length ? int64_t{place.row} * m_.length + place.column
-                                       : int64_t{place.column} * m_.length + place.row;
+        const int64_t first = along_length ? int64_t{place.row} * m_.length + place.column
+                                           : int64_t{place.column} * m_.length + place.row;
+        // Four at once leave registers for the sums.
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          const float exact = widen(loaded.weight[e]) + change[e];
-          const uint32_t word = philox(m_.seed, element, step).words[0];
-          loaded.weight[e] = round_stochastic(__float_as_uint(exact), word, T{});
-          element += along_length ? 1 : m_.length;
+        for (int at = 0; at < kSize; at += 4) {
+          const auto element = [&](int e) {
+            return static_cast<uint64_t>(first + (at + e) * int64_t{along_length ? 1 : m_.length});
+          };
+          change_stochastic<4>(change + at, m_.seed, element, step, loaded.weight.values + at);
         }
       }
     } else {

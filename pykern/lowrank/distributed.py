@@ -59,8 +59,10 @@ class Shards:
         for placement in param.placements:
             if placement.is_replicate():
                 continue
-            # A convolution's other axes would interleave the shards' columns.
-            if not _cuts(placement) or placement.dim not in ((0, 1) if len(shape) == 2 else (0,)):
+            # The second is fully_shard's of what tensor parallelism has cut before. A convolution's other axes would
+            # interleave the shards' columns.
+            known = type(placement).__name__ in ("Shard", "_StridedShard")
+            if not known or placement.dim not in ((0, 1) if len(shape) == 2 else (0,)):
                 raise NotImplementedError(
                     f"params: expected a DTensor in Shard(0) or, for a matrix, Shard(1), got {param.placements} for "
                     f"{shape}; give this parameter a group without rank, which works with any placement"
@@ -71,9 +73,10 @@ class Shards:
                 f'side: "full" needs all of a weight in every process, and one of {shape} lies in shards as '
                 f'{param.placements}; expected one of "std", "left", "right"'
             )
+        right = otherwise
         if axes and side not in ("left", "right"):
-            otherwise = axes[-1] == 1 if len(set(axes)) == 2 else axes[0] == 0
-        return Shards(param.device_mesh, tuple(param.placements), otherwise)
+            right = axes[-1] == 1 if len(set(axes)) == 2 else axes[0] == 0
+        return Shards(param.device_mesh, tuple(param.placements), right)
 
     @property
     def compressed(self) -> int:
@@ -164,11 +167,6 @@ class Shards:
             return matrix
         sizes = (size, size)
         return self.distribute(matrix.contiguous(), {axis: dim}, sizes).full_tensor()
-
-
-def _cuts(placement) -> bool:
-    """Whether a placement is Shard, or fully_shard's strided one of what tensor parallelism has cut before."""
-    return type(placement).__name__ in ("Shard", "_StridedShard")
 
 
 def _on(placement, dim: int):

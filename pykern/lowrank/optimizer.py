@@ -14,7 +14,7 @@ from .choosing import Bases, ProjectorFunction
 from .distributed import average, is_distributed
 from .matrices import Job
 from .options import ALIASES, complete_group, is_low_rank
-from .portable import widened
+from .portable import shards_as_values
 from .projectors import PROJECTORS
 from .quantized import int8_weight
 from .refresh import is_due
@@ -271,11 +271,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict:
-        """As torch.optim.Optimizer.state_dict, but 8-bit moments of DTensors are in float32, as `exp_avg_dequantized`
-        and `exp_avg_sq_dequantized`, so that they can be loaded in other shards."""
+        """As torch.optim.Optimizer.state_dict, but 8-bit moments of DTensors are given in float32, with a scale of one,
+        so that other numbers of processes can load their shards of them."""
         given = super().state_dict()
         shared = [is_distributed(param) for param in self._parameters()]
-        given["state"] = {index: widened(state) if shared[index] else state for index, state in given["state"].items()}
+        given["state"] = {
+            index: shards_as_values(state) if shared[index] else state for index, state in given["state"].items()
+        }
         return given
 
     def load_state_dict(self, state_dict: dict) -> None:

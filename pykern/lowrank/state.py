@@ -8,7 +8,7 @@ from .distributed import gathered, is_distributed, spread
 from .feedback import feedback_state
 from .matrices import Job
 from .options import complete_group, is_low_rank
-from .portable import narrowed, narrowed_into, widened
+from .portable import shards_as_codes, shards_as_values, whole_as_codes, whole_as_values
 from .refresh import HOST_STATE, refresh_state
 from .residuals import RESIDUALS
 from .rules import RULES
@@ -108,16 +108,13 @@ def fitted_states(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict[Te
 def _fitted(param: Tensor, index: int, group: dict, state: dict) -> dict[str, Tensor]:
     job = Job.of(param, index, group, {}) if is_low_rank(param, group) else None
     if job is None:
-        made = plain_state(param if is_distributed(param) else torch.empty_like(param, device="meta"))
+        expected = plain_state(param if is_distributed(param) else torch.empty_like(param, device="meta"))
     elif job.shards is None:
-        made = local_state(job.outline())
+        expected, state = local_state(job.outline()), whole_as_codes(state)
     else:
-        made = {}
-        make_state(job, made)
-    expected = made
-    if job is not None:
-        state = narrowed(state) if job.shards is None else widened(state)
-        expected = made if job.shards is None else widened(made)
+        kept: dict[str, Tensor] = {}
+        make_state(job, kept)
+        expected, state = shards_as_values(kept), whole_as_values(state)
     where = f"state_dict: parameter {index} of shape {tuple(param.shape)}"
     if expected.keys() != state.keys():
         raise ValueError(
@@ -140,4 +137,4 @@ def _fitted(param: Tensor, index: int, group: dict, state: dict) -> dict[str, Te
             fitted[name] = torch.empty_strided(
                 outline.shape, outline.stride(), dtype=outline.dtype, device=device
             ).copy_(gathered(value.detach()))
-    return fitted if job is None or job.shards is None else narrowed_into(made, fitted)
+    return fitted if job is None or job.shards is None else shards_as_codes(kept, fitted)

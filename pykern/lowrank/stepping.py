@@ -1,5 +1,7 @@
 """One step of the parameters of one group: which ops, in which order, on what."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -58,82 +60,24 @@ def step_plain(params: list[Tensor], kept: list[dict], group: dict, amp: Amp, ba
 
 def step_low_rank(jobs: list[Job], kept: list[dict], amp: Amp, bases: Bases) -> None:
     """The low-rank step of parameters of one group, device and dtype; `kept` is the optimizer's state of each."""
-    group = jobs[0].group
-    residual, rule = RESIDUALS[group["residual"]], RULES[group["rule"]]
     for job, state in zip(jobs, kept, strict=True):
         if not job.state:
             make_state(job, state)
-    states = [job.state for job in jobs]
-    options = {"maximize": group["maximize"]}
     sources, due = _sources(jobs, amp, bases)
-    whole_projectors = dense_bases(jobs)
-    projectors = [job.own(projector) for job, projector in zip(jobs, whole_projectors, strict=True)]
+    whole = dense_bases(jobs)
+    projectors = [job.own(projector) for job, projector in zip(jobs, whole, strict=True)]
     if is_fused(jobs[0], bases):
-        _step_fused(jobs, projectors, amp, bases)
-        return
-    low, squares = _projected(jobs, sources, projectors, due, amp, bases)
-    inner = low if group["side"] != "full" else [m @ s["other_projector"] for m, s in zip(low, states, strict=True)]
-    shards = jobs[0].shards
-    gathers = shards is not None and not rule.columnwise
-    if gathers:
-        inner = [shards.gathered(m, shards.along, 1, job.whole_length) for job, m in zip(jobs, inner, strict=True)]
-    direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
-    if gathers:
-        direction = [shards.own(matrix, 1, shards.along).contiguous() for matrix in direction]
-    if group["side"] == "full":
-        direction = [d @ s["other_projector"].mT for d, s in zip(direction, states, strict=True)]
-        # What both bases see of the gradient, for the residuals.
-        low = [m @ s["other_projector"].mT for m, s in zip(inner, states, strict=True)]
-
-    rate = rate_on(group["lr"], jobs[0].param.device)
-    grads, factors, missed, scale = [], [], [], group["scale"]
-    if residual.measured:
-        low_gram = [] if orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(whole_projectors, low)]
-        factors = measured_factors(
-            low, direction, squares, low_gram, states, group, amp.grad_scale, amp.found_inf,
-            reduce=None if shards is None else shards.reduce,
-        )  # fmt: skip
-        grads, scale = [job.grad for job in jobs], 1.0
-    elif residual.constant:
-        share = group["residual_scale"]
-        direction = [scale * n - share * r for n, r in zip(direction, low, strict=True)]
-        sign = -share if group["maximize"] else share
-        factors = [matrix.new_full((matrix.shape[1],), sign) for matrix in low]
-        if amp.grad_scale is not None:
-            factors = [factor / amp.grad_scale for factor in factors]
-        grads, scale = [job.grad for job in jobs], 1.0
-    elif residual.sign:
-        grads, missed = [job.grad for job in jobs], low
-    elif residual.feedback:
-        keep_missed(jobs, sources, projectors, low, amp)
-
-    seeds = [seed_of(group["seed"], job.index, 0 if shards is None else shards.position) for job in jobs]
-    if int8_weight(jobs[0].param) is not None:
-        step_int8_weights(jobs, projectors, direction, seeds, step_factor, rate, amp.found_inf)
-        _finish(jobs, bases)
-        return
-    ops.low_rank_apply(
-        [job.weight for job in jobs],
-        projectors if residual.up else [],
-        direction if residual.up else [],
-        grads,
-        factors,
-        missed,
-        [state["compensation"] for state in states] if group["rounding"] == "kahan" else [],
-        [state["step"] for state in states],
-        seeds,
-        step_factor,
-        rate,
-        amp.grad_scale,
-        amp.found_inf,
-        scale=scale,
-        weight_decay=group["weight_decay"],
-        decay_after=group["decay"] == "after",
-        sign_scale=group["residual_scale"],
-        rounding=_ROUNDING[group["rounding"]],
-        **options,
-    )
-    _finish(jobs, bases)
+        _step_fused(jobs, projectors, amp)
+    else:
+        low, squares = _projected(jobs, sources, projectors, due, amp, bases)
+        low, direction, step_factor = _directions(jobs, low, amp)
+        if RESIDUALS[jobs[0].group["residual"]].feedback:
+            keep_missed(jobs, sources, projectors, low, amp)
+        update = _update(jobs, low, direction, squares, whole, amp)
+        _apply(jobs, projectors, update, step_factor, amp)
+    for job in jobs:
+        job.write_back()
+        bases.stepped(job)
 
 
 def is_fused(job: Job, bases: Bases) -> bool:
@@ -153,7 +97,7 @@ def is_fused(job: Job, bases: Bases) -> bool:
     )
 
 
-def _step_fused(jobs: list[Job], projectors: list[Tensor], amp: Amp, bases: Bases) -> None:
+def _step_fused(jobs: list[Job], projectors: list[Tensor], amp: Amp) -> None:
     """The low-rank step in one op, for jobs where is_fused."""
     group = jobs[0].group
     states = [job.state for job in jobs]
@@ -180,7 +124,6 @@ def _step_fused(jobs: list[Job], projectors: list[Tensor], amp: Amp, bases: Base
         maximize=group["maximize"],
         **{**limit, "removed": limit["removed"] or 0.0},
     )
-    _finish(jobs, bases)
 
 
 def _sources(jobs: list[Job], amp: Amp, bases: Bases) -> tuple[list[Tensor], list[bool]]:
@@ -232,10 +175,101 @@ def _projected(
     return low, squares
 
 
-def _finish(jobs: list[Job], bases: Bases) -> None:
-    for job in jobs:
-        job.write_back()
-        bases.stepped(job)
+def _directions(jobs: list[Job], low: list[Tensor], amp: Amp) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """What the bases see of the gradients, the directions that the inner rule makes of it, and its factors on the rate.
+
+    With side "full" that is less than R, and comes back from the second basis.
+    """
+    group, shards = jobs[0].group, jobs[0].shards
+    rule = RULES[group["rule"]]
+    others = [job.state["other_projector"] for job in jobs] if group["side"] == "full" else []
+    inner = [matrix @ other for matrix, other in zip(low, others, strict=True)] if others else low
+    gathers = shards is not None and not rule.columnwise
+    if gathers:
+        inner = [shards.gathered(m, shards.along, 1, job.whole_length) for job, m in zip(jobs, inner, strict=True)]
+    direction, step_factor = rule.directions(inner, jobs, group, amp.found_inf)
+    if gathers:
+        direction = [shards.own(matrix, 1, shards.along).contiguous() for matrix in direction]
+    if others:
+        low, direction = (
+            [matrix @ other.mT for matrix, other in zip(matrices, others, strict=True)]
+            for matrices in (inner, direction)
+        )
+    return low, direction, step_factor
+
+
+@dataclass
+class _Update:
+    """What low_rank_apply is to take from the weights, by its names; an empty list where it is to do without."""
+
+    direction: list[Tensor]
+    scale: float
+    grads: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    low: list[Tensor] = field(default_factory=list)
+
+
+def _update(
+    jobs: list[Job],
+    low: list[Tensor],
+    direction: list[Tensor],
+    squares: list[Tensor],
+    projectors: list[Tensor],
+    amp: Amp,
+) -> _Update:
+    """The update with what the group's residual adds to the directions; `projectors` are whole, also of shards."""
+    group, grads = jobs[0].group, [job.grad for job in jobs]
+    residual = RESIDUALS[group["residual"]]
+    if residual.measured:
+        shards = jobs[0].shards
+        low_gram = [] if orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
+        factors = measured_factors(
+            low, direction, squares, low_gram, [job.state for job in jobs], group, amp.grad_scale, amp.found_inf,
+            reduce=None if shards is None else shards.reduce,
+        )  # fmt: skip
+        return _Update(direction if residual.up else [], 1.0, grads, factors)
+    if residual.constant:
+        share = group["residual_scale"]
+        direction = [group["scale"] * n - share * r for n, r in zip(direction, low, strict=True)]
+        sign = -share if group["maximize"] else share
+        factors = [matrix.new_full((matrix.shape[1],), sign) for matrix in low]
+        if amp.grad_scale is not None:
+            factors = [factor / amp.grad_scale for factor in factors]
+        return _Update(direction, 1.0, grads, factors)
+    if residual.sign:
+        return _Update(direction, group["scale"], grads, low=low)
+    return _Update(direction, group["scale"])
+
+
+def _apply(jobs: list[Job], projectors: list[Tensor], update: _Update, step_factor: Tensor, amp: Amp) -> None:
+    """Steps the weights."""
+    group = jobs[0].group
+    rate = rate_on(group["lr"], jobs[0].param.device)
+    seeds = [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs]
+    if int8_weight(jobs[0].param) is not None:
+        step_int8_weights(jobs, projectors, update.direction, seeds, step_factor, rate, amp.found_inf)
+        return
+    ops.low_rank_apply(
+        [job.weight for job in jobs],
+        projectors if update.direction else [],
+        update.direction,
+        update.grads,
+        update.factors,
+        update.low,
+        [job.state["compensation"] for job in jobs] if group["rounding"] == "kahan" else [],
+        [job.state["step"] for job in jobs],
+        seeds,
+        step_factor,
+        rate,
+        amp.grad_scale,
+        amp.found_inf,
+        scale=update.scale,
+        weight_decay=group["weight_decay"],
+        decay_after=group["decay"] == "after",
+        sign_scale=group["residual_scale"],
+        rounding=_ROUNDING[group["rounding"]],
+        maximize=group["maximize"],
+    )
 
 
 def _laid_out(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .coding import Coding, check_codec
+from .coding import Coding, check_codec, is_lossy
 from .cuda_device import CudaDevice
 from .engine import Engine, machine_memory, return_freed_memory, spill_folder, warn_if_in_memory
-from .saving import Copy, Packed, Packing, Saved, is_on_cpu, unpacked
+from .saving import Copy, Packed, Packing, Saved, is_on_cpu, saved_tensors_hooks, unpacked
 from .streamed import StreamedEngine
 from .streams import StreamDevice
 
@@ -71,10 +71,13 @@ class _Group:
         saved.group = self
 
     def members(self) -> list[Saved]:
-        return [member for member in (reference() for reference in self._members) if member is not None]
+        return [member for reference in self._members if (member := reference()) is not None]
+
+    def is_living(self) -> bool:
+        return any(reference() is not None for reference in self._members)
 
     def living_previous(self) -> "_Group | None":
-        while self.previous is not None and not self.previous.members():
+        while self.previous is not None and not self.previous.is_living():
             self.previous = self.previous.previous
         return self.previous
 
@@ -112,10 +115,12 @@ class ActivationOffload:
             memory; or to "file", an unnamed file written and read around the page cache where the file system allows;
             or to "memory+file", the file behind an arena: above seven eighths of its capacity the oldest are spilled.
             CUDA tensors go to "pinned" host memory: copies run on streams beside the computation, which waits for
-            them by events; the host waits for nothing.
+            them by events; the host waits for nothing. That memory lies at the processor nearest to the GPU. Such
+            steps can't be captured in a CUDA graph, whose replays would write to slots that others have by then.
         min_bytes: smaller saved tensors stay. A small view of a large storage is copied, to free the storage.
         keep_last: this many of the most recently saved storages stay, since the backward begins with them.
-        prefetch: graph nodes whose tensors are read ahead in the backward.
+        prefetch: graph nodes whose tensors are read ahead in the backward. With storage="pinned", as many as take the
+            time of a large tensor's copy: about eight in a transformer.
         capacity: bytes of the arena or file. What no longer fits stays in memory, and is counted. By default the
             storage grows as needed; a file is made with 256 MiB, or with `capacity`, before training starts. With
             storage="memory+file", of the arena, by default half of the machine's memory; the file grows.
@@ -205,25 +210,30 @@ class ActivationOffload:
         self._keep_last, self._prefetch, self._codec = keep_last, prefetch, codec
         self._packing = Packing(
             "ActivationOffload", min_bytes=min_bytes, parameters=parameters, skip=skip, accepts=accepts,
-            copy_type=_Copy, made=self._on_copy, handed_out=self._on_saved,
+            lossy=is_lossy(codec), copy_type=_Copy, made=self._on_copy, handed_out=self._on_saved,
         )  # fmt: skip
         self._lock = self._packing.lock
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, self._unpack)
         self._last: deque[weakref.ref[_Copy]] = deque()
         self._newest = threading.local()
         self._visited: _Group | None = None
         self._window: list[weakref.ref[_Copy]] = []
-        self._warned = False
+        self._warned = self._closed = False
         self.reset_stats()
 
     # --- context ------------------------------------------------------------------------------------
 
     def __enter__(self) -> "ActivationOffload":
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+        if self._closed:
+            raise RuntimeError("ActivationOffload: closed, so nothing can be offloaded; make another")
         self._packing.find_parameters()
+        self._hooks = saved_tensors_hooks(self._packing.pack, self._unpack)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        # Any such object ends what this thread entered last.
         self._hooks.__exit__(*exception)
 
     def synchronize(self) -> None:
@@ -236,6 +246,7 @@ class ActivationOffload:
 
         Dropping the last reference does the same.
         """
+        self._closed = True
         self._engine.close()
 
     def stats(self) -> dict[str, object]:
@@ -272,6 +283,8 @@ class ActivationOffload:
         with self._lock:
             self._engine.reset_counters()
             self._packing.reset_counters()
+            for copy in self._waiting():
+                self._packing.count_kept("last", copy.resident.numel())
 
     # --- forward ------------------------------------------------------------------------------------
 
@@ -290,9 +303,13 @@ class ActivationOffload:
             group.living_previous()
         group.add(saved)
 
+    def _waiting(self) -> list[_Copy]:
+        """The last copies that are still needed."""
+        return [copy for copy in (reference() for reference in self._last) if copy is not None]
+
     def _move_oldest(self) -> None:
         """Offloads all but the last `keep_last` copies that are still needed."""
-        waiting = [copy for copy in (reference() for reference in self._last) if copy is not None]
+        waiting = self._waiting()
         excess = max(0, len(waiting) - self._keep_last)
         for copy in waiting[:excess]:
             size = copy.resident.numel()

@@ -72,6 +72,8 @@ def measure_bandwidth(
             raise TypeError(f"sizes: expected integers, got {type(size).__name__}")
         if size < 1:
             raise ValueError(f"sizes: expected at least 1 byte, got {size}")
+    if not sizes:
+        return []
     measured = []
     if hasattr(device, "compute_stream"):
         measured += _of_streams("host", device, device.allocate_host, device.free_host, sizes)
@@ -98,22 +100,27 @@ def _of_streams(
     free_host: Callable[[Tensor], None],
     sizes: Sequence[int],
 ) -> list[Bandwidth]:
-    largest = max(sizes, default=0)
-    hosts = [allocate_host(largest) for _ in range(2)]
-    blocks = [device.allocate(largest) for _ in range(2)]
-    allocated = device.record(device.compute_stream())
-    for stream in (device.out_stream, device.back_stream):
-        device.wait(stream, allocated)
-    measured = []
-    for size in sizes:
-        out = (device.out_stream, hosts[0][:size], blocks[0][:size])
-        back = (device.back_stream, blocks[1][:size], hosts[1][:size])
-        seconds = [_seconds_of_copies(device, copies) for copies in ([out], [back], [out, back])]
-        measured.append(_bandwidth(name, size, *seconds))
-    for host in hosts:
-        free_host(host)
-    for block in blocks:
-        device.free(block, device.compute_stream())
+    largest = max(sizes)
+    hosts, measured = [], []
+    try:
+        for _ in range(2):
+            hosts.append(allocate_host(largest))
+        blocks = [device.allocate(largest) for _ in range(2)]
+        allocated = device.record(device.compute_stream())
+        for stream in (device.out_stream, device.back_stream):
+            device.wait(stream, allocated)
+        for size in sizes:
+            out = (device.out_stream, hosts[0][:size], blocks[0][:size])
+            back = (device.back_stream, blocks[1][:size], hosts[1][:size])
+            seconds = [_seconds_of_copies(device, copies) for copies in ([out], [back], [out, back])]
+            measured.append(_bandwidth(name, size, *seconds))
+        for block in blocks:
+            device.free(block, device.compute_stream())
+    finally:
+        for stream in (device.out_stream, device.back_stream):
+            device.synchronize(device.record(stream))
+        for host in hosts:
+            free_host(host)
     return measured
 
 

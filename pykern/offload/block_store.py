@@ -3,12 +3,13 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 from torch import Tensor
 
 from .cuda_device import CudaDevice
-from .engine import Engine, Rates, return_freed_memory, spill_folder, warn_if_in_memory
+from .engine import (
+    Engine, Rates, machine_memory, measured_rates, return_freed_memory, spill_folder, warn_if_in_memory, whole_pages,
+)  # fmt: skip
 from .planning.types import Copy, Plan
 from .saving import is_on_cpu
 from .streamed import StreamedEngine
@@ -71,8 +72,7 @@ class BlockStore:
         elif self._storage == "file" or not has_file:
             self.engine = Engine(folder, **keywords, slots=self._slots)
         else:
-            # Without slots no more than what fits before the file is full.
-            memory = sum(-(-size // 4096) * 4096 for size in host) or 1 << 40
+            memory = sum(map(whole_pages, host)) or machine_memory()
             self.engine = Engine(folder, **keywords, slots=self._slots, memory=memory)
         if has_file:
             if self._storage != "pinned":
@@ -99,21 +99,7 @@ class BlockStore:
         """Bytes per second of blocks of `nbytes`, one at a time, out and back."""
         if not isinstance(self.engine, StreamedEngine):
             return self.engine.measure(nbytes)
-        device, seconds = self._device, []
-        block = device.allocate(nbytes)
-        for _ in range(4):
-            times = [self._now()]
-            item = self.engine.store([block], [0], nbytes)
-            if item < 0:
-                raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes; {self.engine.take_failure()}")
-            self.engine.settle(item)
-            times.append(self._now())
-            self.engine.load(item)
-            times.append(self._now())
-            self.engine.release(item)
-            seconds.append((times[1] - times[0], times[2] - times[1]))
-        out, back = zip(*seconds[1:], strict=True)
-        return Rates(nbytes / median(out), nbytes / median(back))
+        return measured_rates(self.engine, self._device.allocate(nbytes), self._now)
 
     def _now(self) -> float:
         self._device.synchronize(self._device.record(self._device.compute_stream()))

@@ -20,7 +20,7 @@ class Coding:
     @classmethod
     def of(cls, data: Tensor, dtype: torch.dtype, codec: str | None) -> "Coding | None":
         """Of uint8 `data` that holds elements of `dtype`; None if they are to stay as they are."""
-        if codec in (None, "none") or not encodes(dtype) or data.numel() % dtype.itemsize:
+        if not is_lossy(codec) or not encodes(dtype) or data.numel() % dtype.itemsize:
             return None
         return cls(StagingLayout.of([data.view(dtype)], codec))
 
@@ -43,6 +43,10 @@ class Coding:
             self._decoded = StorageWeakRef(data.untyped_storage()), data.numel(), stream_of(data)
             return data
         return hand_over(torch.empty(0, dtype=torch.uint8, device=block.device).set_(storage, 0, (count,)), stream)
+
+
+def is_lossy(codec: str | None) -> bool:
+    return codec not in (None, "none")
 
 
 def check_codec(codec: str | None) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,6 +44,11 @@ ARENA_GROWTH = 64 << 20
 FILE_GROWTH = 256 << 20
 
 _PAGE = 4096
+
+
+def whole_pages(nbytes: int) -> int:
+    """What a slot of `nbytes` takes in a file, or in memory that may go to one."""
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def return_freed_memory(threshold: int) -> bool:
@@ -98,7 +103,7 @@ def machine_memory() -> int:
 class Engine:
     """A C++ engine: one or two media, their slots, and the threads that copy.
 
-    Closed when the last reference goes; whoever holds an item of it holds the engine.
+    Closed when the last reference goes; whoever holds an item of it holds the engine. A forked process can use neither.
 
     Args:
         folder: where the spill file lies; None: no file, only an arena of memory.
@@ -139,11 +144,11 @@ class Engine:
             memory = capacity or machine_memory()
             file = []
         else:
-            limit = -1 if capacity is None else -(-capacity // _PAGE) * _PAGE
+            limit = -1 if capacity is None else whole_pages(capacity)
             file = [limit, capacity or FILE_GROWTH, FILE_GROWTH, int(transfers == "best")]
         self.tiers: tuple[str, ...] = ("host",) * (memory is not None) + ("file",) * (folder is not None)
         if buffer_bytes is None:
-            buffer_bytes = max(queue_bytes, 2 * -(-max(slots, default=0) // _PAGE) * _PAGE)
+            buffer_bytes = max(queue_bytes, 2 * whole_pages(max(slots, default=0)))
         self.handle = _open(
             [] if memory is None else [memory, ARENA_GROWTH], folder or "", file, list(slots), threads, queue_bytes,
             buffer_bytes, [] if link is None else [link.out or 0.0, link.back or 0.0, link.latency, link.directions],
@@ -156,7 +161,7 @@ class Engine:
             if folder is None:
                 raise MemoryError(f"capacity: {error}; pass a smaller capacity, or fewer slots")
             raise OSError(
-                f"path: {error} (spill file in {folder}, {shutil.disk_usage(folder).free} bytes free there); "
+                f"path: {error} ({shutil.disk_usage(folder).free} bytes are free in {folder}); "
                 "pass path= a folder with more room, or a smaller capacity="
             )
         self.description: str = _description(self.handle)
@@ -244,15 +249,22 @@ class Engine:
             MemoryError: there is no room for one block.
         """
         block = torch.full((nbytes,), 1, dtype=torch.uint8, device="cpu")
-        seconds: list[tuple[float, float]] = []
-        for _ in range(rounds + 1):
-            begin = time.perf_counter()
-            item = self.store([block], [0], nbytes, slot=slot, tier=tier)
-            if item < 0 or not self.settle(item):
-                raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes {self.take_failure()}; pass fewer")
-            stored = time.perf_counter()
-            self.load(item)
-            seconds.append((stored - begin, time.perf_counter() - stored))
-            self.release(item)
-        out, back = zip(*seconds[1:], strict=True)
-        return Rates(nbytes / statistics.median(out), nbytes / statistics.median(back))
+        return measured_rates(self, block, time.perf_counter, rounds, slot=slot, tier=tier)
+
+
+def measured_rates(
+    engine: "Engine", block: Tensor, now: Callable[[], float], rounds: int = 3, **place: object
+) -> Rates:
+    """As Engine.measure, of `block`; `now` tells the seconds when what was asked for so far is done."""
+    nbytes, seconds = block.numel(), []
+    for _ in range(rounds + 1):
+        begin = now()
+        item = engine.store([block], [0], nbytes, **place)
+        if item < 0 or not engine.settle(item):
+            raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes {engine.take_failure()}; pass fewer")
+        stored = now()
+        engine.load(item)
+        seconds.append((stored - begin, now() - stored))
+        engine.release(item)
+    out, back = zip(*seconds[1:], strict=True)
+    return Rates(nbytes / statistics.median(out), nbytes / statistics.median(back))

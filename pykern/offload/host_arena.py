@@ -8,13 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .engine import whole_pages
 from .streams import Point, Stream, StreamDevice
 
 Ends = dict[Stream, Point]
 """The last copy of each stream."""
-
-ALIGNMENT = 4096
-"""Slots begin at multiples of this, so that they can go to a file as they are."""
 
 GROWTH = 64 << 20
 """By how much an arena without a plan grows at least; later, by an eighth of what it has."""
@@ -36,6 +34,109 @@ class Slot:
         self.owner: object = None
 
 
+class HostArena:
+    """Memory of the host in which slots lie, and how much of it is in use.
+
+    A PlannedArena has the slots of a plan, a GrowingArena makes them as large as they are asked for.
+    """
+
+    def __init__(self, device: StreamDevice) -> None:
+        self._device = device
+        self._allocations: list[Tensor] = []
+        self._planned: list[Slot] = []
+        self._generation = 0
+        self.slots = self.peak_slots = self.bytes = self.peak_bytes = self.extent = self.growths = 0
+
+    def acquire(self, nbytes: int, index: int = -1) -> Slot | None:
+        """A free slot of at least `nbytes`; slot `index` of the plan, if that is not negative. None if there is none.
+
+        MemoryError if the arena may grow, but the memory can't be had. RuntimeError if the plan has no such slot.
+        """
+        slot = self._take(nbytes) if index < 0 else self._take_planned(nbytes, index)
+        if slot is not None:
+            self._generation += 1
+            slot.generation = self._generation
+            self.slots += 1
+            self.bytes += slot.memory.numel()
+            self.peak_slots = max(self.peak_slots, self.slots)
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return slot
+
+    def planned(self, index: int) -> Slot:
+        """The slot of the plan as it is now, whoever owns it."""
+        if not 0 <= index < len(self._planned):
+            raise RuntimeError(f"slot: expected one of the plan's {len(self._planned)} slots, got {index}")
+        return self._planned[index]
+
+    def serves(self, slot: Slot, nbytes: int) -> bool:
+        """Whether giving this slot back helps to make room for `nbytes`."""
+        raise NotImplementedError
+
+    def give(self, slot: Slot, ends: Ends) -> None:
+        """The slot is free for copies that wait for `ends`."""
+        slot.generation = -1
+        slot.owner = None
+        self.slots -= 1
+        self.bytes -= slot.memory.numel()
+        self._device.forget_host(slot.memory)
+        self._take_back(slot, ends)
+
+    def _take(self, nbytes: int) -> Slot | None:
+        raise NotImplementedError
+
+    def _take_back(self, slot: Slot, ends: Ends) -> None:
+        raise NotImplementedError
+
+    def _take_planned(self, nbytes: int, index: int) -> Slot | None:
+        slot = self.planned(index)
+        size = slot.memory.numel()
+        if size < nbytes:
+            raise RuntimeError(f"slot: expected one with room for {nbytes} bytes, slot {index} has {size}")
+        return self._renew(slot, slot.ends) if slot.owner is None else None
+
+    def _renew(self, slot: Slot, ends: Ends) -> Slot:
+        fresh = self._planned[slot.index] = Slot(slot.index, slot.memory, ends)
+        return fresh
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        memory = self._device.allocate_host(nbytes)
+        self._allocations.append(memory)
+        self.extent += nbytes
+        return memory
+
+    def reset_peaks(self) -> None:
+        self.peak_slots, self.peak_bytes = self.slots, self.bytes
+
+    def close(self) -> None:
+        """Gives the memory back; no copy is under way."""
+        self._planned = []
+        for memory in self._allocations:
+            self._device.free_host(memory)
+        self._allocations = []
+        self.extent = 0
+
+
+class PlannedArena(HostArena):
+    """One allocation, cut into the slots of a plan, each rounded up to a page. Nothing is allocated later."""
+
+    def __init__(self, device: StreamDevice, slot_bytes: Sequence[int]) -> None:
+        super().__init__(device)
+        sizes = [whole_pages(size) for size in slot_bytes]
+        memory = self._allocate(sum(sizes)) if any(sizes) else torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._planned = [Slot(index, part, {}) for index, part in enumerate(memory.split(sizes))]
+
+    def serves(self, slot: Slot, nbytes: int) -> bool:
+        return slot.memory.numel() >= nbytes
+
+    def _take(self, nbytes: int) -> Slot | None:
+        fitting = [slot for slot in self._planned if slot.owner is None and self.serves(slot, nbytes)]
+        smallest = min(fitting, key=lambda slot: (slot.memory.numel(), slot.index), default=None)
+        return None if smallest is None else self._renew(smallest, smallest.ends)
+
+    def _take_back(self, slot: Slot, ends: Ends) -> None:
+        self._renew(slot, ends)
+
+
 class _Free:
     """Bytes of one allocation that nobody owns, and the copies that may still run on them."""
 
@@ -47,117 +148,53 @@ class _Free:
     def place(self) -> tuple[int, int]:
         return self.allocation, self.begin
 
+    def size_and_place(self) -> tuple[int, int, int]:
+        return self.end - self.begin, self.allocation, self.begin
 
-class HostArena:
-    """Memory for slots: one allocation that a plan has sized, or allocations that are added while they don't suffice.
 
-    slot_bytes: the slots of the plan; they take their sizes, each rounded up to a page, and nothing is allocated later.
-    capacity: without a plan, the most bytes to allocate. growth: at least so many at a time.
+class GrowingArena(HostArena):
+    """Allocations that are added while they don't suffice. Slots are ranges of them, the smallest that serve.
+
+    capacity: the most bytes to allocate; None: as many as there are. growth: at least so many at a time.
     """
 
-    def __init__(
-        self,
-        device: StreamDevice,
-        slot_bytes: Sequence[int] | None = None,
-        capacity: int | None = None,
-        growth: int = GROWTH,
-    ) -> None:
-        self._device = device
+    def __init__(self, device: StreamDevice, capacity: int | None = None, growth: int = GROWTH) -> None:
+        super().__init__(device)
         self._capacity, self._growth = capacity, growth
-        self._allocations: list[Tensor] = []
         self._free: list[_Free] = []
-        self._planned: list[Slot | None] = []
-        self._generation = 0
-        self.extent = 0
-        self.slots = self.peak_slots = 0
-        self.bytes = self.peak_bytes = self.growths = 0
-        self.is_planned = slot_bytes is not None
-        if slot_bytes is not None:
-            self._plan(slot_bytes)
 
-    def _plan(self, slot_bytes: Sequence[int]) -> None:
-        sizes = [_round_up(size) for size in slot_bytes]
-        self._allocate(sum(sizes))
-        begin = 0
-        for index, size in enumerate(sizes):
-            memory = self._allocations[0][begin : begin + size] if size else None
-            self._planned.append(Slot(index, memory, {}) if size else None)
-            begin += size
+    def serves(self, slot: Slot, nbytes: int) -> bool:
+        return True
 
-    def _allocate(self, nbytes: int) -> None:
-        if nbytes:
-            self._allocations.append(self._device.allocate_host(nbytes))
-            self.extent += nbytes
-
-    def acquire(self, nbytes: int, index: int = -1) -> Slot | None:
-        """A free slot of at least `nbytes`; slot `index` of the plan, if that is not negative. None if there is none.
-
-        MemoryError if the arena may grow, but the memory can't be had. RuntimeError if the plan has no such slot.
-        """
-        planned = self.is_planned or index >= 0
-        slot = self._acquire_planned(nbytes, index) if planned else self._acquire_range(nbytes)
-        if slot is not None:
-            self._generation += 1
-            slot.generation = self._generation
-            self.slots += 1
-            self.bytes += slot.memory.numel()
-            self.peak_slots = max(self.peak_slots, self.slots)
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
-        return slot
-
-    def planned(self, index: int) -> Slot | None:
-        """The slot of the plan as it is now, whoever owns it."""
-        if not 0 <= index < len(self._planned):
-            raise RuntimeError(f"slot: expected one of the plan's {len(self._planned)} slots, got {index}")
-        return self._planned[index]
-
-    def _acquire_planned(self, nbytes: int, index: int) -> Slot | None:
-        if index < 0:
-            fitting = [slot for slot in self._planned if _fits(slot, nbytes) and slot.owner is None]
-            slot = min(fitting, key=lambda slot: (slot.memory.numel(), slot.index), default=None)
-        else:
-            slot = self.planned(index)
-            if not _fits(slot, nbytes):
-                size = 0 if slot is None else slot.memory.numel()
-                raise RuntimeError(f"slot: expected one with room for {nbytes} bytes, slot {index} has {size}")
-            if slot.owner is not None:
-                return None
-        if slot is None:
-            return None
-        fresh = Slot(slot.index, slot.memory, slot.ends)
-        self._planned[slot.index] = fresh
-        return fresh
-
-    def _acquire_range(self, nbytes: int) -> Slot | None:
-        size = _round_up(nbytes)
-        best = min((free for free in self._free if free.end - free.begin >= size), key=_size_and_place, default=None)
+    def _take(self, nbytes: int) -> Slot | None:
+        size = whole_pages(nbytes)
+        fitting = [free for free in self._free if free.end - free.begin >= size]
+        best = min(fitting, key=_Free.size_and_place) if fitting else self._grow(size)
         if best is None:
-            growth = max(size, self._growth, _round_up(self.extent // 8))
-            if self._capacity is not None:
-                growth = min(growth, self._capacity - self.extent)
-            if growth < size:
-                return None
-            self._allocate(growth)
-            self.growths += 1
-            best = _Free(len(self._allocations) - 1, 0, growth, {})
-            self._insert(best)
+            return None
         memory = self._allocations[best.allocation][best.begin : best.begin + size]
-        slot = Slot(best.allocation, memory, dict(best.ends))
         best.begin += size
         if best.begin == best.end:
             self._free.remove(best)
-        return slot
+        return Slot(best.allocation, memory, dict(best.ends))
 
-    def give(self, slot: Slot, ends: Ends) -> None:
-        """The slot is free for copies that wait for `ends`."""
-        slot.generation = -1
-        slot.owner = None
-        self.slots -= 1
-        self.bytes -= slot.memory.numel()
-        self._device.forget_host(slot.memory)
-        if self.is_planned:
-            self._planned[slot.index] = Slot(slot.index, slot.memory, ends)
-            return
+    def _grow(self, size: int) -> _Free | None:
+        growth = max(size, self._growth, whole_pages(self.extent // 8))
+        if self._capacity is not None:
+            growth = min(growth, self._capacity - self.extent)
+        if growth < size:
+            return None
+        try:
+            self._allocate(growth)
+        except MemoryError:
+            self._capacity = self.extent
+            raise
+        self.growths += 1
+        free = _Free(len(self._allocations) - 1, 0, growth, {})
+        self._insert(free)
+        return free
+
+    def _take_back(self, slot: Slot, ends: Ends) -> None:
         begin = slot.memory.storage_offset() - self._allocations[slot.index].storage_offset()
         self._insert(_Free(slot.index, begin, begin + slot.memory.numel(), ends))
 
@@ -173,20 +210,6 @@ class HostArena:
             at -= 1
             self._free.pop(at)
         self._free.insert(at, free)
-
-    def stop_growing(self) -> None:
-        self._capacity = self.extent
-
-    def reset_peaks(self) -> None:
-        self.peak_slots, self.peak_bytes = self.slots, self.bytes
-
-    def close(self) -> None:
-        """Gives the memory back; no copy is under way."""
-        self._free, self._planned = [], []
-        for memory in self._allocations:
-            self._device.free_host(memory)
-        self._allocations = []
-        self.extent = 0
 
 
 def map_pages(nbytes: int) -> Tensor:
@@ -211,15 +234,3 @@ def later_ends(one: Ends, other: Ends) -> Ends:
     return one | {
         stream: point for stream, point in other.items() if stream not in one or one[stream].number < point.number
     }
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _fits(slot: Slot | None, nbytes: int) -> bool:
-    return slot is not None and slot.memory.numel() >= nbytes
-
-
-def _size_and_place(free: _Free) -> tuple[int, int, int]:
-    return free.end - free.begin, free.allocation, free.begin

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .block_store import BlockStore
-from .coding import Coding, check_codec
+from .coding import Coding, check_codec, is_lossy
 from .engine import Rates
 from .planning.types import Action, Plan, Transfer
-from .saving import Copy, Kept, Packed, Packing, placeholder, take_memory, unpacked
+from .saving import Copy, Kept, Packed, Packing, saved_tensors_hooks, unpacked
 from .streams import StreamDevice
+from .tensors import placeholder, take_memory
 
 # Parts of a block begin at multiples of this; large ones at those of a page, so that they go to a file without being
 # copied on the way.
@@ -181,6 +182,11 @@ class PipelineOffload:
         ...
         offload.end_step()
 
+    Ranks that share a switch are not held to the turns that the plan gives their copies: a barrier before each copy
+    would order the hosts, which run ahead of their devices. Copies that meet share the link, and the later one ends
+    when it would have in turns. So where copies take about as long as what they hide behind, plan with the bandwidth
+    that the ranks of a pair have while both copy.
+
     `SchedulePipeOffload` does this on torch.distributed.pipelining. Blocks need not look the same from one microbatch,
     or step, to the next. Gradients are equal bit for bit to those without offload, unless there is a codec.
 
@@ -233,9 +239,8 @@ class PipelineOffload:
         self._store = BlockStore(storage, path, threads, device, map_allocations, debug_delays)
         self._packing = Packing(
             "PipelineOffload", min_bytes=min_bytes, parameters=parameters, skip=skip,
-            accepts=self._store.accepts, copy_type=_BlockCopy, made=self._on_copy,
+            accepts=self._store.accepts, lossy=is_lossy(codec), copy_type=_BlockCopy, made=self._on_copy,
         )  # fmt: skip
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._packing.pack, _unpack)
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._newest: _Block | None = None
         self._warned = False
@@ -256,6 +261,7 @@ class PipelineOffload:
         self._actions = plan.order.ranks[self.rank]
         self._transfers = plan.transfers[self.rank]
         self._store.open(plan, self.rank, sizes_known)
+        self._closed = False
         self.reset_counters()
 
     def synchronize(self) -> None:
@@ -264,6 +270,7 @@ class PipelineOffload:
 
     def close(self) -> None:
         """Ends the threads and frees the storage now. Dropping the last reference does the same."""
+        self._closed = True
         self._store.close()
 
     def measure_bandwidth(self) -> Rates:
@@ -274,6 +281,8 @@ class PipelineOffload:
 
     def begin_step(self) -> None:
         """Forgets the blocks of a step that was not ended, and begins with the plan's first action."""
+        if self._closed:
+            raise RuntimeError("PipelineOffload: closed, so nothing can be offloaded; set a plan, or make another")
         for block in self._blocks.values():
             block.end()
         self._blocks.clear()
@@ -307,7 +316,7 @@ class PipelineOffload:
         block = self._newest = _Block(self, action)
         self._packing.begin(held, given)
         start = self._now()
-        with self._hooks:
+        with saved_tensors_hooks(self._packing.pack, _unpack):
             yield held
         self._measure(action, self._now() - start)
         for tensor in held:
@@ -327,7 +336,7 @@ class PipelineOffload:
             yield
             return
         start = self._now()
-        with self._hooks:
+        with saved_tensors_hooks(self._packing.pack, _unpack):
             yield
         self._measure(block.action, self._now() - start, again=True)
         before, size = self._sizes[chunk, microbatch], block.nbytes()

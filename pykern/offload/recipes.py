@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .handing import hand_over, stream_of
+from .tensors import counter_of
 
 _ATTRIBUTE = "_pykern_recipe"
 
@@ -19,16 +20,22 @@ class Recipe:
     find it too. The inputs must be tensors that the graph keeps anyway, since it keeps them alive.
     """
 
-    __slots__ = ("__weakref__", "_saved", "function", "input_versions", "inputs", "version")
+    __slots__ = ("__weakref__", "_counters", "_saved", "_versions", "function", "inputs")
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], version: int) -> None:
+    def __init__(self, made: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
         self.function = function
         # Detached, so that an output that outlives its graph doesn't hold the graph before it. Leaves have none, and
         # must be known as parameters.
         self.inputs = tuple(tensor if tensor.is_leaf else tensor.detach() for tensor in inputs)
-        self.input_versions = tuple(tensor._version for tensor in inputs)
-        self.version = version
+        self._counters = (counter_of(made), *self.inputs)
+        self._versions = tuple(tensor._version for tensor in self._counters)
         self._saved: weakref.ref[SavedRecipe] | None = None
+
+    def is_current(self, tensor: Tensor) -> bool:
+        """Whether what was made, which `tensor` views, and the inputs are as they were."""
+        # `tensor` may have a counter of its own, as what `.data` gives has.
+        now = tuple(counter._version for counter in self._counters)
+        return now == self._versions and tensor._version == self._versions[0]
 
     def saved(self, pack: Callable[[Tensor], object]) -> "SavedRecipe":
         """What graphs hold instead of the tensor; the same object for all that save it at once."""
@@ -66,13 +73,10 @@ def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
     """
     if torch.compiler.is_compiling() or not made.requires_grad or made.numel() == 0:
         return
-    setattr(made.untyped_storage(), _ATTRIBUTE, Recipe(function, inputs, made._version))
+    setattr(made.untyped_storage(), _ATTRIBUTE, Recipe(made, function, inputs))
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
     """The recipe of what a plain tensor views, unless it or an input has been written to since."""
     recipe = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
-    if recipe is None or recipe.version != tensor._version:
-        return None
-    current = tuple(tensor._version for tensor in recipe.inputs)
-    return recipe if current == recipe.input_versions else None
+    return recipe if recipe is not None and recipe.is_current(tensor) else None

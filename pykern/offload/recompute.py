@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .recipes import recipe_of
-from .saving import Kept, Packed, Recomputed, unpacked
+from .saving import Kept, Packed, Recomputed, saved_tensors_hooks, unpacked
 
 
 def recompute_saved() -> torch.autograd.graph.saved_tensors_hooks:
@@ -31,4 +31,4 @@ def recompute_saved() -> torch.autograd.graph.saved_tensors_hooks:
     def unpack(packed: Packed) -> Tensor:
         return unpacked(packed, unpack)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(pack, unpack)

@@ -1,8 +1,9 @@
 """What autograd saves: which tensors stay where they are, and which become views of copied byte ranges."""
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .recipes import SavedRecipe, recipe_of
+from .tensors import check_version, counter_of, identities, inner_tensors, with_inner_tensors
 from .views import View
 
 REASONS = ("parameter", "small", "last", "capacity", "skipped", "unsupported")
@@ -127,6 +129,15 @@ def unpacked(packed: Packed, unpack: Callable[[Packed], Tensor]) -> Tensor:
     return packed.unpack(unpack) if isinstance(packed, Flattened | Recomputed) else packed.unpack()
 
 
+def saved_tensors_hooks(
+    pack: Callable[[Tensor], Packed], unpack: Callable[[Packed], Tensor]
+) -> torch.autograd.graph.saved_tensors_hooks:
+    """Autograd's. Where functions are compiled, the hooks are not: torch.compile would look into them."""
+    if "torch._dynamo" in sys.modules:
+        pack, unpack = torch._dynamo.disable(pack), torch._dynamo.disable(unpack)
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 def is_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
@@ -134,9 +145,9 @@ def is_on_cpu(tensor: Tensor) -> bool:
 class Packing:
     """Packs what autograd saves, one copy for each byte range of a storage, however many tensors show it.
 
-    `accepts` tells whether a tensor is where copies can be made from. `made` is called with each new copy and whether
-    it is smaller than `min_bytes` (it then stays), `handed_out` with each view of a copy, in the order in which they
-    are saved.
+    `accepts` tells whether a tensor is where copies can be made from. With `lossy`, views of different dtypes share no
+    copy, since what is lost depends on the dtype. `made` is called with each new copy and whether it is smaller than
+    `min_bytes` (it then stays), `handed_out` with each view of a copy, in the order in which they are saved.
     """
 
     def __init__(
@@ -147,6 +158,7 @@ class Packing:
         parameters: torch.nn.Module | Iterable[Tensor] = (),
         skip: Callable[[Tensor], bool] | None = None,
         accepts: Callable[[Tensor], bool] = is_on_cpu,
+        lossy: bool = False,
         copy_type: type[Copy] = Copy,
         made: Callable[[Copy, bool], None],
         handed_out: Callable[[Saved], None] = lambda saved: None,
@@ -156,6 +168,7 @@ class Packing:
         self._skip = skip
         self._parameters = list_of_tensors(parameters)
         self._accepts = accepts
+        self._lossy = lossy
         self._copy_type = copy_type
         self._made = made
         self._handed_out = handed_out
@@ -207,7 +220,7 @@ class Packing:
             view, version = View.of(tensor), tensor._version
             storage = tensor.untyped_storage()
             storage_bytes = storage.nbytes()
-            identity = storage._cdata
+            identity = storage._cdata, tensor.dtype if self._lossy else None
 
             region: tuple[int, int] | None = (0, storage_bytes)
             copy = self._current((identity, region), storage, version)
@@ -277,86 +290,6 @@ class Packing:
         if self._skip is not None and self._skip(tensor):
             return "skipped"
         return None
-
-
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor itself, or, of a subclass, the plain tensors that it is made of."""
-    if is_traceable_wrapper_subclass(tensor):
-        for _, inner in inner_tensors(tensor):
-            yield from plain_tensors(inner)
-    else:
-        yield tensor
-
-
-def inner_tensors(tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Of a subclass: the tensors that it is made of, which may be subclasses again, by their names in it."""
-    members = ((name, getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return [(name, member) for name, member in members if isinstance(member, Tensor)]
-
-
-def with_inner_tensors(tensor: Tensor, inner: dict[str, Tensor]) -> Tensor:
-    """The same subclass, made of other tensors.
-
-    `detach` copies all else that it holds. Not `__tensor_unflatten__`: DTensor's refuses some layouts of its own.
-    """
-    other = tensor.detach()
-    for name, member in inner.items():
-        setattr(other, name, member)
-    return other
-
-
-def identities(tensors: Iterable[Tensor]) -> Iterator[int]:
-    """Of the storages of the tensors."""
-    for tensor in tensors:
-        for plain in plain_tensors(tensor):
-            if plain.layout is torch.strided:
-                yield plain.untyped_storage()._cdata
-
-
-def check_version(current: int, saved: int, tensor: Tensor, size: torch.Size) -> None:
-    # Autograd leaves this check out for tensors that went through hooks.
-    if current != saved:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{tensor.type()} {list(size)}] is at version {current}; expected version {saved} instead. Hint: enable "
-            "anomaly detection to find the operation that failed to compute its gradient, with "
-            "torch.autograd.set_detect_anomaly(True)."
-        )
-
-
-def counter_of(tensor: Tensor) -> Tensor:
-    """A tensor that shares the version counter of `tensor`, but not its memory."""
-    if is_traceable_wrapper_subclass(tensor):
-        return placeholder(tensor)
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return counter
-
-
-def placeholder(tensor: Tensor) -> Tensor:
-    """A tensor of the same size, dtype and device that takes one element of memory: NaN, where the dtype has one.
-
-    Of a subclass, one that shares the version counter as well.
-    """
-    if is_traceable_wrapper_subclass(tensor):
-        return with_inner_tensors(tensor, {name: placeholder(inner) for name, inner in inner_tensors(tensor)})
-    element = torch.empty((), dtype=tensor.dtype, device=tensor.device)
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
-        element.fill_(float("nan"))
-    # Not `expand`: its result would be a view, which autograd treats otherwise.
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-        element.untyped_storage(), 0, tensor.size(), (0,) * tensor.dim()
-    )
-
-
-def take_memory(tensor: Tensor, other: Tensor) -> None:
-    """Lets `tensor` go on with the memory of `other`, of the same kind, and drop its own."""
-    if is_traceable_wrapper_subclass(tensor):
-        # Not their `data`: a view would hold on to its base.
-        for name, inner in inner_tensors(other):
-            setattr(tensor, name, inner)
-    else:
-        tensor.data = other
 
 
 def list_of_tensors(parameters: torch.nn.Module | Iterable[Tensor]) -> Callable[[], list[Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
-from .saving import placeholder
+from .tensors import placeholder
 
 
 class _WithoutMemory(torch.autograd.Function):

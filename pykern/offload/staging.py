@@ -171,11 +171,12 @@ def encodes(dtype: torch.dtype) -> bool:
 def encoded_bytes(count: int, dtype: torch.dtype, codec: str) -> int:
     """Bytes that `count` elements take in a block: codes, then scales, each up to the next multiple of ALIGNMENT."""
     if codec == "none":
-        return _aligned(count * dtype.itemsize)
-    return _aligned(count) + _aligned(4 * -(-count // SCALE_BLOCK))
+        return aligned(count * dtype.itemsize)
+    return aligned(count) + aligned(4 * -(-count // SCALE_BLOCK))
 
 
-def _aligned(count: int) -> int:
+def aligned(count: int) -> int:
+    """`count`, up to the next multiple of ALIGNMENT."""
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
@@ -200,4 +201,4 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-__all__ = ["ALIGNMENT", "CODECS", "SCALE_BLOCK", "StagingLayout", "encoded_bytes", "encodes"]
+__all__ = ["ALIGNMENT", "CODECS", "SCALE_BLOCK", "StagingLayout", "aligned", "encoded_bytes", "encodes"]

@@ -3,20 +3,25 @@
 import os
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from .engine import Engine
-from .host_arena import GROWTH, HostArena, Slot, later_ends
-from .staging import ALIGNMENT
+from .host_arena import GROWTH, GrowingArena, HostArena, PlannedArena, Slot, later_ends
+from .staging import aligned
 from .streamed_items import Item, check_parts, runs_of
 from .streams import Point, Stream, StreamDevice
 
 PACKED_BELOW = 1 << 20
 """Bytes that a copy moves in the time in which it starts, about; larger parts are not worth a copy on the device."""
+
+_COUNTED = (
+    "offloads", "offloaded_bytes", "reloads", "reloaded_bytes", "forwards", "forwarded_bytes", "spills",
+    "spilled_bytes",
+)  # fmt: skip
 
 _SPILLED_AHEAD = 4
 """Items that are written to the file when one must give up its slot."""
@@ -59,11 +64,15 @@ class StreamedEngine:
         file: Engine | None = None,
     ) -> None:
         self._device, self._packed_below = device, packed_below
-        try:
-            self._arena = HostArena(device, slot_bytes, capacity, growth)
-        except MemoryError as error:
-            asked = sum(slot_bytes)
-            raise MemoryError(f"slot_bytes: {error} ({asked} bytes for {len(slot_bytes)} slots of the plan)") from error
+        self._arena: HostArena
+        if slot_bytes is None:
+            self._arena = GrowingArena(device, capacity, growth)
+        else:
+            try:
+                self._arena = PlannedArena(device, slot_bytes)
+            except MemoryError as error:
+                asked = f"{sum(slot_bytes)} bytes for {len(slot_bytes)} slots of the plan"
+                raise MemoryError(f"slot_bytes: {error} ({asked})") from error
         self._queue_bytes, self._file = queue_bytes, file
         self._items: dict[int, Item] = {}
         self._writing: deque[Item] = deque()
@@ -78,7 +87,7 @@ class StreamedEngine:
         self._can_spill = file is not None
         self._stalled_before = 0.0
         self.description = f"pinned memory of {device.name}"
-        self._count_from_zero()
+        self._counts: Counter[str] = Counter()
         self._process = os.getpid()
         self._closing = weakref.finalize(self, _close, self._process, device, self._arena, file)
 
@@ -132,11 +141,9 @@ class StreamedEngine:
             self._items[item.number] = item
             self._writing.append(item)
             self._writing_bytes += nbytes
-            self._offloads += 1
-            self._offloaded_bytes += nbytes
+            self._counts.update(offloads=1, offloaded_bytes=nbytes)
             if slot >= 0:
-                self._planned_bytes += place.memory.numel()
-                self._needed_bytes += nbytes
+                self._counts.update(planned_bytes=place.memory.numel(), needed_bytes=nbytes)
             if self._queue_bytes is not None:
                 while self._writing_bytes > self._queue_bytes and len(self._writing) > 1:
                     self._settle(self._writing[0])
@@ -164,7 +171,7 @@ class StreamedEngine:
             if len(neighbours) == 1:
                 item.held.append((begin, neighbours[0][1]))
                 continue
-            staging = device.allocate(-(-size // ALIGNMENT) * ALIGNMENT)
+            staging = device.allocate(aligned(size))
             item.held.append((begin, staging[:size]))
             device.pack([part for _, part in neighbours], [offset - begin for offset, _ in neighbours], staging)
         item.ready = self._point(item.home)
@@ -275,8 +282,7 @@ class StreamedEngine:
             raise
         item.arrived = self._point(device.back_stream)
         item.ends = later_ends(item.ends, {device.back_stream: item.arrived})
-        self._reloads += 1
-        self._reloaded_bytes += item.nbytes
+        self._counts.update(reloads=1, reloaded_bytes=item.nbytes)
 
     def _order_copy_in(self, item: Item, allocated: Point) -> None:
         stream = self._device.back_stream
@@ -296,15 +302,13 @@ class StreamedEngine:
         else:
             compute = device.compute_stream()
             device.wait(compute, item.ready.event)
-            item.block, item.block_home = device.allocate(-(-item.nbytes // ALIGNMENT) * ALIGNMENT), compute
-            device.pack([source for _, source in item.held], [begin for begin, _ in item.held], item.block)
-            item.block = item.block[: item.nbytes]
-            item.arrived = self._point(compute)
+            block = device.allocate(aligned(item.nbytes))
+            device.pack([source for _, source in item.held], [begin for begin, _ in item.held], block)
+            item.block, item.block_home, item.arrived = block[: item.nbytes], compute, self._point(compute)
             if compute != item.home:
                 # The sources return there, once they are also read.
                 device.wait(item.home, item.arrived.event)
-        self._forwards += 1
-        self._forwarded_bytes += item.nbytes
+        self._counts.update(forwards=1, forwarded_bytes=item.nbytes)
 
     def _drop_block(self, item: Item) -> None:
         """The block's memory returns to the stream it came from, after the copy into it and all that used it."""
@@ -350,7 +354,7 @@ class StreamedEngine:
             if item.slot is not None:
                 self._give_slot(item)
             if item.file_item is not None:
-                self._file.release(item.file_item)
+                self._release_in_file(item)
 
     # --- slots --------------------------------------------------------------------------------------
 
@@ -363,7 +367,6 @@ class StreamedEngine:
                 return self._place(nbytes, -1)
         except MemoryError as error:
             self._failure = str(error)
-            self._arena.stop_growing()
             return None
         return slot
 
@@ -374,7 +377,7 @@ class StreamedEngine:
             # The file may still be reading the slot, so it comes first.
             if owner.file_item is not None and self._evict(owner):
                 return True
-            if owner.block is not None and not owner.held:
+            if owner.block is not None:
                 self._give_slot(owner)
                 return True
             if owner.goes_to_file and self._spill(owner):
@@ -386,9 +389,8 @@ class StreamedEngine:
                 f"slot: the plan's slot {index} still holds item {owner.number}, which has been neither reserved nor "
                 "released; follow the plan's order"
             )
-        victims = [item for item in self._items.values() if item.slot is not None and item.block is None]
-        if self._arena.is_planned:
-            victims = [item for item in victims if item.slot.memory.numel() >= nbytes]
+        away = [item for item in self._items.values() if item.slot is not None and item.block is None]
+        victims = [item for item in away if self._arena.serves(item.slot, nbytes)]
         # The oldest are needed last. Those after the first are written meanwhile.
         spilling = [item for item in victims[:_SPILLED_AHEAD] if self._spill(item)]
         return bool(spilling) and self._evict(spilling[0])
@@ -460,8 +462,7 @@ class StreamedEngine:
             self._stop_spilling()
             return False
         item.file_item = number
-        self._spills += 1
-        self._spilled_bytes += item.nbytes
+        self._counts.update(spills=1, spilled_bytes=item.nbytes)
         return True
 
     def _order_host_read(self, item: Item) -> None:
@@ -470,16 +471,22 @@ class StreamedEngine:
     def _evict(self, item: Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
         if not self._file.settle(item.file_item):
-            self._file.release(item.file_item)
-            item.file_item = None
+            self._release_in_file(item)
             self._stop_spilling()
             return False
         self._give_slot(item)
         return True
 
+    def _release_in_file(self, item: Item) -> None:
+        self._file.release(item.file_item)
+        item.file_item = None
+        self._can_spill = True
+
     def _stop_spilling(self) -> None:
-        self._can_spill = False
-        self._failure = self._file.take_failure() or "the spill file is full"
+        """Until something in the file is released. A file that failed refuses what comes after that, too."""
+        if self._can_spill:
+            self._can_spill = False
+            self._failure = self._file.take_failure() or "the spill file is full"
 
     def _read_file(self, item: Item) -> None:
         """To a slot, if there is one, from which the copy back is faster; else `landing` is the file's buffer."""
@@ -527,29 +534,22 @@ class StreamedEngine:
         """
         with self._lock:
             self._forget_released()
+            planned, needed = self._counts["planned_bytes"], self._counts["needed_bytes"]
             return {
-                "offloads": self._offloads, "offloaded_bytes": self._offloaded_bytes,
-                "reloads": self._reloads, "reloaded_bytes": self._reloaded_bytes,
-                "forwards": self._forwards, "forwarded_bytes": self._forwarded_bytes,
+                **{name: self._counts[name] for name in _COUNTED},
                 "stall_seconds": self._device.stall_seconds() - self._stalled_before, "queue_seconds": 0.0,
                 "slots": self._arena.slots, "peak_slots": self._arena.peak_slots,
                 "slot_bytes": self._arena.bytes, "peak_slot_bytes": self._arena.peak_bytes,
                 "extent_bytes": self._arena.extent, "growths": self._arena.growths, "buffer_allocations": 0,
-                "spills": self._spills, "spilled_bytes": self._spilled_bytes,
                 "file_bytes": 0 if self._file is None else self._file.counters()["slot_bytes"],
-                "waste": 1 - self._needed_bytes / self._planned_bytes if self._planned_bytes else 0.0,
+                "waste": 1 - needed / planned if planned else 0.0,
             }  # fmt: skip
 
     def reset_counters(self) -> None:
         with self._lock:
-            self._count_from_zero()
+            self._counts.clear()
             self._stalled_before = self._device.stall_seconds()
             self._arena.reset_peaks()
-
-    def _count_from_zero(self) -> None:
-        self._offloads = self._offloaded_bytes = self._reloads = self._reloaded_bytes = 0
-        self._forwards = self._forwarded_bytes = self._spills = self._spilled_bytes = 0
-        self._planned_bytes = self._needed_bytes = 0
 
     def close(self) -> None:
         """Waits for the copies under way and gives the memory back; what is still stored is lost."""

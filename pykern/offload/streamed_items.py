@@ -1,6 +1,7 @@
 """What the engine for devices with streams keeps account of, and which parts it copies together."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,43 +11,63 @@ from .staging import ALIGNMENT
 from .streams import Point, Stream
 
 
+@dataclass(slots=True, eq=False)
 class Item:
     """One block on its way. What it owns tells its state:
 
-        held  slot  block
-        yes   yes   -      being copied out; the sources, or staging blocks made of them, are held until the stream
-                           that made them knows the end of the copy
-        -     yes   -      in the host's memory, and perhaps in the file too
-        -     -     -      in the file
-        -     yes   yes    copied back, or on the way; `arrived` is the end of the copy
-        yes   yes   yes    forwarded: given back before it was gone
-        -     -     yes    copied back, and its slot is another's: the block stays until the item is released
+                   held  slot  block
+        going      yes   yes   -      being copied out
+        away       -     yes   -      in the host's memory, and perhaps in the file too
+        filed      -     -     -      in the file alone
+        back       -     any   yes    copied back, or on the way
+        forwarded  yes   any   yes    given back before it was gone
 
-    home: the stream that computed when it was stored. block_home: the one that the block was allocated in, to which
-    its memory returns. users: the streams to which the block was handed out. ends: the copies that touch the slot.
+        store ──> going ──settle──> away ──spill, evict──> filed
+                   │ ^               │ ^                    │ ^
+            forward  drop   bring back drop       bring back  drop      (the block)
+                   v │               v │                    v │
+                forwarded            back                   back
+
+    A forwarded item that was settled meanwhile goes to `away`. A block whose item has lost its slot to another, and is
+    not in the file, is not dropped before the item is released.
     """
 
-    __slots__ = (
-        "arrived", "block", "block_home", "ends", "fetched", "file_item", "generation", "goes_to_file", "held",
-        "home", "is_planned", "landing", "nbytes", "number", "ready", "reservations", "slot", "users", "written",
-    )  # fmt: skip
+    number: int
+    nbytes: int
+    slot: Slot | None
+    home: Stream
+    """The stream that computed when it was stored, to which the sources return."""
+    generation: int = -1
+    """Of the slot, when it became this item's."""
+    ends: Ends = field(default_factory=dict)
+    """The copies that touch the slot."""
+    held: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Sources, or staging blocks made of them, and where they begin: until `home` knows the end of their copy."""
+    ready: Point | None = None
+    """The sources are computed."""
+    written: Point | None = None
+    """The end of the copy out."""
+    block: Tensor | None = None
+    block_home: Stream | None = None
+    """The stream that the block was allocated in, to which its memory returns."""
+    arrived: Point | None = None
+    """The end of what makes the block: the copy back, or what forwarded it."""
+    users: dict[Stream, None] = field(default_factory=dict)
+    """The streams to which the block was handed out."""
+    landing: Tensor | None = None
+    """The file's buffer, if the copy back comes from there."""
+    reservations: int = 0
+    file_item: int | None = None
+    fetched: bool = False
+    """Reserved in the file's engine."""
+    goes_to_file: bool = False
+    """Once it is away."""
+    is_planned: bool = False
+    """It is where the plan wants it."""
 
-    def __init__(self, number: int, nbytes: int, slot: Slot | None, home: Stream) -> None:
-        self.number, self.nbytes, self.home = number, nbytes, home
-        self.slot = slot
-        self.generation = -1 if slot is None else slot.generation
-        self.ends: Ends = {}
-        self.held: list[tuple[int, Tensor]] = []
-        self.ready: Point | None = None
-        self.written: Point | None = None
-        self.block: Tensor | None = None
-        self.block_home: Stream | None = None
-        self.arrived: Point | None = None
-        self.landing: Tensor | None = None
-        self.users: dict[Stream, None] = {}
-        self.reservations = 0
-        self.file_item: int | None = None
-        self.fetched = self.goes_to_file = self.is_planned = False
+    def __post_init__(self) -> None:
+        if self.slot is not None:
+            self.generation = self.slot.generation
 
 
 def check_parts(parts: Sequence[Tensor], offsets: Sequence[int], nbytes: int) -> None:

@@ -75,8 +75,6 @@ def check_pipeline(config: Config) -> None:
             f"--layers {config.layers}: expected at least {stages}, one for each of --chunks {config.chunks} stages on "
             f"--pipeline {config.pipeline} ranks"
         )
-    if config.tie_head:
-        raise InputError("--tie-head: the embedding and the head are on different ranks of a pipeline; leave it out")
     for name in ("prompts", "warmup_prompts"):
         if name == "warmup_prompts" and not config.warmup_steps:
             continue
@@ -125,19 +123,23 @@ class PipelineTrainer(Trainer):
 
     def __init__(self, config: Config, dataset: Dataset):
         self.rank, self.ranks = dist.get_rank(), config.pipeline
-        self.owner: dict[str, int] = {}
         self._capacity = 0
         super().__init__(config, dataset, device=local_device(config))
 
     def make_parts(self) -> None:
         """Cuts the model."""
         config = self.config
-        held = offload.stages_of_rank(config.schedule, self.rank, self.ranks, config.chunks)
-        self.stages = {index: Stage(config, self.model, index) for index in held}
+        indices = offload.stages_of_rank(config.schedule, self.rank, self.ranks, config.chunks)
+        self.stages = {index: Stage(config, self.model, index) for index in indices}
         mine = {id(parameter) for stage in self.stages.values() for parameter in stage.parameters()}
         names = [name for name, parameter in self.model.named_parameters() if id(parameter) in mine]
-        for rank, owned in enumerate(self._gather(names)):
-            self.owner.update(dict.fromkeys(owned, rank))
+        holders: dict[str, list[int]] = {}
+        for rank, held in enumerate(self._gather(names)):
+            for name in held:
+                holders.setdefault(name, []).append(rank)
+        self.owner = {name: ranks[-1] for name, ranks in holders.items()}
+        # The embedding that is the head as well.
+        self.shared = {name: p for name, p in self.model.named_parameters() if len(holders[name]) > 1}
         self.trained = [p for name, p in self.model.named_parameters() if self.owner[name] == self.rank]
         self.has_head = self.ranks * config.chunks - 1 in self.stages
 
@@ -202,8 +204,16 @@ class PipelineTrainer(Trainer):
             self._schedule.step(*arguments, target=places, losses=losses, subtree_end=ends, position=positions)
         else:
             self._schedule.step(*arguments, subtree_end=ends, position=positions)
+        self._sum_shared()
         found = [loss for loss in self._gather(float(sum(losses)) if self.has_head else None) if loss is not None]
         return found[0]
+
+    def _sum_shared(self) -> None:
+        """Gives the owner of a weight that lies in stages of several ranks the sum of their gradients."""
+        for name, parameter in self.shared.items():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.reduce(gradient, self.owner[name])
+            parameter.grad = gradient if self.owner[name] == self.rank else None
 
     def _padded(self, packed: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, subtree ends and positions with padding, which sees nothing and is seen by none."""

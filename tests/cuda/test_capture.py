@@ -9,7 +9,7 @@ import pykern
 from bench.harness import load_cases
 from tests.support import emulated_ops
 
-NOT_ON_A_GPU = ("ward float32", "sequences", "refresh", "offload/step_")
+NOT_ON_A_GPU = ("ward float32", "sequences", "refresh", "offload/step_", "offload/media")
 
 # Their bench cases have everything a call needs on the device before it begins.
 CASES = [case for case in load_cases() if not any(part in case.label for part in NOT_ON_A_GPU)]

@@ -39,7 +39,7 @@ def test_signs_where_the_low_rank_gradient_underflows_float16(device, right):
 @pytest.mark.parametrize("rounding", [0, 1, 2], ids=["nearest", "stochastic", "kahan"])
 def test_one_list_of_everything(device, rounding):
     """Each weight of a list gets what it gets alone, whichever kernel or branch it takes."""
-    shapes = [(33, 17, 3), (64, 136, 40), (8, 8, 8), (0, 5, 2), (1, 1, 1), (130, 24, 33)]
+    shapes = [(33, 17, 3), (64, 136, 40), (8, 8, 8), (0, 5, 2), (1, 1, 1), (130, 24, 33), (16, 24, 72)]
     both = [Weights(torch.bfloat16, device, right=right, shapes=shapes) for right in (False, True)]
     for weights in both:
         weights.compensation = [torch.zeros_like(param) for param in weights.param] if rounding == 2 else []

@@ -60,12 +60,12 @@ def test_rests_of_tiles(device, dtype, right):
     hold(grads, projectors(dtype, device, shapes=shapes), 4.0, True)
 
 
-@SIDES
-def test_more_tiles_than_blocks(device, right):
-    """A block of the emulator's four multiprocessors goes on from tile to tile, and from matrix to matrix."""
-    shapes = [(136, 1032, 72), (72, 392, 256), (8, 8, 80)]
-    grads = matrices(torch.bfloat16, device, right=right, shapes=shapes)
-    hold(grads, projectors(torch.bfloat16, device, shapes=shapes))
+def test_more_tiles_than_blocks(device):
+    """A block of the emulator's four multiprocessors goes on from tile to tile, matrix to matrix and side to side."""
+    shapes = [(136, 1032, 72), (72, 264, 256), (8, 8, 80)]
+    sides = [matrices(torch.bfloat16, device, right=right, shapes=shapes) for right in (False, True)]
+    basis = projectors(torch.bfloat16, device, shapes=shapes)
+    hold(sides[0] + sides[1], basis + basis)
 
 
 # A narrow tile, whose blocks go more than once around their stages, and one that isn't.

@@ -123,6 +123,26 @@ def test_hooks_end_with_the_context(offload):
     assert offload.stats()["offloads"] == 0 == sum(offload.stats()["kept"].values())
 
 
+def test_a_closed_one_is_refused(offload):
+    offload.close()
+    with pytest.raises(RuntimeError, match="ActivationOffload: closed, so nothing can be offloaded; make another"):
+        with offload:
+            pass
+
+
+def test_what_is_kept_is_counted_from_any_moment():
+    offload = pykern.ActivationOffload(min_bytes=0, keep_last=1)
+    model, x = make("mlp")
+    with offload:
+        one = loss_of(model, x)
+    offload.reset_stats()
+    assert offload.stats()["kept"]["last"] == 1
+    with offload:
+        other = loss_of(model, x)
+    assert offload.stats()["kept"]["last"] == 1
+    (one + other).backward()
+
+
 def test_no_grad_saves_nothing(offload):
     model, x = make("mlp")
     with offload, torch.no_grad():

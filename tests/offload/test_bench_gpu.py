@@ -14,16 +14,15 @@ EAGER = {name: peer for name, peer in cases_gpu.PEERS.items() if "compile" not i
 LIMITS = harness.Limits({"float32": 1e12, "bfloat16": 1e12}, 1e9)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
-    monkeypatch.setattr(harness, "link_rates", lambda device: link_rates(device)[:1])
-
-
-def test_every_provider_has_its_time_and_memory(quick, tmp_path, capsys):
+def test_every_provider_has_its_time_and_memory(monkeypatch, tmp_path, capsys):
     path = tmp_path / "offload.json"
     cases = cases_gpu.cases("cpu", EAGER)
     assert len({case.label for case in cases}) == len(cases) == 5
+    monkeypatch.setattr(harness, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(harness, "link_rates", lambda device: link_rates(device)[:1])
+    # As on a GPU: all in this process.
+    monkeypatch.setattr(harness, "run_alone", lambda function, device, *arguments: function(device, *arguments))
+    monkeypatch.setattr(harness, "load_cases", lambda families, device: cases)
     record = harness.run(cases[:4], 0.0, path=path)
     assert json.loads(path.read_text()) == record and record["missing"] == {}
     out, back = record["limits"]["links"]["out"], record["limits"]["links"]["back"]

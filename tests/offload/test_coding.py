@@ -83,6 +83,30 @@ def test_views_come_back_on_one_buffer():
     assert torch.equal(one, decoded[:, :WIDTH]) and torch.equal(other, decoded[:, WIDTH:])
 
 
+def test_a_view_of_another_dtype_is_not_decoded():
+    """The bits of a tensor whose elements are coded: codes of elements say nothing of bits."""
+    found = []
+
+    class WithBits(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, bits):
+            ctx.save_for_backward(bits)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            found.extend(ctx.saved_tensors)
+            return gradient, None
+
+    a = torch.randn(ROWS, WIDTH, requires_grad=True)
+    with pykern.ActivationOffload("memory", min_bytes=1 << 10, keep_last=0, codec="int8"):
+        x = a * 1
+        loss = WithBits.apply(x.exp() + x.sin(), x.detach().view(torch.int32)).sum()
+    (gradient,) = torch.autograd.grad(loss, a)
+    assert torch.equal(found[0].view(torch.float32), x)
+    assert not torch.equal(gradient, x.exp() + x.cos())
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_blocks_of_a_pipeline(codec):
     """Of one rank: what left comes back decoded, twice where the backward is split."""

@@ -86,6 +86,23 @@ def test_compiled_model():
     assert offload.stats()["offloads"] + offload.stats()["forwards"] > 0
 
 
+def test_inside_of_a_compiled_function():
+    """A graph break; and the hooks, which autograd calls in what is compiled, are not."""
+    model, x = make("mlp")
+    plain = gradients(model, x)
+    torch._dynamo.reset()
+    offload = pykern.ActivationOffload("memory", min_bytes=0, keep_last=0)
+
+    @torch.compile(backend="aot_eager")
+    def loss(model, x):
+        with offload:
+            return model(x).double().square().mean()
+
+    for actual, expected in zip(gradients(model, x, loss=loss), plain, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert offload.stats()["offloads"] + offload.stats()["forwards"] > 0
+
+
 def test_training_goes_the_same_way():
     def train(context):
         model, x = make("mlp")

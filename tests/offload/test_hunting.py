@@ -22,7 +22,7 @@ def test_a_file_behind_the_slots_is_clean(tmp_path):
         file = Engine(str(tmp_path), capacity=1 << 18, threads=1)
         program = Program(seed, file=file)
         program.run()
-        spills += program.engine._spills
+        spills += program.engine._counts["spills"]
     assert spills > 150
 
 

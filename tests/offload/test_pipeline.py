@@ -20,9 +20,10 @@ MICROBATCHES = 5
 class Rank:
     """The stages of rank 0 of two; what it would receive is drawn at random, the same each time."""
 
-    def __init__(self, model="attention", storage="memory", split=True, chunks=(0, 1), **keywords):
+    def __init__(self, model="attention", storage="memory", split=True, chunks=(0, 1), place="cpu", **keywords):
         self.order = make_order("gis", 2, 2, MICROBATCHES, split_backward=split)
-        self.stages = [make_stage(model, 0), make_stage(model, 2)]
+        self.place = place
+        self.stages = [make_stage(model, 0).to(place), make_stage(model, 2).to(place)]
         self.inputs, self.outputs = {}, {}
         self.keywords = keywords
         self.offload = pykern.PipelineOffload(
@@ -33,7 +34,7 @@ class Rank:
     def draw(self, chunk, microbatch, what):
         generator = torch.Generator().manual_seed(100 * chunk + 10 * microbatch + what)
         # A length for each microbatch: blocks of a chunk need not look alike.
-        return torch.randn(2, 3 + microbatch, WIDTH, generator=generator)
+        return torch.randn(2, 3 + microbatch, WIDTH, generator=generator).to(self.place)
 
     def forward(self, chunk, microbatch, context):
         x = self.draw(chunk, microbatch, 0).requires_grad_()
@@ -192,6 +193,15 @@ def test_actions_against_the_plan_are_refused():
             pass
     with pytest.raises(RuntimeError, match="the step ended after 0 of the plan's"):
         offload.end_step()
+
+
+def test_a_closed_one_is_refused_until_it_has_a_plan_again():
+    rank = Rank()
+    rank.offload.close()
+    with pytest.raises(RuntimeError, match="PipelineOffload: closed, so nothing can be offloaded; set a plan"):
+        rank.step(True)
+    rank.offload.set_plan(rank.offload.plan)
+    assert_same(rank)
 
 
 @pytest.mark.parametrize("stop", [3, 9, 14])

@@ -38,6 +38,8 @@ def test_as_a_command(tmp_path):
         assert content["copies"] == [copy._asdict() for copy in made.copies[rank]]
         assert [tuple(transfer) for transfer in content["transfers"]] == list(made.transfers[rank])
         assert content["host_bytes"] == sum(content["slot_bytes"]) == made.host_bytes[rank]
+        assert content["peak_blocks"] == made.peak_blocks[rank] and content["staging_bytes"] == 0
+    assert written["times"]["forward"] == [1.0] * 8 and written["seconds_alone"] == made.seconds_alone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png"]
 
 
@@ -53,13 +55,14 @@ def test_options_are_plans_arguments(tmp_path):
     options = (
         "--times 11ms,12000us,0.009 --bytes 1.5KiB --bandwidth 3MB,2MB/s --offload 2,1,1,0 --budget 4KiB "
         "--host-budget 3000 --directions two --file-bandwidth 1G --transfer 1ms --group 3 --backward whole "
-        "--stall allow"
+        "--stall allow --slack 0.1 --shortest 1"
     )
     made, _ = make_plan(["gis", *SMALL, *options.split()])
     times = Times((0.011,) * 8, (0.012,) * 8, (0.009,) * 8, 0.001)
     assert made == plan(
         "gis", 4, 2, 8, times=times, bytes=(1536,) * 8, bandwidth=(3e6, 2e6), offload=(2, 1, 1, 0), budget=4096,
         host_budget=3000, directions="two", file_bandwidth=1e9, group=3, split_backward=False, stall="allow",
+        slack=0.1, shortest=1.0,
     )  # fmt: skip
     assert make_plan(["po", *SMALL, "--k", "2", "--no-pairs", "--offload", "1"])[0] == plan(
         "po", 4, 2, 8, times=Times((1.0,) * 8, (1.0,) * 8, (1.0,) * 8), bytes=(1,) * 8, bandwidth=2 / (2 * 3.0),
@@ -106,7 +109,11 @@ def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
         (["gis", *SMALL, "--bandwidth", "1e400"], "argument --bandwidth: expected a rate per second, such as 20GB"),
         (["gis", *SMALL, "--bandwidth", "1,2,3"], "argument --bandwidth: expected one rate, or one out and one back"),
         (["gis", *SMALL, "--bandwidth", "0"], "bandwidth: expected a finite number above 0, got 0.0"),
-        (["gis", *SMALL, "--k", "0"], "--k: expected a finite number above 0, got 0"),
+        (["gis", *SMALL, "--k", "0"], "--k: expected a number between 1e-9 and 1e9, got 0"),
+        (["gis", *SMALL, "--k", "nan"], "--k: expected a number between 1e-9 and 1e9, got nan"),
+        (["gis", *SMALL, "--bytes", "1e30"], "bytes: expected less than 2**63, got 1"),
+        (["gis", *SMALL, "--layer", "8," + "9" * 400, "--flops", "1T"], "int too large to convert to float"),
+        (["gis", *SMALL, "--slack=-1"], "slack: expected a finite number of at least 0, got -1"),
         (["gis", *SMALL, "--k", "1", "--bandwidth", "1G"], "--k: --bandwidth says how long copies take, too"),
         (["gis", *SMALL, "--offload", "most"], "argument --offload: expected half, full, or a number of chunks"),
         (["gis", *SMALL, "--offload", "3"], "offload: expected at most the 2 chunks of a rank, got 3"),

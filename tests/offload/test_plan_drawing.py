@@ -1,11 +1,11 @@
 """A plan's table and picture say what is in the plan."""
 
 import io
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from pykern.offload.planning.drawing import draw, figure, memory_over_time
@@ -103,8 +103,8 @@ def test_png():
     pixels = {}
     for name, made, inches in [
         ("small", make(), None),
-        ("large", make("po_h", 8, 4, 24), None),
-        ("narrow", make("po_h", 8, 4, 24), 6.0),
+        ("large", make("po_h", 4, 4, 12), None),
+        ("narrow", make("po_h", 4, 4, 12), 6.0),
         ("no time", make("gis", 2, 2, 2, times=(0.0, 0.0, 0.0)), None),
     ]:
         file = io.BytesIO()
@@ -116,7 +116,14 @@ def test_png():
     assert pixels["narrow"] < pixels["small"] < pixels["large"] < 4500
 
 
-def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="^png: drawing a plan needs matplotlib; pip install matplotlib$"):
-        draw(make(), io.BytesIO())
+@pytest.mark.parametrize("inches", [4.0, None])
+def test_title_and_legend_fit(inches):
+    made = make("po_f", host_budget=100 * MIB, file_bandwidth=20e9)
+    drawn = figure(made, inches)
+    FigureCanvasAgg(drawn).draw()
+    legend = drawn.axes[0].get_legend().get_window_extent()
+    title, reading = (text.get_window_extent() for text in drawn.texts)
+    assert max(legend.x1, title.x1, reading.x1) <= drawn.bbox.x1
+    assert (
+        drawn.axes[0].bbox.y1 < legend.y0 < legend.y1 < reading.y0 < reading.y1 < title.y0 < title.y1 <= drawn.bbox.y1
+    )

@@ -63,22 +63,6 @@ def test_interleaved_schedules_save_in_proportion():
     assert peaks("gis_h", 8, 4, 32, 0.8, range(4)) == (20, 16, 12, 8)
 
 
-# Devices, chunks, and by k: the blocks that PO-H holds.
-MODELS = [
-    (8, 5, {1.4: 9, 1.2: 9, 1.0: 8, 0.7: 8}),
-    (16, 3, {1.2: 9, 1.1: 9, 0.9: 9, 0.7: 8}),
-    (32, 2, {0.9: 19, 0.8: 18, 0.7: 18}),
-]
-
-
-@pytest.mark.parametrize(("devices", "chunks", "counts"), MODELS)
-def test_the_papers_models(devices, chunks, counts):
-    for k, blocks in counts.items():
-        made = plan_of("po_h", devices, chunks, 2 * devices, k)
-        assert max(made.peak_blocks) == blocks
-        assert not any("do not fit" in note for note in made.notes)
-
-
 def test_everything_away_leaves_a_few_blocks_however_large_the_pipeline():
     for devices, chunks in ((4, 2), (8, 5), (16, 3), (32, 2)):
         assert max(plan_of("po_f", devices, chunks, 2 * devices, 0.7).peak_blocks) <= 4

@@ -1,5 +1,6 @@
 """Plans of 10,000 random requests: each is answered, can be carried out, and keeps its promises."""
 
+import gc
 import random
 
 from pykern.offload.planning import Times, check_plan, plan
@@ -73,3 +74,20 @@ def test_10000_random_requests():
             equal_sizes += any(made.copies)
             assert max(map(abs, made.host_waste)) < 1e-9
     assert min(leaving, in_file, over_budget, stalled, equal_sizes) > 100
+
+
+def test_numbers_however_large_or_small():
+    chance = random.Random(11)
+    numbers = [0.0, 1e-30, 1e-12, 1.0, 1e12, 1e30]
+    for _ in range(500):
+        devices, chunks = chance.randint(1, 4), chance.randint(1, 3)
+        times = [[chance.choice(numbers) for _ in range(devices * chunks)] for _ in range(3)]
+        request = {
+            "bytes": chance.choice([1, 10**15, (1 << 63) - 1]), "bandwidth": chance.choice(numbers[1:]),
+            "offload": "full", "directions": chance.choice(["one", "two"]), "stall": chance.choice(["avoid", "allow"]),
+            "group": chance.choice([None, 10**15]), "budget": chance.choice([None, 1000]),
+            "host_budget": chance.choice([None, 1000]), "file_bandwidth": chance.choice(numbers[1:]),
+        }  # fmt: skip
+        schedule = chance.choice(["gis", "po", "1f1b_interleaved", "zb_v", "v_half"])
+        check_plan(plan(schedule, devices, chunks, chance.choice([1, 2, 5]), times=times, **request))
+    assert gc.isenabled()

@@ -1,7 +1,9 @@
 """The engine for devices with streams: its state machine, its arena, its failures, and real models on it."""
 
 import gc
+import os
 import re
+import signal
 import threading
 import time
 import weakref
@@ -18,15 +20,10 @@ from pykern.offload.simulated import SimulatedDevice
 from pykern.offload.streamed import StreamedEngine
 
 from .programs import Program
-from .support import MODELS, assert_bit_equal, gradients, in_a_process, loss_of, make
+from .support import MODELS, assert_bit_equal, bytes_of, gradients, loss_of, make
 from .test_pipeline import Rank, assert_same
 
 KIB = 1 << 10
-
-
-def bytes_of(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
 
 
 class Recorder(SimulatedDevice):
@@ -256,6 +253,22 @@ def test_a_slot_of_the_plan_goes_on_when_its_block_is_back():
     assert torch.equal(engine.load(second), bytes_of(5000, 1))
 
 
+def test_a_slot_of_the_plan_goes_on_when_its_block_never_left():
+    engine = StreamedEngine(slow(), slot_bytes=[5000], packed_below=1000)
+    parts, offsets = [bytes_of(300), bytes_of(4000)], [0, 512]
+    first = engine.store(parts, offsets, 4512, slot=0)
+    engine.reserve(first)
+    second = engine.store([bytes_of(5000, 1)], [0], 5000, slot=0)
+    for item in (first, second):
+        engine.settle(item)
+    block = engine.load(first)
+    assert torch.equal(block[:300], parts[0]) and torch.equal(block[512:], parts[1])
+    assert torch.equal(engine.load(second), bytes_of(5000, 1))
+    engine.release(first)
+    engine.release(second)
+    assert engine.counters()["slots"] == 0
+
+
 def test_a_slot_that_somebody_found_free_is_not_fought_for():
     engine = StreamedEngine(slow(), slot_bytes=[5000, 5000])
     items = [engine.store([bytes_of(5000, 0)], [0], 5000)]
@@ -327,29 +340,28 @@ def test_memory_for_slots_has_huge_pages_and_stays_out_of_forked_processes():
 
 def test_a_forked_process_leaves_the_engine_alone():
     """Its streams are threads, or a driver, which the new process does not have."""
-    printed = in_a_process("""
-import os, torch
-from pykern.offload.simulated import SimulatedDevice
-from pykern.offload.streamed import StreamedEngine
-
-engine = StreamedEngine(SimulatedDevice())
-item = engine.store([torch.ones(5000, dtype=torch.uint8)], [0], 5000)
-engine.settle(item)
-child = os.fork()
-if child == 0:
-    try:
-        engine.load(item)
-    except RuntimeError as error:
-        print(error, flush=True)
-    engine.release(item)
-    engine = None
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-print(int(engine.load(item).sum()))
-""")
-    assert printed.splitlines() == [
-        "ActivationOffload: used in a process that was forked off its own; start processes with 'spawn'", "5000"
-    ]  # fmt: skip
+    engine = StreamedEngine(SimulatedDevice())
+    item = engine.store([bytes_of(5000)], [0], 5000)
+    engine.settle(item)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            engine.load(item)
+        except RuntimeError as error:
+            engine.release(item)
+            engine = None
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(writing)
+    with open(reading, encoding="utf-8") as told:
+        assert told.read() == (
+            "ActivationOffload: used in a process that was forked off its own; start processes with 'spawn'"
+        )
+    assert torch.equal(engine.load(item), bytes_of(5000))
 
 
 def test_a_default_device_of_torch_changes_nothing():
@@ -520,7 +532,11 @@ def test_a_full_file_is_told_and_loses_nothing(tmp_path, device):
     items = [engine.store([bytes_of(8000, seed)], [0], 8000) for seed in range(8)]
     assert items[5:] == [-1, -1, -1]
     assert "full" in engine.take_failure()
-    for seed in range(5):
+    # It is used again once something there is not needed any more.
+    engine.release(items[0])
+    items[5] = engine.store([bytes_of(8000, 5)], [0], 8000)
+    assert items[5] > 0
+    for seed in range(1, 6):
         assert torch.equal(engine.load(items[seed]), bytes_of(8000, seed))
 
 

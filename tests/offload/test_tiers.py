@@ -11,7 +11,15 @@ import pykern
 from pykern.offload.engine import Engine, Link
 
 from .support import (
-    STORAGES, assert_bit_equal, bytes_of, descriptors, file_size_limit, gradients, in_a_process, loss_of, make,
+    STORAGES,
+    assert_bit_equal,
+    bytes_of,
+    descriptors,
+    file_size_limit,
+    gradients,
+    in_a_process,
+    loss_of,
+    make,
 )  # fmt: skip
 
 PAGE = 4096

@@ -22,6 +22,7 @@ KINDS: dict[str, str] = {
     "attention: prefix_attention_backward_*_kernel<*": MATRIX,
     "attention: prefix_attention_forward_sm90_kernel<*": MATRIX,
     "lowrank: apply_kernel<*": MATRIX,
+    "lowrank: apply_sm90_kernel<*": MATRIX,
     "lowrank: project_kernel<*": MATRIX,
     "lowrank: project_sm90_kernel<*": MATRIX,
     "attention: prefix_attention_join_shares_sm90_kernel<*": MEMORY,
@@ -144,6 +145,7 @@ take an ordinary wide store apart."""
 WARPGROUP_KERNELS = (
     "attention: prefix_attention_forward_sm90_kernel<*",
     "attention: prefix_attention_backward_*_sm90_kernel<*",
+    "lowrank: apply_sm90_kernel<*",
     "lowrank: project_sm90_kernel<*",
 )
 """Kernels for compute capability 9.0 alone: warpgroups multiply what tensor copies bring."""

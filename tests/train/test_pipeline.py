@@ -43,6 +43,13 @@ def steps(trainer: Trainer) -> list[dict]:
     return [trainer.grpo_step(comparing=step == 0) for step in range(2)]
 
 
+def tied_steps(trainer: Trainer) -> tuple[list[float], torch.Tensor, dict]:
+    losses = [trainer.supervised_step()["loss"] for _ in range(2)]
+    trainer.optimizer.zero_grad()
+    trainer.supervised_loss(trainer.dataset.take(0, 4))
+    return losses, trainer.gradient(), weights(trainer)
+
+
 def cases() -> dict:
     found = {}
     for name, options in VARIANTS.items():
@@ -60,6 +67,11 @@ def cases() -> dict:
     theirs = alone.update(groups, comparing=True)
     found["policy"] = ours, theirs
     found["after"] = weights(trainer), weights(alone)
+    # The embedding as the head: on both ranks, and, in a V, twice on one.
+    alone = make(Trainer, pipeline=0, tie_head=True)
+    expected = tied_steps(alone)
+    for schedule in ("po", "v_half"):
+        found["tied", schedule] = tied_steps(make(PipelineTrainer, tie_head=True, schedule=schedule)), expected
     # Interrupted after a step, and continued by others.
     state = trainer.state()
     trainer.grpo_step()
@@ -111,6 +123,17 @@ def test_gradients_are_those_of_one_process(found):
         assert ours["policy"]["ratio_mean"] == pytest.approx(theirs["policy"]["ratio_mean"], rel=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["po", "v_half"])
+def test_a_tied_head_has_the_gradients_of_both_its_uses(found, schedule):
+    for rank in found:
+        (losses, gradient, ours), (expected, exact, theirs) = rank["tied", schedule]
+        assert losses == pytest.approx(expected, rel=1e-4)
+        torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.norm().item())
+        assert ours["head.weight"].equal(ours["embedding.weight"])
+        assert all(torch.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs)
+    assert equal(found[0]["tied", schedule][0][2], found[1]["tied", schedule][0][2])
+
+
 def test_a_loaded_state_continues_bit_for_bit(found):
     assert equal(*found[0]["resumed"])
 
@@ -139,7 +162,6 @@ def test_the_command(tmp_path):
             "--pipeline 2: expected as many processes, got 1; start them with torchrun",
         ),
         ([], "--layers 2: expected at least 4, one for each of --chunks 2 stages on --pipeline 2 ranks"),
-        (["--layers", "4", "--tie-head"], "--tie-head: the embedding and the head are on different ranks"),
         (["--layers", "4"], "--prompts 3: expected at least one for each of 4 microbatches; lower --microbatches"),
         (["--offload", "memory"], "--offload memory: expected none, half, full or a number of chunks with --pipeline"),
     ],

@@ -1,8 +1,10 @@
 """Which slot of an arena each block lies in: colouring the intervals during which they lie there."""
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -23,47 +25,64 @@ class Stay(NamedTuple):
 def colour(stays: Iterable[Stay]) -> tuple[list[int], list[int]]:
     """The slot of each stay, and the size of each slot: no slot holds two at once.
 
-    Slots are as few as stays are together at most, or as few for each size if that takes fewer bytes.
+    With equal sizes no arena is smaller: there are as many slots as stays are together at most. With unequal ones
+    (max-colouring of an interval graph, which is NP-hard) stays of neighbouring sizes share slots, grouped so that the
+    arena takes the fewest bytes. What is wasted then is mostly the price of blocks that lie in one piece.
     """
     stays = list(stays)
-    slots, sizes = _colour(stays, range(len(stays)))
-    of_size: dict[int, list[int]] = {}
-    for position, stay in enumerate(stays):
-        of_size.setdefault(stay.size, []).append(position)
-    if len(of_size) < 2:
-        return slots, sizes
-    apart, apart_sizes = [0] * len(stays), []
-    for positions in of_size.values():
-        some, some_sizes = _colour(stays, positions)
-        for position in positions:
-            apart[position] = len(apart_sizes) + some[position]
-        apart_sizes += some_sizes
-    return (apart, apart_sizes) if sum(apart_sizes) < sum(sizes) else (slots, sizes)
+    order = sorted(range(len(stays)), key=lambda number: (stays[number].start, stays[number].asked))
+    untils = _untils([stays[number] for number in order])
+    sizes = [stays[number].size for number in order]
+    distinct = sorted(set(sizes))
+    # The best slots for the stays up to each size.
+    best: list[list[_Slot]] = [[]]
+    for count in range(1, len(distinct) + 1):
+        options = []
+        for below, least in zip(best, distinct, strict=False):
+            group = [position for position, size in enumerate(sizes) if least <= size <= distinct[count - 1]]
+            options.append(below + _sweep(untils, sizes, group))
+        best.append(min(options, key=lambda slots: sum(slot.size for slot in slots)))
+    slots = [0] * len(stays)
+    for number, slot in enumerate(best[-1]):
+        for position in slot.positions:
+            slots[order[position]] = number
+    return slots, [slot.size for slot in best[-1]]
 
 
-def _colour(stays: Sequence[Stay], positions: Iterable[int]) -> tuple[list[int], list[int]]:
+@dataclass
+class _Slot:
+    size: int
+    positions: list[int]
+
+
+def _untils(stays: Sequence[Stay]) -> list[int]:
+    """Of each stay, sorted by their starts: the position from which on all may take its slot over."""
+    starts = [stay.start for stay in stays]
+    # The least that any is asked for from here on.
+    asked = list(accumulate((stay.asked for stay in reversed(stays)), min))[::-1]
+    return [
+        max(bisect_left(starts, stay.end), bisect_right(asked, stay.freed), position + 1)
+        for position, stay in enumerate(stays)
+    ]
+
+
+def _sweep(untils: Sequence[int], sizes: Sequence[int], positions: Iterable[int]) -> list[_Slot]:
     """A stay takes the smallest free slot that is large enough, else the largest free one, which grows."""
-    slots, sizes = [0] * len(stays), []
-    # Slots that are taken, as (end, freed, slot), and those that are free, as (size, slot), sorted.
-    leaving: list[tuple[float, int, int]] = []
+    slots: list[_Slot] = []
+    # Those that are taken, as (until, number), and those that are free, as (size, number), sorted.
+    taken: list[tuple[int, int]] = []
     free: list[tuple[int, int]] = []
-    for position in sorted(positions, key=lambda position: (stays[position].start, stays[position].asked)):
-        stay = stays[position]
-        delayed = []
-        while leaving and leaving[0][0] <= stay.start:
-            taken = heapq.heappop(leaving)
-            if taken[1] < stay.asked:
-                insort(free, (sizes[taken[2]], taken[2]))
-            else:
-                delayed.append(taken)
-        for taken in delayed:
-            heapq.heappush(leaving, taken)
+    for position in positions:
+        until, size = untils[position], sizes[position]
+        while taken and taken[0][0] <= position:
+            _, number = heapq.heappop(taken)
+            insort(free, (slots[number].size, number))
         if free:
-            _, slot = free.pop(min(bisect_left(free, (stay.size, -1)), len(free) - 1))
-            sizes[slot] = max(sizes[slot], stay.size)
+            _, number = free.pop(min(bisect_left(free, (size, -1)), len(free) - 1))
+            slots[number].size = max(slots[number].size, size)
         else:
-            slot = len(sizes)
-            sizes.append(stay.size)
-        slots[position] = slot
-        heapq.heappush(leaving, (stay.end, stay.freed, slot))
-    return slots, sizes
+            number = len(slots)
+            slots.append(_Slot(size, []))
+        slots[number].positions.append(position)
+        heapq.heappush(taken, (until, number))
+    return slots

@@ -12,7 +12,9 @@ from functools import cache
 from itertools import accumulate
 from statistics import median
 
-from .transfers import Block, Placed, RankTimes, hurry_warm_up, peak_bytes, place, place_in_file
+from .layout import Placed, RankTimes, hurry_warm_up, place, place_in_file
+from .simulation import Block
+from .transfers import peak_bytes
 
 
 @dataclass
@@ -67,7 +69,8 @@ def fewest(count: int, enough: Callable[[int], bool]) -> int:
 
 
 def lowest(ordered: Sequence[Block], peak: Callable[[int], int]) -> int:
-    """How many of `ordered` give the lowest peak, the fewest such: whole chunks, and parts of the next one.
+    """How many of `ordered` give the lowest peak, the fewest such: of whole chunks, and of quarters of the chunk before
+    and after the best of those.
 
     Where copies are too slow for all, more blocks make all of them leave later: at some number the peak turns.
     """
@@ -106,7 +109,7 @@ def choose(
         over = [number for number, now in enumerate(held) if now > budget]
         worth = [block for block in worth if bisect_left(over, block.forward) < bisect_left(over, block.last)]
     ordered = by_lifespan(rank, worth)
-    if housed is not None and rank.link.file_rate is None and housed < len(ordered):
+    if housed is not None and rank.request.file_rate is None and housed < len(ordered):
         choice.unhoused = ordered[housed:]
         ordered = ordered[:housed]
 

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from .cost import layer_bytes, layer_flops
 from .drawing import draw
-from .orders import SCHEDULES
 from .planner import plan
 from .table import table
 from .types import Plan, Times
@@ -23,6 +22,13 @@ A block is what one chunk saves for the backward of one microbatch. Times are in
 sizes in bytes, or with a unit (KB, MiB, GB, ...). Without --times, --bytes, --bandwidth and --k every computation
 takes a second and a block is one byte, so that bytes count blocks.
 
+schedules:
+  1f1b, 1f1b_interleaved   a forward and a backward in turn; with one chunk per rank, and with several
+  gis, gis_h               chunks in turn by groups of as many microbatches as there are ranks, and of half as many
+  po, po_h, po_f           PipeOffload: chunks spread evenly over time; none of them offloaded, half, and all
+  zb_v, v_half, v_min      two chunks in a V; the memory of 1f1b and no bubble, half of it, and a third
+
+examples:
   python -m pykern plan po_h --devices 8 --chunks 4 --microbatches 32 --k 0.8 --png plan.png
   python -m pykern plan gis --devices 4 --chunks 2 --microbatches 16 --times 11ms,12ms,9ms --bytes 350MiB \\
       --bandwidth 20GB --directions two --budget 2GiB
@@ -107,7 +113,7 @@ def _offload(text: str) -> str | int | tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="python -m pykern plan", description=DESCRIPTION,
                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    top.add_argument("schedule", metavar="SCHEDULE", help=", ".join(SCHEDULES))
+    top.add_argument("schedule", metavar="SCHEDULE", help="one of those above")
 
     def option(name: str, text: str, **keywords) -> None:
         group.add_argument(name, help=text, **keywords)
@@ -115,46 +121,56 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("schedule")
     option("--devices", "ranks of the pipeline", type=int, required=True, metavar="N")
     option("--chunks", "stages per rank (1 for 1f1b, else 2)", type=int, metavar="N")
-    option("--microbatches", "of a step", type=int, required=True, metavar="N")
+    option("--microbatches", "microbatches per step", type=int, required=True, metavar="N")
     text = "gis: microbatches that pass one chunk before the next; po: that lie between two chunks"
     option("--group", f"{text} (gis: --devices, else half of them)", type=int, metavar="N")
-    text = "backwards of input and weights apart, or at once (as published)"
+    text = "a backward's halves, of the input and of the weights, apart or at once (as published)"
     option("--backward", text, choices=["split", "whole"])
 
     group = top.add_argument_group("model")
-    text = "of a stage's forward, backward of the input, and of the weights (1,1,1)"
+    text = "times of a stage's forward, backward of the input, and backward of the weights (1,1,1)"
     option("--times", text, type=_times, metavar="F,I,W")
-    option("--stages", "one line F,I,W or F,I,W,BYTES for every stage", type=Path, metavar="FILE")
-    text = "instead: sequence length, hidden size, and if keys are shared, query and key heads of a stage's layer"
+    text = "times and bytes of unequal stages: a line F,I,W or F,I,W,BYTES for each, # begins a comment"
+    option("--stages", text, type=Path, metavar="FILE")
+    text = ("instead of times and bytes, transformer layers: sequence length, hidden size; with grouped queries also "
+            "heads of queries and of keys")  # fmt: skip
     option("--layer", text, type=_layer, metavar="S,H[,Q,K]")
-    option("--batch", "--layer: sequences per microbatch (1)", type=int, metavar="N")
-    option("--layers", "--layer: of them per stage (1)", type=int, metavar="N")
-    option("--flops", "--layer: operations per second that a device reaches", type=_rate, metavar="RATE")
-    option("--transfer", "from one rank to the next (0)", type=_time, default=0.0, metavar="TIME")
-    option("--bytes", "of a block (1)", type=_size, metavar="SIZE")
+    option("--batch", "with --layer: sequences per microbatch (1)", type=int, metavar="N")
+    option("--layers", "with --layer: layers per stage (1)", type=int, metavar="N")
+    option("--flops", "with --layer: operations per second that a device reaches", type=_rate, metavar="RATE")
+    option("--transfer", "time of a result's way from one rank to the next (0)", type=_time, default=0.0,
+           metavar="TIME")  # fmt: skip
+    option("--bytes", "size of a block (1)", type=_size, metavar="SIZE")
 
     group = top.add_argument_group("offload")
-    option("--bandwidth", "of a rank's copies, bytes per second, or of those out and back", type=_rates,
-           metavar="RATE[,RATE]")  # fmt: skip
+    text = "bytes per second of a rank's copies, or of those out and of those back"
+    option("--bandwidth", text, type=_rates, metavar="RATE[,RATE]")
     text = "instead: time of the largest block's copies, out and back, over the longest stage's F+I+W (1)"
     option("--k", text, type=float, metavar="K")
     text = "how many chunks leave, the first of each rank; or one number per rank (none; po_h half, po_f full)"
-    option("--offload", text, type=_offload, default="none", metavar="half|full|N")
-    text = "device memory for blocks: no more leave than it takes to keep within it"
+    option("--offload", text, type=_offload, default="none", metavar="none|half|full|N[,N...]")
+    text = "device memory for blocks, per rank: no more leave than it takes to keep within it"
     option("--budget", text, type=_size, metavar="SIZE")
-    option("--host-budget", "host memory per rank", type=_size, metavar="SIZE")
-    text = "of a rank's file, where blocks beyond --host-budget go"
+    option("--host-budget", "host memory for blocks, per rank; what has no room stays, or goes to a file", type=_size,
+           metavar="SIZE")  # fmt: skip
+    text = "bytes per second of a rank's file, where blocks beyond --host-budget go (no file)"
     option("--file-bandwidth", text, type=_rate, metavar="RATE")
     text = "copies out and back in turn, ranks in pairs at a switch, or both at once (one)"
     option("--directions", text, choices=["one", "two"], default="one")
     option("--no-pairs", "with one direction: every rank has a link of its own", dest="pairs", action="store_false")
     text = "avoid: blocks stay that cannot be back in time; allow: computation waits (avoid)"
     option("--stall", text, choices=["avoid", "allow"], default="avoid")
+    text = "with --stall avoid: by which part copies may lengthen the step (0.02)"
+    option("--slack", text, type=float, default=0.02, metavar="PART")
+    text = "blocks stay that a device would miss for less than so many times their copies, out and back (3)"
+    option("--shortest", text, type=float, default=3.0, metavar="N")
 
     group = top.add_argument_group("output")
     option("--png", "draws computations, copies and memory of each rank (needs matplotlib)", type=Path, metavar="FILE")
-    option("--png-inches", "width of its time axis (as the numbers need, up to 30)", type=float, metavar="N")
-    option("--json", "writes the whole plan", type=Path, metavar="FILE")
+    text = "width of the picture's time axis; 6 for a page (as the microbatches' numbers need, up to 30)"
+    option("--png-inches", text, type=float, metavar="N")
+    option("--json", "writes the whole plan: each rank's actions, copies, transfers and memory", type=Path,
+           metavar="FILE")  # fmt: skip
     return top
 
 
@@ -225,8 +241,8 @@ def make_plan(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
         raise InputError("--k: --bandwidth says how long copies take, too; give one of them")
     if bandwidth is None:
         k = 1.0 if given.k is None else given.k
-        if not 0 < k < math.inf:
-            raise InputError(f"--k: expected a finite number above 0, got {k:g}")
+        if not 1e-9 <= k <= 1e9:
+            raise InputError(f"--k: expected a number between 1e-9 and 1e9, got {k:g}")
         longest = max(map(sum, zip(*times, strict=True)), default=0.0)
         bandwidth = 2 * max(sizes, default=0) / (k * longest) if longest and any(sizes) else 1.0
     made = plan(
@@ -234,30 +250,26 @@ def make_plan(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
         bandwidth=bandwidth, offload=given.offload, budget=given.budget, host_budget=given.host_budget,
         file_bandwidth=given.file_bandwidth, directions=given.directions, pairs=given.pairs, group=given.group,
         split_backward=None if given.backward is None else given.backward == "split", stall=given.stall,
+        slack=given.slack, shortest=given.shortest,
     )  # fmt: skip
     return made, given
 
 
 def as_json(made: Plan) -> str:
-    """Everything of a plan but its request: per rank its actions with their times, its copies and transfers."""
+    """Everything of a plan but its request; what it has one of per rank, by rank."""
     order = made.order
-    ranks = []
-    for rank, (actions, spans) in enumerate(zip(order.ranks, made.spans, strict=True)):
-        ranks.append({
-            "actions": [[*action, *span] for action, span in zip(actions, spans, strict=True)],
-            "copies": [copy._asdict() for copy in made.copies[rank]],
-            "transfers": made.transfers[rank],
-            "slot_bytes": made.slot_bytes[rank],
-            **{name: getattr(made, name)[rank] for name in
-               ("peak_blocks", "peak_bytes", "host_bytes", "file_bytes", "stall_seconds")},
-        })  # fmt: skip
-    content = {
-        "schedule": order.schedule, "devices": order.devices, "chunks": order.chunks,
-        "microbatches": order.microbatches, "placement": order.placement, "seconds": made.seconds,
-        "times": {name: getattr(made.times, name) for name in made.times.__dataclass_fields__},
-        "block_bytes": made.block_bytes, "notes": made.notes, "ranks": ranks,
-    }  # fmt: skip
-    return json.dumps(content)
+    ranks = [
+        {"actions": [[*action, *span] for action, span in zip(actions, made.spans[rank], strict=True)],
+         "copies": [copy._asdict() for copy in made.copies[rank]]}
+        | {name: getattr(made, name)[rank] for name in
+           ("transfers", "slot_bytes", "file_slot_bytes", "peak_blocks", "peak_bytes", "host_bytes", "staging_bytes",
+            "file_bytes", "stall_seconds")}
+        for rank, actions in enumerate(order.ranks)
+    ]  # fmt: skip
+    content = {name: getattr(order, name) for name in ("schedule", "devices", "chunks", "microbatches", "placement")}
+    content |= {name: getattr(made, name) for name in
+                ("seconds", "seconds_alone", "both_directions", "block_bytes", "notes")}  # fmt: skip
+    return json.dumps({**content, "times": vars(made.times), "ranks": ranks})
 
 
 def _write(option: str, path: Path, content: bytes) -> None:
@@ -284,7 +296,7 @@ def main(arguments: list[str]) -> int:
             _write("--png", given.png, picture.getvalue())
         if given.json is not None:
             _write("--json", given.json, as_json(made).encode())
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ArithmeticError, ImportError) as error:
         print(f"pykern plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(table(made))

@@ -1,10 +1,12 @@
 """A plan as a picture: for every rank its computations, its copies out and back, and its memory over time."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from os import PathLike
 from statistics import median
+from textwrap import wrap
 from typing import TYPE_CHECKING, BinaryIO
 
 from .simulation import live_blocks
@@ -41,6 +43,8 @@ INK, MUTED, IDLE, MEMORY = "#111827", "#6b7280", "#f3f4f6", "#64748b"
 # Heights of a rank's rows, in inches.
 COMPUTE, COPIES, CURVE, GAP = 0.30, 0.13, 0.42, 0.16
 CELL = 0.19
+# Of the title and the legend, in inches; letters on average.
+TITLE_LINE, TITLE_LETTER, LEGEND_LINE, LEGEND_LETTER = 0.2, 0.09, 0.18, 0.065
 # Wider than this, a schedule is looked at as a whole, without the numbers.
 WIDEST = 30.0
 # Beyond it, viewers give up.
@@ -93,6 +97,8 @@ class _Picture:
     def __init__(self, plan: Plan, axes: "Axes", inches: float) -> None:
         self.plan, self.axes = plan, axes
         self.scale = inches / plan.seconds if plan.seconds else 0.0
+        # All numbers are as large as the longest may be, and missing where that doesn't fit.
+        self.digits = len(str(plan.order.microbatches - 1))
         self.numbered = False
 
     def cells(self, kind: str, cells: Cells, top: float, height: float, hatch: str | None = None) -> None:
@@ -106,7 +112,7 @@ class _Picture:
             )
             ink = "white" if 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2] < 0.55 else INK
             for (left, width), (_, _, microbatch) in zip(bars, boxes, strict=True):
-                size = min(8.5, 72 * 0.72 * height, 72 * 0.72 * width / (0.6 * len(str(microbatch))))
+                size = min(8.5, 72 * 0.72 * height, 72 * 0.72 * width / (0.6 * self.digits))
                 if size >= 3.5:
                     self.numbered = True
                     self.axes.text(
@@ -162,8 +168,8 @@ def _curve(picture: _Picture, rank: int, bottom: float, most: int) -> None:
     )  # fmt: skip
 
 
-def _legend(plan: Plan, axes: "Axes", offset: float) -> None:
-    from matplotlib.legend_handler import HandlerTuple
+def _legend(plan: Plan) -> list[tuple[object, str]]:
+    """Its symbols, and what they stand for."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -179,11 +185,7 @@ def _legend(plan: Plan, axes: "Axes", offset: float) -> None:
     entries.append((Patch(color=MEMORY, alpha=0.35), "memory of the blocks"))
     if any(plan.copies):
         entries.append((Line2D([], [], color=MEMORY, linewidth=0.8, linestyle=(0, (2, 2))), "without copies"))
-    axes.legend(
-        *zip(*entries, strict=True), handler_map={tuple: HandlerTuple(ndivide=None, pad=0)}, loc="lower left",
-        bbox_to_anchor=(0.0, offset), ncols=len(entries), frameon=False, fontsize=8, handlelength=1.8,
-        columnspacing=1.2, borderaxespad=0.0, borderpad=0.0,
-    )  # fmt: skip
+    return entries
 
 
 def draw(plan: Plan, file: BinaryIO | str | PathLike, inches: float | None = None) -> None:
@@ -199,6 +201,7 @@ def figure(plan: Plan, inches: float | None = None) -> "Figure":
     """What `draw` writes."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.legend_handler import HandlerTuple
     except ImportError:
         raise ImportError("png: drawing a plan needs matplotlib; pip install matplotlib") from None
 
@@ -209,7 +212,11 @@ def figure(plan: Plan, inches: float | None = None) -> "Figure":
     copying = any(plan.copies)
     pitch = COMPUTE + (2 * COPIES + 0.05) * copying + 0.06 + CURVE + GAP
     height = order.devices * pitch - GAP
-    left, right, above, below = 0.8, 1.1, 0.85, 0.5
+    left, right, below = 0.8, 1.1, 0.5
+    title = wrap(headline(plan), int((width + right) / TITLE_LETTER))
+    entries = _legend(plan)
+    rows = math.ceil(sum(0.45 + LEGEND_LETTER * len(name) for _, name in entries) / (width + right))
+    above = 0.45 + TITLE_LINE * len(title) + LEGEND_LINE * rows
     size = (width + left + right, height + above + below)
     drawn = Figure(figsize=size, dpi=min(130.0, LARGEST_PIXELS / max(size)))
     axes = drawn.add_axes((left / size[0], below / size[1], width / size[0], height / size[1]))
@@ -233,13 +240,17 @@ def figure(plan: Plan, inches: float | None = None) -> "Figure":
         _curve(picture, rank, top + 0.06 + CURVE, most)
         picture.label("memory", top + 0.06 + CURVE / 2, small=True)
     _axis(plan, axes, width)
-    _legend(plan, axes, 1 + 0.12 / height)
-    title = {"x": left / size[0], "ha": "left", "va": "top"}
-    drawn.text(y=1 - 0.10 / size[1], s=headline(plan), size=10.5, weight="bold", color=INK, **title)
+    axes.legend(
+        *zip(*entries, strict=True), handler_map={tuple: HandlerTuple(ndivide=None, pad=0)}, loc="lower left",
+        bbox_to_anchor=(0.0, 1 + 0.12 / height), ncols=math.ceil(len(entries) / rows), frameon=False, fontsize=8,
+        handlelength=1.8, columnspacing=1.2, borderaxespad=0.0, borderpad=0.0,
+    )  # fmt: skip
+    at = {"x": left / size[0], "ha": "left", "va": "top"}
+    drawn.text(y=1 - 0.10 / size[1], s="\n".join(title), size=10.5, weight="bold", color=INK, **at)
     reading = ["numbers: microbatches, from 0"] * picture.numbered
     if order.chunks > 1:
         reading.append(f"shades: from chunk 0, light, to chunk {order.chunks - 1}, dark")
-    drawn.text(y=1 - 0.34 / size[1], s="; ".join(reading), size=8, color=MUTED, **title)
+    drawn.text(y=1 - (0.14 + TITLE_LINE * len(title)) / size[1], s="; ".join(reading), size=8, color=MUTED, **at)
     return drawn
 
 
@@ -250,7 +261,7 @@ def _axis(plan: Plan, axes: "Axes", width: float) -> None:
     length = plan.seconds * factor
     ticks = [tick for tick in MaxNLocator(min(40, int(width))).tick_values(0, length) if tick <= length]
     axes.set_xticks([tick * width / length if length else 0.0 for tick in ticks], [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel(unit, labelpad=1, color=MUTED)
+    axes.set_xlabel(f"time ({unit})", labelpad=1, size=8, color=MUTED)
     axes.set_yticks([])
     axes.tick_params(axis="x", labelsize=8, color=MUTED, labelcolor=MUTED)
     for side in ("left", "right", "top"):

@@ -4,21 +4,20 @@
 (9, 9, 8, 8, 8, 7, 7, 6)
 """
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .advice import advise_group
 from .arena import Stay, colour
 from .choosing import Choice, choose, most
-from .copying import CopySpans, CopyTimes, Key, Run, run_copies
-from .group_orders import least_group
-from .orders import make_order, pipe_offload_slots
-from .relaxing import relax
+from .layout import RankTimes, hurry_warm_up, postpone_warm_up
+from .notes import advise_group, tell
+from .orders import least_group, make_order, pipe_offload_slots
 from .request import Request, read_request
-from .simulation import Spans, live_blocks, simulate
-from .telling import tell
-from .transfers import Block, Link, RankTimes, anchor, hurry_warm_up, postpone_warm_up
+from .simulation import Block, CopySpans, CopyTimes, Key, Run, Spans, find_blocks, live_blocks, run_copies, simulate
+from .transfers import anchor, relax
 from .types import Copy, Order, Plan, Times, Transfer
 
 
@@ -61,8 +60,8 @@ def plan(
             one per rank. With a budget, "none" lets it choose among all.
         budget: device bytes for blocks per rank, for all ranks or one per rank: only blocks that are needed to keep
             within it leave, those missed longest first.
-        host_budget: host bytes for blocks per rank. What has no room goes on to a file if there is a `file_bandwidth`,
-            and else stays on the device.
+        host_budget: host bytes for the arena of each rank. What has no room goes on to a file if there is a
+            `file_bandwidth`, with `Plan.staging_bytes` on the host beside the arena, and else stays on the device.
         file_bandwidth: bytes per second of a rank's writes to or reads from its file, which alternate.
         directions: "one" at a time, for two ranks at a switch, or one slow link; "two" at once.
         pairs: with one direction, the ranks that share a switch and so alternate against each other: (0, 1), (2, 3)
@@ -83,11 +82,24 @@ def plan(
         TypeError, ValueError: an argument has no meaning.
     """
     arguments = dict(locals())
-    order = make_order(schedule, devices, chunks, microbatches, group=group, split_backward=split_backward)
-    request = read_request(order, arguments)
-    drafts = _Drafts(request)
-    made = _finish(request, drafts.best(), drafts.alone_seconds, arguments)
-    return made if group is not None else replace(made, notes=made.notes + advise_group(order, request.times))
+    with _no_garbage_collection():
+        order = make_order(schedule, devices, chunks, microbatches, group=group, split_backward=split_backward)
+        request = read_request(order, arguments)
+        drafts = _Drafts(request)
+        made = _finish(request, drafts.best(), drafts.alone_seconds, arguments)
+        return made if group is not None else replace(made, notes=made.notes + advise_group(order, request.times))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Planning makes millions of small tuples and no cycles; looking for some would take half of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def replan(
@@ -105,7 +117,7 @@ def replan(
     return plan(**{**plan_.request, **{name: value for name, value in measured.items() if value is not None}})
 
 
-# By which computation is slowed down for a request that insists: what is late even so stays.
+# By which the times of computation are stretched at most for a request that insists: what is late even so stays.
 _LONGEST_STRETCH = float(1 << 24)
 
 
@@ -146,22 +158,18 @@ class _Drafts:
         self.order, self.request = request.order, request
         alone = self.alone = simulate(request.order, request.times)
         self.alone_seconds = max((spans[-1][1] for spans in alone if spans), default=0.0)
-        self.link = Link(
-            *request.rates, request.both_directions, request.lone_speedup, request.shortest, request.file_rate
-        )
+        self.blocks = [find_blocks(request.order, rank) for rank in range(request.order.devices)]
 
-    def _bases(self) -> list[_Basis]:
+    def _bases(self) -> Iterator[_Basis]:
         order, times = self.order, self.request.times
-        bases = []
         if order.schedule == "po" and (grid := _grid(order, times, self.request.group)):
-            bases.append(_Basis(postpone_warm_up(order, times, grid), hurry=True))
-        bases.append(_Basis(postpone_warm_up(order, times, self.alone), hurry=True))
-        bases.append(_Basis(self.alone, hurry=False))
-        return bases
+            yield _Basis(postpone_warm_up(order, times, grid), hurry=True)
+        yield _Basis(postpone_warm_up(order, times, self.alone), hurry=True)
+        yield _Basis(self.alone, hurry=False)
 
     def best(self) -> _Draft:
         if self.request.insist:
-            return self._insist(self._bases()[0])
+            return self._insist(next(self._bases()))
         for number, basis in enumerate(self._bases()):
             draft = self._within_host_budget(basis, number)
             if self._is_quick(draft):
@@ -256,7 +264,8 @@ class _Drafts:
                 if not any(run.waits):
                     break
                 relaxed = [
-                    tuple(relax(order, rank, transfers[rank], run, request.sizes)) for rank in range(order.devices)
+                    relax(order, rank, blocks, transfers[rank], run, request.sizes)
+                    for rank, blocks in enumerate(self.blocks)
                 ]
                 again = run_copies(order, request.times, relaxed, copy_times, request.both_directions)
                 if (again.seconds, sum(again.stalls)) >= (run.seconds, sum(run.stalls)):
@@ -274,10 +283,7 @@ class _Drafts:
     ) -> Iterator[tuple[list[RankTimes], list[Choice]]]:
         """By ranks that share a switch."""
         for members in self.request.groups:
-            ranks = [
-                RankTimes(self.order, rank, self.request.times, basis.spans, self.request.sizes, self.link)
-                for rank in members
-            ]
+            ranks = [RankTimes(self.request, rank, self.blocks[rank], basis.spans[rank]) for rank in members]
             yield ranks, self._choose(ranks, housed, len(members) if basis.hurry else 0)
 
     def _choose(self, ranks: Sequence[RankTimes], housed: Sequence[int | None], sharing: int) -> list[Choice]:
@@ -336,21 +342,20 @@ def _grid(order: Order, times: Times, group: int | None) -> Spans | None:
     if order.devices == 1:
         return None
     unit = max(times.forward + times.backward_input + times.backward_weight) + times.transfer
+    # A whole backward takes both slots: its second half ends where it would on its own.
+    whole = tuple(unit + w if w else i for i, w in zip(times.backward_input, times.backward_weight, strict=True))
+    seconds = {"F": times.forward, "I": times.backward_input, "W": times.backward_weight, "B": whole}
     least = least_group(order.devices)
     spans = []
-    for rank in range(order.devices):
+    for rank, actions in enumerate(order.ranks):
         slots = pipe_offload_slots(order.devices, order.chunks, order.microbatches, rank, max(group or least, least))
-        starts = {action: slot * unit for slot, action in slots}
-        of_rank = []
-        for kind, chunk, microbatch in order.ranks[rank]:
-            stage = order.stage(rank, chunk)
-            start = starts["I" if kind == "B" else kind, chunk, microbatch]
-            seconds = {"F": times.forward, "W": times.backward_weight}.get(kind, times.backward_input)[stage]
-            if kind == "B":
-                # Both slots: the second half ends where it would on its own.
-                seconds = unit + times.backward_weight[stage] if times.backward_weight[stage] else seconds
-            of_rank.append((start, start + seconds))
-        spans.append(tuple(of_rank))
+        if len(actions) < len(slots):
+            slots = [(slot, action) for slot, action in slots if action.kind != "W"]
+        stage = [order.stage(rank, chunk) for chunk in range(order.chunks)]
+        spans.append(tuple(
+            (slot * unit, slot * unit + seconds[action.kind][stage[action.chunk]])
+            for (slot, _), action in zip(slots, actions, strict=True)
+        ))  # fmt: skip
     return tuple(spans)
 
 

@@ -26,9 +26,12 @@ class Request:
     budget: tuple[int, ...] | None
     host_budget: tuple[int, ...] | None
     insist: bool
+    """Computation waits for copies, rather than blocks stay."""
     slack: float
     shortest: float
+    """Blocks that a device misses for less than so many round trips stay: they would hardly lower the peak."""
     lone_speedup: float
+    """How much faster copies out are while no rank of the group copies back."""
     group: int | None
 
     def sizes_of(self, rank: int) -> list[int]:
@@ -81,6 +84,9 @@ def _number(name: str, value: object, what: str, least: float | None = None) -> 
     if not math.isfinite(value) or (value <= 0 if least is None else value < least):
         bound = "above 0" if least is None else f"of at least {least:g}"
         raise ValueError(f"{name}: expected a finite number {bound}, got {value!r}; pass {what}")
+    # What is beyond these has no meaning, and could not be added up.
+    if value and not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name}: expected a number between 1e-30 and 1e30, got {value!r}; pass {what}")
     return float(value)
 
 
@@ -89,6 +95,8 @@ def _whole(name: str, value: object, what: str) -> int:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}; pass {what}")
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}; pass {what}")
+    if value >= 1 << 63:
+        raise ValueError(f"{name}: expected less than 2**63, got {value}; pass {what}")
     return int(value)
 
 

@@ -1,278 +1,14 @@
-"""When blocks leave a device and come back: slots of copying time beside the computation.
+"""Before which of a rank's actions its blocks are copied out, dropped, and taken back: a layout's times, kept as far as
+the rank's order allows; and what that makes of the rank's memory and waits."""
 
-The rules are those of PipeOffload (arXiv 2503.01328). A rank copies either in one direction at a time, alternating
-slots out and slots back, or in both at once. Two ranks that share a switch alternate against each other: one copies
-out while the other copies back. Copies out take slots from left to right, each the first one after its forward; copies
-back from right to left, each the last one that leaves room before its backward.
-"""
-
-import math
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from .simulation import Spans
-from .types import Order, Times, Transfer
-
-# Times are sums of many floats: what differs by less than this part of a copy's time is equal.
-ROUNDING = 1e-6
-
-
-class Block(NamedTuple):
-    """What one chunk saves for one microbatch, and the numbers of the rank's actions that make, need and drop it."""
-
-    chunk: int
-    microbatch: int
-    forward: int
-    backward: int
-    last: int
-
-
-class Placed(NamedTuple):
-    """A block with the times planned for its copies; if it goes on to a file, when it is written and read."""
-
-    block: Block
-    out_start: float
-    out_end: float
-    back_start: float
-    back_end: float
-    write_start: float | None = None
-    read_start: float | None = None
-
-
-@dataclass(frozen=True)
-class Link:
-    """How a rank's copies travel. Rates are bytes per second, of one direction at a time, or of each of two at once."""
-
-    out_rate: float
-    back_rate: float
-    both_directions: bool
-    lone_speedup: float
-    """How much faster copies out are while neither rank of the pair copies back."""
-    shortest: float
-    """Blocks that a device misses for less than so many round trips stay: they would hardly lower the peak."""
-    file_rate: float | None = None
-
-
-def find_blocks(order: Order, rank: int) -> list[Block]:
-    """The blocks of a rank, by their forwards."""
-    forward: dict[tuple[int, int], int] = {}
-    backward: dict[tuple[int, int], int] = {}
-    last: dict[tuple[int, int], int] = {}
-    for number, (kind, chunk, microbatch) in enumerate(order.ranks[rank]):
-        key = chunk, microbatch
-        if kind == "F":
-            forward[key] = number
-        else:
-            backward.setdefault(key, number)
-            last[key] = number
-    return [Block(*key, number, backward[key], last[key]) for key, number in forward.items()]
-
-
-def postpone_warm_up(order: Order, times: Times, spans: Spans) -> Spans:
-    """The forwards before each rank's first backward, as late as the next stage and the rank's own next action allow.
-
-    While a pipeline fills up, ranks run ahead, and their blocks wait. From the last chunk's first microbatch on,
-    forwards hurry. One backward's time is left before the first backward.
-    """
-    started = {
-        (order.stage(rank, chunk), microbatch): (rank, span[0])
-        for rank, actions in enumerate(order.ranks)
-        for (kind, chunk, microbatch), span in zip(actions, spans[rank], strict=True)
-        if kind == "F"
-    }
-    result = [list(rank) for rank in spans]
-    for rank in reversed(range(order.devices)):
-        actions = order.ranks[rank]
-        first = next((number for number, action in enumerate(actions) if action.kind != "F"), 0)
-        if not first:
-            continue
-        limit = result[rank][first][0] - times.backward_input[order.stage(rank, actions[first].chunk)]
-        for number in reversed(range(first)):
-            _, chunk, microbatch = actions[number]
-            if chunk == order.chunks - 1 and microbatch == 0:
-                break
-            stage = order.stage(rank, chunk)
-            before, end = result[rank][number]
-            seconds = end - before
-            start = limit - seconds
-            if (stage + 1, microbatch) in started:
-                next_rank, next_start = started[stage + 1, microbatch]
-                start = min(start, next_start - seconds - (times.transfer if next_rank != rank else 0.0))
-            if start > before:
-                result[rank][number] = start, start + seconds
-                started[stage, microbatch] = rank, start
-            limit = result[rank][number][0]
-    return tuple(map(tuple, result))
-
-
-class RankTimes:
-    """A rank's blocks with the times that bound their copies."""
-
-    def __init__(self, order: Order, rank: int, times: Times, spans: Spans, sizes: Sequence[int], link: Link):
-        stages = [order.stage(rank, chunk) for chunk in range(order.chunks)]
-        self.rank = rank
-        self.link = link
-        self.spans = spans[rank]
-        self.starts = [start for start, _ in self.spans]
-        self.ends = [end for _, end in self.spans]
-        self.blocks = find_blocks(order, rank)
-        self.sizes = [sizes[stage] for stage in stages]
-        # One backward's time in reserve: what comes back a little late stalls nothing.
-        self.reserve = [times.backward_input[stage] for stage in stages]
-        self.out_seconds = [size / link.out_rate for size in self.sizes]
-        self.back_seconds = [size / link.back_rate for size in self.sizes]
-        self.unit = max(times.forward + times.backward_input + times.backward_weight) or 1.0
-        """The longest action."""
-        # Bytes that come to be with each action, and that go with its end.
-        self.made, self.dropped = [0] * len(self.spans), [0] * len(self.spans)
-        for block in self.blocks:
-            self.made[block.forward] = self.dropped[block.last] = self.sizes[block.chunk]
-
-    def ready(self, block: Block) -> float:
-        return self.ends[block.forward]
-
-    def deadline(self, block: Block) -> float:
-        return self.starts[block.backward] - self.reserve[block.chunk]
-
-    def slot(self, blocks: Sequence[Block]) -> float:
-        """One direction's time: that of the longest of the blocks' copies."""
-        return max((self.longest(chunk) for chunk in {block.chunk for block in blocks}), default=0.0)
-
-    def longest(self, chunk: int) -> float:
-        return max(self.out_seconds[chunk], self.back_seconds[chunk])
-
-    def worthwhile(self, blocks: Sequence[Block], slot: float) -> list[Block]:
-        """Without those that live too briefly."""
-        trips = [
-            out + back if self.link.both_directions else 2 * slot
-            for out, back in zip(self.out_seconds, self.back_seconds, strict=True)
-        ]
-        least = [self.link.shortest * trip * (1 + ROUNDING) for trip in trips]
-        return [block for block in blocks if self.deadline(block) - self.ready(block) > least[block.chunk]]
-
-
-def place(rank: RankTimes, blocks: Sequence[Block], origin: float, slot: float) -> tuple[list[Placed], list[Block]]:
-    """Times of copies out and back for `blocks` (by their forwards), and the blocks that cannot be back in time.
-
-    `origin`: where the slots out and back in turn begin, each `slot` seconds, if there is one direction.
-    """
-    ready, deadlines = [rank.ready(block) for block in blocks], [rank.deadline(block) for block in blocks]
-    outs, backs = [rank.out_seconds[block.chunk] for block in blocks], [rank.back_seconds[b.chunk] for b in blocks]
-    if rank.link.both_directions:
-        out_starts, back_starts = place_apart(ready, deadlines, outs, backs)
-    else:
-        out_starts, back_starts = place_in_turn(ready, deadlines, origin, slot, rank.unit)
-    placed, late = [], []
-    for block, out_start, out, back_start, back in zip(blocks, out_starts, outs, back_starts, backs, strict=True):
-        out_end = out_start + out
-        if back_start < out_end - ROUNDING * slot:
-            late.append(block)
-        else:
-            placed.append(Placed(block, out_start, out_end, back_start, back_start + back))
-    return placed, late
-
-
-def place_in_turn(
-    ready: Sequence[float], deadlines: Sequence[float], origin: float, slot: float, unit: float
-) -> tuple[list[float], list[float]]:
-    """Starts out and back in slots of equal length that alternate.
-
-    Where times are multiples of each other, forwards end in the very moments in which slots begin, and peaks depend on
-    which of both is held to come first. The published planner adds up slot by slot, and so leaves it to rounding; its
-    peaks come out again if this is done likewise, and in its unit, the length of an action: `unit` seconds.
-    """
-    if not slot or not ready:
-        return list(ready), list(deadlines)
-
-    def in_units(seconds: float) -> float:
-        return round(seconds / unit, 9)
-
-    slot, begin = max(in_units(slot), 1e-9), in_units(origin)
-    turn = 2 * slot
-    outs = []
-    for moment in map(in_units, ready):
-        begin = _advance(begin, moment, turn)
-        outs.append(begin * unit)
-        begin += turn
-    latest_first = sorted(range(len(deadlines)), key=lambda number: deadlines[number], reverse=True)
-    end = _advance(begin, in_units(deadlines[latest_first[0]]), turn)
-    backs = [0.0] * len(deadlines)
-    for number in latest_first:
-        end = -_advance(-end, -in_units(deadlines[number]), turn)
-        backs[number] = (end - slot) * unit
-        end -= turn
-    return outs, backs
-
-
-def _advance(begin: float, moment: float, turn: float) -> float:
-    """The first of begin, begin + turn, begin + turn + turn ... that is not before `moment`."""
-    # Too many to add up one by one; and a turn may be too short to make a difference.
-    steps = math.ceil((moment - begin) / turn)
-    if steps > 1000:
-        begin += (steps - 1000) * turn
-    for _ in range(1001):
-        if begin >= moment:
-            break
-        begin += turn
-    return max(begin, moment) if steps > 1000 else begin
-
-
-def place_apart(
-    ready: Sequence[float], deadlines: Sequence[float], out_seconds: Sequence[float], back_seconds: Sequence[float]
-) -> tuple[list[float], list[float]]:
-    """Starts out and back where neither direction waits for the other."""
-    outs, free = [], -math.inf
-    for moment, seconds in zip(ready, out_seconds, strict=True):
-        outs.append(max(free, moment))
-        free = outs[-1] + seconds
-    backs, free = [0.0] * len(deadlines), math.inf
-    for position in sorted(range(len(deadlines)), key=lambda number: deadlines[number], reverse=True):
-        free = backs[position] = min(free, deadlines[position]) - back_seconds[position]
-    return outs, backs
-
-
-def place_in_file(rank: RankTimes, placed: Sequence[Placed]) -> tuple[list[Placed], list[Placed]]:
-    """Times of writing and reading for blocks that go on to a file, between their copies out and back; and the blocks
-    that would not be read in time. The file is written and read in turn."""
-    seconds = [rank.sizes[copy.block.chunk] / rank.link.file_rate for copy in placed]
-    slot = max(seconds, default=0.0)
-    ready, deadlines = [copy.out_end for copy in placed], [copy.back_start for copy in placed]
-    writes, reads = place_in_turn(ready, deadlines, min(ready, default=0.0), slot, rank.unit)
-    kept, late = [], []
-    for copy, write, read, length in zip(placed, writes, reads, seconds, strict=True):
-        if read < write + length - ROUNDING * slot:
-            late.append(copy)
-        else:
-            kept.append(copy._replace(write_start=write, read_start=read))
-    return kept, late
-
-
-def hurry_warm_up(ranks: Sequence[RankTimes], placed: Sequence[Sequence[Placed]], sharing: int) -> list[list[Placed]]:
-    """Copies out before the first copy back of the `sharing` ranks at a switch: without gaps, and at the faster rate.
-
-    Nothing travels the other way yet; so the ranks take turns. If not all of them are given, the others are taken to
-    copy as much.
-    """
-    copies = [copy for of_rank in placed for copy in of_rank]
-    first_back = min((copy.back_start for copy in copies), default=math.inf)
-    first_back -= ROUNDING * max((copy.out_end - copy.out_start for copy in copies), default=0.0)
-    result = [list(of_rank) for of_rank in placed]
-    early = [
-        (copy.out_start, number, position)
-        for number, of_rank in enumerate(placed)
-        for position, copy in enumerate(of_rank)
-        if copy.out_start < first_back
-    ]
-    free = -math.inf
-    for out_start, number, position in sorted(early):
-        copy = placed[number][position]
-        seconds = (copy.out_end - out_start) / (ranks[number].link.lone_speedup if sharing > 1 else 1.0)
-        start = min(max(free, ranks[number].ready(copy.block)), out_start)
-        free = start + seconds * (sharing / len(ranks))
-        result[number][position] = copy._replace(out_start=start, out_end=start + seconds)
-    return result
+from .layout import ROUNDING, Placed, RankTimes
+from .simulation import Block, Run, live_blocks
+from .types import Order, Transfer
 
 
 class Window(NamedTuple):
@@ -303,21 +39,24 @@ def _rounding(placed: Sequence[Placed]) -> float:
 def peak_bytes(rank: RankTimes, placed: Sequence[Placed]) -> int:
     """The rank's peak if `placed` leave: that of `anchor`'s transfers, found faster."""
     rounding = _rounding(placed)
-    moves: list[list[tuple[float, int]]] = [[] for _ in rank.spans]
+    moves: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
     for copy in placed:
         if window := find_window(rank, copy, rounding):
             size = rank.sizes[copy.block.chunk]
             moves[window.release].append((copy.out_end - rounding, -size))
             moves[window.reload].append((copy.back_start, size))
     held = peak = 0
-    for made, dropped, of_action in zip(rank.made, rank.dropped, moves, strict=True):
-        if len(of_action) > 1:
-            of_action.sort()
-        for _, size in of_action:
-            held += size
-            peak = max(peak, held)
+    for number, (made, dropped) in enumerate(zip(rank.made, rank.dropped, strict=True)):
+        if of_action := moves.get(number):
+            if len(of_action) > 1:
+                of_action.sort()
+            for _, size in of_action:
+                held += size
+                if held > peak:
+                    peak = held
         held += made
-        peak = max(peak, held)
+        if held > peak:
+            peak = held
         held -= dropped
     return peak
 
@@ -342,7 +81,61 @@ def anchor(rank: RankTimes, placed: Sequence[Placed]) -> tuple[Transfer, ...]:
         if copy.write_start is not None and copy.read_start is not None:
             spill = min(max(release, bisect_right(rank.ends, copy.write_start + rounding)), reload)
             fetch = min(max(spill, bisect_right(rank.ends, copy.read_start + rounding)), reload)
-            add("spill", copy, spill, max(copy.out_end, copy.write_start))
-            add("fetch", copy, fetch, max(copy.out_end, copy.write_start, copy.read_start))
-        add("reload", copy, reload, copy.back_start)
-    return tuple(event[-1] for event in sorted(events, key=lambda event: event[:3]))
+            # In this order, even if moments differ by rounding only.
+            written = max(copy.out_end, copy.write_start)
+            read = max(written, copy.read_start)
+            add("spill", copy, spill, written)
+            add("fetch", copy, fetch, read)
+            add("reload", copy, reload, max(read, copy.back_start))
+        else:
+            add("reload", copy, reload, copy.back_start)
+    return tuple(event[-1] for event in sorted(events))
+
+
+def relax(
+    order: Order, rank: int, blocks: Sequence[Block], transfers: tuple[Transfer, ...], run: Run, sizes: Sequence[int]
+) -> tuple[Transfer, ...]:
+    """A rank's transfers, with as many of its waits for copies in `run` shortened as its peak leaves room for: where
+    memory below the peak is free, blocks are dropped later, or taken back earlier, than their layout says.
+
+    sizes: bytes of each stage's blocks.
+    """
+    if not run.waits[rank]:
+        return transfers
+    waits, spans, copies = run.waits[rank], run.spans[rank], run.copies[rank]
+    held = list(live_blocks(order, rank, transfers, sizes))
+    peak = max(held, default=0)
+    backward = {(block.chunk, block.microbatch): block.backward for block in blocks}
+    released = {step[1:3]: step.before for step in transfers if step.kind == "release"}
+    reloaded = {step[1:3]: step.before for step in transfers if step.kind == "reload"}
+    # Of blocks that go on to a file, one step depends on the next.
+    in_file = {step[1:3] for step in transfers if step.kind == "spill"}
+    moved: dict[tuple[str, int, int], int] = {}
+
+    def room(number: int, size: int) -> bool:
+        if held[number] + size > peak:
+            return False
+        held[number] += size
+        return True
+
+    for kind, chunk, microbatch, before in transfers:
+        key, size = (chunk, microbatch), sizes[order.stage(rank, chunk)]
+        if key in in_file:
+            continue
+        if kind == "release" and before in waits:
+            out_end, wait, later = copies[key].out[1], waits[before], before
+            while later + 1 < reloaded[key] and spans[later][0] - wait < out_end and room(later, size):
+                later += 1
+            moved["release", chunk, microbatch] = released[key] = later
+        elif kind == "reload" and backward[key] in waits:
+            asked, earlier = copies[key].back[0] - waits[backward[key]], before
+            while earlier - 1 > released[key] and spans[earlier - 1][1] > asked and room(earlier - 1, size):
+                earlier -= 1
+            moved["reload", chunk, microbatch] = earlier
+    result: list[tuple[int, int, int, Transfer]] = []
+    for position, step in enumerate(transfers):
+        before = moved.get(step[:3], step.before)
+        # Before the same action: what is dropped later than planned first, what is taken back earlier last.
+        urgency = 0 if before > step.before else 2 if before < step.before else 1
+        result.append((before, urgency, position, step._replace(before=before)))
+    return tuple(step for *_, step in sorted(result))

@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def host_waste(self) -> tuple[float, ...]:
-        """The part of each rank's arena that is never in use, even when most blocks lie there."""
+        """The part of each rank's arena that is not in use even when most bytes lie there."""
         result = []
         for rank, copies in enumerate(self.copies):
             changes = []

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise
 
-from .simulation import live_blocks
-from .transfers import find_blocks
+from .simulation import find_blocks, live_blocks
 from .types import Copy, Plan, Transfer
 
 
@@ -42,7 +41,7 @@ def _check_rank(plan: Plan, rank: int) -> None:
     of_block = {(copy.chunk, copy.microbatch): copy for copy in copies}
     _demand(len(of_block) == len(copies) and of_block.keys() == told.keys(), "copies and transfers of other blocks")
     blocks = {(block.chunk, block.microbatch): block for block in find_blocks(order, rank)}
-    rounding = 1e-6 * max((copy.out_end - copy.out_start for copy in copies), default=0.0)
+    rounding = max(1e-6 * max((copy.out_end - copy.out_start for copy in copies), default=0.0), 1e-12 * plan.seconds)
     for key, copy in of_block.items():
         name, block, steps = f"chunk {key[0]}, microbatch {key[1]}", blocks[key], [step for _, step in told[key]]
         kinds = [step.kind for step in steps]
