@@ -2,7 +2,6 @@
 #include "common/parallel.h"
 #include "lowrank/blocking.h"
 #include "lowrank/parts.h"
-#include "lowrank/prefetch.h"
 
 namespace pykern::PYKERN_SIMD {
 namespace {
@@ -49,12 +48,7 @@ struct ColumnTiles {
       const T* from = static_cast<const T*>(part.data) + place0 * stride + column0;
       pack(packed, from, depth, columns, stride, int64_t{1});
       if (part.squares) add_squares(from, depth, columns, squares, slice > 0);
-      Prefetch next(from + depth * stride, lesser(kSliceDepth, n - place0 - depth), stride * sizeof(T),
-                    columns * sizeof(T), panel_steps<C>(rank, depth) * ceil_div(columns, kPanel));
-      for (int64_t panel = 0; panel < columns; panel += kPanel) {
-        multiply_panel(transposed(shared, slice), kSliceDepth, rank, depth, packed + panel * round_up(depth, kDepth<C>),
-                       low + panel, width, slice > 0, [&] { next.step(); });
-      }
+      matmul(rank, columns, depth, transposed(shared, slice), kSliceDepth, int64_t{1}, packed, low, width, slice > 0);
     }
     float* target = static_cast<float*>(part.low) + column0;
     for (int64_t k = 0; k < rank; ++k) {

@@ -152,9 +152,13 @@ class Bases:
             chosen = projector.choose(choice)
         else:
             chosen = self._given_basis(job, source.mT if job.right else source)
+        return self._agreed(job, chosen)
+
+    def _agreed(self, job: Job, chosen: Tensor | None) -> Tensor | None:
+        """The basis that the first of the processes chose: eigenvectors of equal matrices may differ between kinds of
+        processors."""
         shared = job.shards or self.process_group
         if chosen is not None and shared is not None:
-            # Eigenvectors of equal matrices may differ between kinds of processors.
             chosen = chosen.contiguous().clone()
             agree(chosen, shared)
         return chosen
@@ -177,6 +181,5 @@ class Bases:
         seed = seed_of(job.group["seed"], ~job.index)
         refreshes = int(job.state["refreshes"])
         previous = job.state["other_projector"] if refreshes > 0 else None
-        return PROJECTORS[name].choose(
-            Choice(source.mT, job.rank, previous, seed + refreshes, not job.right, job.index, refreshes)
-        )
+        choice = Choice(source.mT, job.rank, previous, seed + refreshes, not job.right, job.index, refreshes)
+        return self._agreed(job, PROJECTORS[name].choose(choice))

@@ -57,8 +57,8 @@ def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool 
     """Zeroes the moments of an optimizer: those of `params`, or of all it has. Returns how many parameters.
 
     For any optimizer that keeps its moments under the names of torch's (exp_avg, exp_avg_sq, max_exp_avg_sq,
-    momentum_buffer), pykern's with 8-bit states included; bases stay, and the next ones come when they were due. `steps`
-    says whether the bias corrections start anew too.
+    momentum_buffer), pykern's with 8-bit states included; bases stay, and the next ones come when they were due.
+    `steps` says whether the bias corrections start anew too.
 
     Paper: momentum reset, arXiv 2505.22922; after 2501.06842 (SPAM).
     """

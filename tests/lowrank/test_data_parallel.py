@@ -16,6 +16,7 @@ CASES = {
     "fira": {"residual": "fira"},
     "apollo": {"residual": "apollo_channel"},
     "feedback": {"residual": "error_feedback"},
+    "two sides": {"side": "full", "projector": "random_orthonormal"},
 }
 
 
@@ -50,7 +51,8 @@ def on_one_process():
     results = {}
     for name, options in CASES.items():
         params = parameters()
-        optimizer = make(params, process_group=group, **options)
+        # What is drawn is the first process's.
+        optimizer = make(params, process_group=group, seed=process, **options)
         traffic = []
         for step in range(STEPS):
             for param, grad in zip(params, gradients(step, process), strict=True):
