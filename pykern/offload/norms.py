@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _native
 from . import recipes
@@ -31,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as torch.nn.functional.rms_norm.
 
     The graph keeps x and a float32 per row. Under `recompute_saved` or offload the output is not kept for the layers
-    that read it either: it is made again from x.
+    that read it either: it is made again from x. Differentiable once.
 
     Args:
         x: [..., columns]; float32, float64, bfloat16 or float16, float64 on the CPU only. Sums are taken in float32,
@@ -70,6 +71,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 5

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _native
 from . import recipes
@@ -52,6 +53,7 @@ def gated_activation(gate: Tensor, up: Tensor | None = None, *, activation: str 
     """f(gate) * up, or f(gate), in one pass; forward and backward keep the inputs alone.
 
     Under `recompute_saved` or offload the output is not kept for the layers that read it either: it is made again.
+    Differentiable once.
 
     Args:
         gate, up: of one shape, dtype and device; float32, float64, bfloat16 or float16, float64 on the CPU only.
@@ -94,6 +96,7 @@ class _Activation(torch.autograd.Function):
         return _activation(gate.contiguous(), None if up is None else up.contiguous(), kind)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         dense = (grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous())
@@ -152,7 +155,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (seed,) = ctx.saved_tensors
-        return _seeded_dropout(grad.contiguous(), seed, ctx.p), None, None
+        return _Dropout.apply(grad, seed, ctx.p), None, None
 
 
 def _check(tensor: Tensor, name: str) -> None:

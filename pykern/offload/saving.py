@@ -203,6 +203,9 @@ class Packing:
 
     def pack(self, tensor: Tensor) -> Packed:
         """What the graph is to hold instead of the tensor."""
+        if hasattr(tensor, "trigger_wait"):
+            # What a collective still writes; autograd saves it before the operation that waits for it.
+            tensor = tensor.trigger_wait()
         reason = self._reason_to_keep(tensor)
         if reason is not None:
             with self.lock:

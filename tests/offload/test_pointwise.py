@@ -159,6 +159,14 @@ def test_dropout_keeps_no_mask():
 def test_dropout_gradcheck():
     x = torch.randn(9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: pykern.dropout(x, 0.5, seed=1), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: pykern.dropout(x, 0.5, seed=1).square(), (x,))
+
+
+def test_activations_are_differentiable_once():
+    x = torch.randn(9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(pykern.swiglu(x, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_any_strides_and_addresses(device):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import distributed
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
@@ -78,6 +79,27 @@ def test_storages_of_a_sharded_parameter_stay(mesh):
     loss.backward()
     offload.synchronize()
     assert (offload.stats()["kept"]["parameter"], offload.stats()["offloads"]) == (1, 0)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_collective_writes_is_copied_after_its_end(wrapped, mesh):
+    weight = torch.randn(16, 24, requires_grad=True)
+    group = mesh.get_group().group_name
+    summed = AsyncCollectiveTensor(torch.ops._c10d_functional.all_reduce(torch.randn(16, 24), "sum", group))
+    asked = []
+    offload = make_offload("memory", skip=lambda tensor: asked.append(type(tensor)))
+    with offload:
+        if wrapped:
+            whole = DTensor.from_local(weight, mesh, [Shard(0)]) * DTensor.from_local(summed, mesh, [Shard(0)])
+            loss = whole.to_local().sum()
+        else:
+            loss = (weight * summed).sum()
+    offload.synchronize()
+    loss.backward()
+    assert torch.equal(weight.grad, summed + 0)
+    assert offload.stats()["offloads"] == 1
+    # Waiting is what makes it plain.
+    assert torch.Tensor in asked and AsyncCollectiveTensor not in asked
 
 
 def test_in_place_change_of_a_subclass_is_autograds_error():

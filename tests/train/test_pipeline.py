@@ -24,7 +24,6 @@ VARIANTS = {
     "all, to a file": {"offload": "full", "spill_dir": "."},
     "one chunk": {"offload": "1"},
     "grouped": {"schedule": "gis", "offload": "full"},
-    "in a V": {"schedule": "v_half", "offload": "half"},
 }
 
 
