@@ -51,6 +51,7 @@ class _PrefixAttention(torch.autograd.Function):
         return out, lse, max_logits
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse, _):
         q, k, v, sinks, out, lse, alibi_slopes, *tree = ctx.saved_tensors
         if grad_out is None and grad_lse is None:

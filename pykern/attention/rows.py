@@ -29,6 +29,7 @@ class _GatherRows(torch.autograd.Function):
         return _gather(source, rows)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         rows, order, offsets = ctx.saved_tensors
         if order is None:

@@ -265,6 +265,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, targets, bias, row_temperature, statistics, entropies = ctx.saved_tensors
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]

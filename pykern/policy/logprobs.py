@@ -109,6 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies, squares
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, grad_sum_p2):
         arguments = _TokenLogprobs.backward_arguments(ctx, grad_logprobs, grad_entropy, grad_sum_p2)
         grad_logits = torch.ops.pykern.token_logprobs_backward.default(*arguments)
@@ -134,6 +135,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _TokenLogprobsInPlace(_TokenLogprobs):
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, grad_sum_p2):
         if getattr(ctx, "logits_are_overwritten", False):
             raise RuntimeError(
