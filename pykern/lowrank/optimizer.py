@@ -107,6 +107,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         feedback_dtype: of the buffer: "weight", or "8bit" and "4bit" (DCT-AdamW), 8.25 or 4.25 bits an element. With
             these `.grad` is scratch: the gradient and what was missed before are added there, so it is another after
             a step.
+        state_dtype: of the moments: "float32" (float64 for a float64 parameter); "bfloat16", whose second moment near
+            1 never decays, as its steps are below the rounding; "8bit", with a float32 scale for each block of 256
+            along a basis vector, in bitsandbytes' codes. Plain AdamW has float32 moments whatever this is.
+        rounding: of the weights: "nearest"; "stochastic", whose bits depend on seed, parameter, element and step, not
+            on how the work is shared out; "kahan", with what rounding lost in a buffer of the weight's size and dtype.
+            Plain AdamW rounds to the nearest.
+        weight_decay: decoupled, times lr.
         betas: of "adamw", "adabelief", "lion" and plain AdamW.
         momentum: of "momentum" (0.9 by default), "newton_schulz" (0.95) and "adafactor" (0: no average).
         nesterov: "newton_schulz" looks one step of momentum ahead.

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from .backward import BackwardOptimizer
 from .choosing import recount
 from .optimizer import LowRankOptimizer
 from .sltrain import SLTrainLinear
@@ -62,6 +63,8 @@ def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool 
 
     Paper: momentum reset, arXiv 2505.22922; after 2501.06842 (SPAM).
     """
+    if isinstance(optimizer, BackwardOptimizer):
+        return sum(reset_moments(own, params, steps=steps) for own in optimizer.stepper.optimizers.values())
     chosen = None if params is None else {id(param) for param in params}
     count = 0
     for param, state in optimizer.state.items():

@@ -241,11 +241,17 @@ def _update(
     return _Update(direction, group["scale"])
 
 
+def _rounding_seed(job: Job) -> int:
+    """Of stochastic rounding; where a refresh begins the count of steps anew, one for each such period."""
+    seed = seed_of(job.group["seed"], job.index, 0 if job.shards is None else job.shards.position)
+    return (seed + int(job.state["refreshes"])) % 2**63 if job.group["moments"] == "reset" else seed
+
+
 def _apply(jobs: list[Job], projectors: list[Tensor], update: _Update, step_factor: Tensor, amp: Amp) -> None:
     """Steps the weights."""
     group = jobs[0].group
     rate = rate_on(group["lr"], jobs[0].param.device)
-    seeds = [seed_of(group["seed"], job.index, 0 if job.shards is None else job.shards.position) for job in jobs]
+    seeds = [_rounding_seed(job) for job in jobs]
     if int8_weight(jobs[0].param) is not None:
         step_int8_weights(jobs, projectors, update.direction, seeds, step_factor, rate, amp.found_inf)
         return

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pykern
-from pykern.lowrank import projectors
+from pykern.lowrank import projectors, stepping
 from pykern.lowrank.refresh import MOMENTS
 from pykern.reference.lowrank import dequantize
 from tests.support import threads
@@ -249,6 +249,21 @@ def test_reset_begins_anew_with_draws_of_its_own():
         assert not torch.equal(bases[refresh - 1], bases[refresh])
         assert torch.equal(bases[refresh], bases[refresh + 2])
     assert not torch.equal(bases[0], bases[3]) and not torch.equal(bases[3], bases[6])
+
+
+def test_steps_counted_anew_are_rounded_with_other_bits(monkeypatch):
+    params = parameters((12, 40), dtype=torch.bfloat16)
+    optimizer = pykern.LowRankAdamW(params, 0.01, rank=4, refresh_every=3, moments="reset", rounding="stochastic")
+    drawn, apply = [], stepping.ops.low_rank_apply
+
+    def noting(*arguments, **options):
+        steps, seeds = arguments[7:9]
+        drawn.append((int(steps[0]), seeds[0]))
+        return apply(*arguments, **options)
+
+    monkeypatch.setattr(stepping.ops, "low_rank_apply", noting)
+    run(optimizer, params, 7)
+    assert [step for step, _ in drawn] == [1, 2, 3, 1, 2, 3, 1] and len(set(drawn)) == 7
 
 
 @pytest.mark.parametrize("refresh", ["every", "staggered", "lazy", "online"])

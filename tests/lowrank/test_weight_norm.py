@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pykern
+from pykern.lowrank.backward import BackwardOptimizer
 from pykern.reference.lowrank_weights import normalized_weight
 from tests.support import assert_accurate
 
@@ -134,3 +135,11 @@ def test_refactorize_leaves_other_layers_alone():
     layer.rank = 4
     before = layer.up.detach().clone()
     assert pykern.refactorize(layer) == 0 and torch.equal(layer.up, before)
+
+
+def test_reset_moments_of_steps_in_the_backward():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    stepper = pykern.step_in_backward(model, lambda params: torch.optim.AdamW(params, 1e-3))
+    model(torch.randn(4, 6)).sum().backward()
+    assert pykern.reset_moments(BackwardOptimizer(stepper)) == 4
+    assert not any(state["exp_avg"].any() for own in stepper.optimizers.values() for state in own.state.values())
