@@ -13,15 +13,28 @@ struct Grid {
   size_t dynamic_shared = 0;
 };
 
+#if defined(__CUDACC__)
+// Lets a kernel have as much dynamic shared memory as there is: the same value whatever this launch needs, since one that
+// another thread starts may need more.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(attributes.sharedSizeBytes));
+}
+#endif
+
 // Null, or why the launch failed. A grid without blocks is an error of the caller.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, const Arguments&... arguments) {
 #if defined(__CUDACC__)
   // A block has 48 KiB unasked, of which the kernel's static shared memory takes its part.
   if (grid.dynamic_shared > 16 * 1024) {
-    const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(grid.dynamic_shared));
+    const cudaError_t raised = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (raised != cudaSuccess) return cudaGetErrorString(raised);
   }
   kernel<<<grid.blocks, grid.threads, grid.dynamic_shared, stream>>>(static_cast<Parameters>(arguments)...);
