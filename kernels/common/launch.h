@@ -14,7 +14,7 @@ struct Grid {
 };
 
 #if defined(__CUDACC__)
-// Lets a kernel have as much dynamic shared memory as there is: the same value whatever this launch needs, since one that
+// Lets a kernel have all dynamic shared memory there is: the same value whatever this launch needs, since one that
 // another thread starts may need more.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   int device = 0, most = 0;
