@@ -95,7 +95,7 @@ void run_step(Tensors param, Tensors grad, Tensors projector, Tensors exp_avg, T
   resolve.adaptive = true;
   resolve.step_factor = cuda::output<double>(step_factor);
   const Tensor rules = lowrank::resolve(resolve, step, stream);
-  const Tensor parts = lowrank::project(grad, projector, grad_scale, low, squares, maximize, stream);
+  const Tensor split_sums = lowrank::project(grad, projector, grad_scale, low, squares, maximize, stream);
 
   lowrank::RuleParams rule{};
   rule.type = data_type(low[0], "low");

@@ -1,5 +1,5 @@
 // PTX of compute capability 9.0a: mbarriers, bulk and tensor copies, stmatrix; wgmma is in sm90_wgmma.cuh.
-// Only launch_sm90*.cu and what they include may see this file.
+// Only launch_*_sm90*.cu and what they include may see this file.
 #pragma once
 
 #include "kernels/common/tensor_map.cuh"

@@ -36,6 +36,11 @@ def threads_of(apply) -> int:
         (72, 0, "up", False),
         (72, GAP, "up and sign", False),
         (72, GAP, "gradient", False),
+        # The most that leaves room for two buffers.
+        (640, GAP, "up", True),
+        (648, GAP, "up", False),
+        (512, GAP, "up and gradient", True),
+        (520, GAP, "up and gradient", False),
     ],
 )
 def test_which_kernel_runs(request, device, rank, gap, parts, taken):
@@ -50,14 +55,14 @@ def test_which_kernel_runs(request, device, rank, gap, parts, taken):
         emulator().set_orders(before)
 
 
-# Several strips, tiles and steps along the rank, with a rest of each; with a gradient, two tiles for each of a weight;
-# ranks and types that take the narrow strip.
+# Several strips, tiles and steps along the rank, with a rest of each; several ranks in a launch; with a gradient, two
+# tiles for each of a weight; ranks and types that take the narrow strip.
 @NEWEST
 @SIDES
 @pytest.mark.parametrize(
     "dtype, parts, shapes",
     [
-        (torch.bfloat16, "up", [(134, 262, 72), (6, 6, 72)]),
+        (torch.bfloat16, "up", [(134, 262, 72), (70, 134, 200), (6, 6, 72)]),
         (torch.bfloat16, "up and gradient", [(262, 134, 72)]),
         (torch.bfloat16, "up", [(70, 134, 264)]),
         (torch.float16, "up and gradient", [(134, 262, 72)]),

@@ -49,11 +49,15 @@ def test_steps_between_refreshes_wait_for_nothing(make, tensor_lr):
     assert all(state["step"].item() == 4 for state in optimizer.state.values())
 
 
+# The vendor's products, our kernels for all architectures, and those that 9.0 has from a rank of 65 on.
+@pytest.mark.parametrize(
+    "dtype, rank", [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 72)], ids=["float32", "narrow", "wide"]
+)
 @every_step
-def test_graph_replays_count_their_steps(make):
-    ours, other = (matrix(128, 64, device="cuda") for _ in range(2))
+def test_graph_replays_count_their_steps(make, dtype, rank):
+    ours, other = (matrix(128, 80, dtype, device="cuda") for _ in range(2))
     lr = torch.tensor(0.01, dtype=torch.float64, device="cuda")
-    optimizer, eager = (make([param], lr.clone(), rank=8, refresh_every=100) for param in (ours, other))
+    optimizer, eager = (make([param], lr.clone(), rank=rank, refresh_every=100) for param in (ours, other))
     for one, param in ((optimizer, ours), (eager, other)):
         run(one, [param], 2)
     graph = torch.cuda.CUDAGraph()
