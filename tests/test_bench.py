@@ -137,7 +137,8 @@ def test_steps_report_failure_and_time_out():
     steps = [
         gpu.Step("good", [sys.executable, "-c", "print('well')"], 60),
         gpu.Step("bad", [sys.executable, "-c", "import sys; sys.exit(7)"], 60),
-        gpu.Step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 2),
+        # What it started has its output, too.
+        gpu.Step("endless", [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"], 2),
     ]
     gpu.run_together(steps, time.monotonic() + 60)
     assert [step.status for step in steps] == ["passed", "failed (7)", "ran out of 2 s"]
