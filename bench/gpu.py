@@ -87,8 +87,10 @@ def run_together(steps: list[Step], deadline: float) -> None:
         return
     for step in steps:
         step.timeout = min(step.timeout, left)
-    processes = [step.start() for step in steps]
+    processes: list[subprocess.Popen] = []
     try:
+        for step in steps:
+            processes.append(step.start())
         for step, process in zip(steps, processes, strict=True):
             step.finish(process)
             print(f"{step.name:<28} {step.status:<16} {step.seconds:6.1f} s", flush=True)
