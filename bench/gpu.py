@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
@@ -42,24 +43,28 @@ class Step:
 
     def start(self) -> subprocess.Popen:
         self._begin = time.monotonic()
+        # Not a pipe: a full one would hold up the step until those before it are done.
+        self._printed = tempfile.TemporaryFile("w+", errors="replace")
         return subprocess.Popen(
             self.command,
             cwd=self.folder,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
-            stdout=subprocess.PIPE,
+            stdout=self._printed,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
 
     def finish(self, process: subprocess.Popen) -> None:
         try:
-            self.output, _ = process.communicate(timeout=max(1.0, self.timeout - (time.monotonic() - self._begin)))
+            process.wait(timeout=max(1.0, self.timeout - (time.monotonic() - self._begin)))
             self.status = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
         except subprocess.TimeoutExpired:
             end(process)
-            self.output, _ = process.communicate()
+            process.wait()
             self.status = f"ran out of {self.timeout} s"
+        with self._printed as printed:
+            printed.seek(0)
+            self.output = printed.read()
         self.seconds = time.monotonic() - self._begin
 
     def record(self) -> dict:
@@ -73,7 +78,7 @@ class Step:
 
 
 def end(process: subprocess.Popen) -> None:
-    """With what it has started, compilers or workers: they hold its output open, and would slow what is timed next."""
+    """With what it has started, compilers or workers, which would slow what is timed next."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
