@@ -6,11 +6,14 @@ run, and says so. A step that fails or runs out of time is reported in its line,
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
@@ -40,23 +43,28 @@ class Step:
 
     def start(self) -> subprocess.Popen:
         self._begin = time.monotonic()
+        # Not a pipe: a full one would hold up the step until those before it are done.
+        self._printed = tempfile.TemporaryFile("w+", errors="replace")
         return subprocess.Popen(
             self.command,
             cwd=self.folder,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
-            stdout=subprocess.PIPE,
+            stdout=self._printed,
             stderr=subprocess.STDOUT,
-            text=True,
+            start_new_session=True,
         )
 
     def finish(self, process: subprocess.Popen) -> None:
         try:
-            self.output, _ = process.communicate(timeout=max(1.0, self.timeout - (time.monotonic() - self._begin)))
+            process.wait(timeout=max(1.0, self.timeout - (time.monotonic() - self._begin)))
             self.status = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
         except subprocess.TimeoutExpired:
-            process.kill()
-            self.output, _ = process.communicate()
+            end(process)
+            process.wait()
             self.status = f"ran out of {self.timeout} s"
+        with self._printed as printed:
+            printed.seek(0)
+            self.output = printed.read()
         self.seconds = time.monotonic() - self._begin
 
     def record(self) -> dict:
@@ -69,6 +77,12 @@ class Step:
         }
 
 
+def end(process: subprocess.Popen) -> None:
+    """With what it has started, compilers or workers, which would slow what is timed next."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_together(steps: list[Step], deadline: float) -> None:
     """Runs the steps at the same time, until `deadline` on the monotonic clock. Ctrl-C ends them all."""
     left = int(deadline - time.monotonic())
@@ -78,15 +92,17 @@ def run_together(steps: list[Step], deadline: float) -> None:
         return
     for step in steps:
         step.timeout = min(step.timeout, left)
-    processes = [step.start() for step in steps]
+    processes: list[subprocess.Popen] = []
     try:
+        for step in steps:
+            processes.append(step.start())
         for step, process in zip(steps, processes, strict=True):
             step.finish(process)
             print(f"{step.name:<28} {step.status:<16} {step.seconds:6.1f} s", flush=True)
     finally:
         for process in processes:
             if process.poll() is None:
-                process.kill()
+                end(process)
 
 
 def build_step(architecture: str) -> Step:

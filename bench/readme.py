@@ -63,6 +63,8 @@ def headlines(section: str, rows: str) -> str:
     first = next(number for number, paragraph in enumerate(paragraphs) if paragraph.startswith("|"))
     names, rule, *lines = paragraphs[first].splitlines()
     kept = [line for line in lines if re.match(rf"\| {rows}", line)]
+    if not kept:
+        raise SystemExit(f"no row of the table with {names!r} begins with {rows!r}; change HEADLINES")
     return "\n\n".join([*paragraphs[:first], "\n".join([names, rule, *kept])])
 
 

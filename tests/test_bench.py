@@ -137,11 +137,33 @@ def test_steps_report_failure_and_time_out():
     steps = [
         gpu.Step("good", [sys.executable, "-c", "print('well')"], 60),
         gpu.Step("bad", [sys.executable, "-c", "import sys; sys.exit(7)"], 60),
-        gpu.Step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 2),
+        gpu.Step("endless", ["sh", "-c", "sleep 60 & echo $!; wait"], 2),
     ]
     gpu.run_together(steps, time.monotonic() + 60)
     assert [step.status for step in steps] == ["passed", "failed (7)", "ran out of 2 s"]
     assert steps[0].output == "well\n" and steps[2].seconds < 20
+    # What it had started has ended, too.
+    assert not is_running(int(steps[2].output))
+
+
+def is_running(process: int) -> bool:
+    """Neither gone nor dead and waiting for its parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_step_that_prints_much_does_not_wait_for_another(tmp_path):
+    """The first ends when the second has printed more than a pipe holds."""
+    done = tmp_path / "done"
+    steps = [
+        gpu.Step("waits", ["sh", "-c", f"while [ ! -e {done} ]; do sleep 0.05; done"], 20),
+        gpu.Step("prints", ["sh", "-c", f"head -c 1000000 /dev/zero | tr '\\0' x; touch {done}"], 20),
+    ]
+    gpu.run_together(steps, time.monotonic() + 60)
+    assert [step.status for step in steps] == ["passed", "passed"]
+    assert len(steps[1].output) == 1_000_000
 
 
 def test_steps_end_with_the_whole_run(capsys):

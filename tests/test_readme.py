@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pykern
+from bench import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -25,6 +26,13 @@ def test_example_runs(code):
         assert refused[2] not in pykern._native.cuda_ops
     else:
         assert finished.returncode == 0, finished.stderr
+
+
+def test_a_headline_that_no_row_has_is_told():
+    table = "| case | ms |\n| --- | ---: |\n| gae 3 | 1 |"
+    assert readme.headlines(table, "gae") == table
+    with pytest.raises(SystemExit, match="no row of the table with .* begins with 'other'; change HEADLINES"):
+        readme.headlines(table, "other")
 
 
 def test_tables_agree_with_the_records():

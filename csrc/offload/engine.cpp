@@ -206,6 +206,8 @@ void Engine::unreserve(int64_t number) {
     const Lock lock(mutex_);
     buffer = end_reservation(find(number));
   }
+  // The read that others waited for may have left the queue.
+  work_ended_.notify_all();
   drop_finished();
 }
 

@@ -17,7 +17,7 @@ PYKERN_INLINE vfloat bounded_part(vfloat x) {
   return select(x > 100.0f, broadcast(100.0f), x);
 }
 
-// exp(-square / 2), within 2e-8 of itself but for the rounding of `square`; 0 above 174, where it is hardly normal.
+// exp(-square / 2), within 3e-7 of itself but for the rounding of `square`; 0 above 174, where it is hardly normal.
 PYKERN_INLINE vfloat bell_of(vfloat square) {
   const vfloat rounding = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vfloat shifted = square * -0.721347520f + rounding;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cuda_device import CudaDevice
-from .engine import Engine
+from .engine import Engine, stored
 from .streams import Stream, StreamDevice
 
 SIZES = (1 << 16, 1 << 20, 1 << 24, 1 << 28)
@@ -158,14 +158,12 @@ def _of_engine(name: str, folder: str | None, sizes: Sequence[int]) -> list[Band
 def _seconds_of_both(engine: Engine, size: int) -> list[float]:
     """Of a block that goes out while another comes back."""
     going, coming = (torch.full((size,), value, dtype=torch.uint8, device="cpu") for value in (1, 2))
-    item = engine.store([coming], [0], size)
-    engine.settle(item)
+    item = stored(engine, coming)
     rounds = []
     for _ in range(1 + _ROUNDS):
         begin = time.perf_counter()
         engine.reserve(item)
-        other = engine.store([going], [0], size)
-        engine.settle(other)
+        other = stored(engine, going)
         gone = time.perf_counter()
         engine.load(item)
         rounds.append((gone - begin, time.perf_counter() - begin))

@@ -259,12 +259,20 @@ def measured_rates(
     nbytes, seconds = block.numel(), []
     for _ in range(rounds + 1):
         begin = now()
-        item = engine.store([block], [0], nbytes, **place)
-        if item < 0 or not engine.settle(item):
-            raise MemoryError(f"nbytes: no room to measure with {nbytes} bytes {engine.take_failure()}; pass fewer")
-        stored = now()
+        item = stored(engine, block, **place)
+        gone = now()
         engine.load(item)
-        seconds.append((stored - begin, now() - stored))
+        seconds.append((gone - begin, now() - gone))
         engine.release(item)
     out, back = zip(*seconds[1:], strict=True)
     return Rates(nbytes / statistics.median(out), nbytes / statistics.median(back))
+
+
+def stored(engine: "Engine", block: Tensor, **place: object) -> int:
+    """The item of a block to measure with, once it is written. MemoryError if there is no room for it."""
+    item = engine.store([block], [0], block.numel(), **place)
+    if item < 0 or not engine.settle(item):
+        engine.release(item)
+        reason = engine.take_failure() or "the storage is full"
+        raise MemoryError(f"nbytes: no room to measure with {block.numel()} bytes: {reason}; pass fewer")
+    return item

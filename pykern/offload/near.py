@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Protocol
 
@@ -34,12 +34,18 @@ def running_on(cpus: frozenset[int]) -> Iterator[None]:
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else frozenset()
     near = cpus & before
     if near:
-        os.sched_setaffinity(0, near)
+        _move_to(near)
     try:
         yield
     finally:
         if near:
-            os.sched_setaffinity(0, before)
+            _move_to(before)
+
+
+def _move_to(cpus: Set[int]) -> None:
+    # Where the system refuses, the memory is only slower.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cpus)
 
 
 __all__ = ["PciDevice", "cpus_near", "running_on"]

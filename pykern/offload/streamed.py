@@ -553,25 +553,31 @@ class StreamedEngine:
 
     def close(self) -> None:
         """Waits for the copies under way and gives the memory back; what is still stored is lost."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if self._closing.alive:
                 for item in self._items.values():
                     self._drop_block(item)
                     self._settle(item)
+                    # Slot and owner know each other, and would hold the memory until a garbage collection.
+                    item.slot = None
                 self._items.clear()
+                self._spilling.clear()
             self._closing()
 
     def _begin(self) -> None:
         if not self._closing.alive:
             raise RuntimeError("ActivationOffload: closed before its saved tensors were used")
+        # First: a driver that is asked anything in a forked process fails with a message of its own.
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "ActivationOffload: used in a process that was forked off its own; start processes with 'spawn'"
+            )
         if self._device.is_capturing():
             raise RuntimeError(
                 "ActivationOffload: can't be captured in a CUDA graph, whose replays would write to host memory that "
                 "others have by then; capture the step without it, or run it as it is"
-            )
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                "ActivationOffload: used in a process that was forked off its own; start processes with 'spawn'"
             )
         self._forget_released()
         self._spill_what_is_out()

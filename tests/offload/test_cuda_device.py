@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pykern.offload import cuda_device, near
-from pykern.offload.bandwidth import Bandwidth, measure_bandwidth
+from pykern.offload.bandwidth import Bandwidth, _seconds_of_both, measure_bandwidth
 from pykern.offload.cuda_device import CudaDevice
+from pykern.offload.engine import Engine
 from pykern.offload.simulated import SimulatedDevice
 from pykern.offload.streamed import StreamedEngine
 
@@ -281,6 +282,15 @@ def test_processors_that_are_not_told_or_not_ours_change_nothing(fake, monkeypat
         assert os.sched_getaffinity(0) == here
 
 
+def test_a_system_that_moves_no_threads_changes_nothing(monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    with near.running_on(frozenset(os.sched_getaffinity(0))):
+        pass
+
+
 def test_parts_are_packed_on_the_device(fake):
     device = OnCpu(fake)
     parts = [torch.full((size,), size, dtype=torch.uint8) for size in (100, 30)]
@@ -330,6 +340,13 @@ def test_a_measurement_that_finds_no_room_gives_back_what_it_had():
         measure_bandwidth(device, [8192])
     assert [one.nbytes for one in measure_bandwidth(device, [4096])] == [4096]
     assert measure_bandwidth(device, []) == []
+
+
+def test_an_engine_without_room_for_both_blocks_says_so():
+    engine = Engine(capacity=1 << 16)
+    assert engine.measure(1 << 16).out > 0
+    with pytest.raises(MemoryError, match="nbytes: no room to measure with 65536 bytes: the storage is full; pass"):
+        _seconds_of_both(engine, 1 << 16)
 
 
 @pytest.mark.parametrize(

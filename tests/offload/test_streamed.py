@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import pykern
 from pykern.offload import host_arena
@@ -338,11 +339,28 @@ def test_memory_for_slots_has_huge_pages_and_stays_out_of_forked_processes():
     assert "rw-p" in kept[0] and "hg" in flags and "dc" in flags
 
 
+class OfOneProcess(SimulatedDevice):
+    """As a driver, which answers nothing in a forked process."""
+
+    def __init__(self):
+        super().__init__()
+        self.process = os.getpid()
+
+    def is_capturing(self):
+        assert os.getpid() == self.process
+        return False
+
+    def wait(self, *arguments, **keywords):
+        assert os.getpid() == self.process
+        super().wait(*arguments, **keywords)
+
+
 def test_a_forked_process_leaves_the_engine_alone():
     """Its streams are threads, or a driver, which the new process does not have."""
-    engine = StreamedEngine(SimulatedDevice())
+    engine = StreamedEngine(OfOneProcess())
     item = engine.store([bytes_of(5000)], [0], 5000)
     engine.settle(item)
+    engine.reserve(item)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -351,6 +369,7 @@ def test_a_forked_process_leaves_the_engine_alone():
             engine.load(item)
         except RuntimeError as error:
             engine.release(item)
+            engine.close()
             engine = None
             os.write(writing, str(error).encode())
         finally:
@@ -525,6 +544,17 @@ def test_reading_needs_no_slot(tmp_path, device):
     engine.reserve(second)
     assert torch.equal(engine.load(first), bytes_of(8000))
     assert torch.equal(engine.load(second), bytes_of(8000, 1))
+
+
+def test_closing_gives_the_memory_back_before_what_goes_on_to_the_file_is_there(tmp_path):
+    device, given = slow(), []
+    allocate_host = device.allocate_host
+    device.allocate_host = lambda nbytes: given.append(allocate_host(nbytes)) or given[0]
+    engine, _ = with_file(tmp_path, device)
+    engine.store([bytes_of(5000)], [0], 5000, tier="file")
+    memory = StorageWeakRef(given.pop().untyped_storage())
+    engine.close()
+    assert memory.expired()
 
 
 def test_a_full_file_is_told_and_loses_nothing(tmp_path, device):
