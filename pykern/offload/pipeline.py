@@ -257,11 +257,13 @@ class PipelineOffload:
             raise ValueError(f"rank: the plan has ranks 0 to {ranks - 1}, got {self.rank}")
         if self._blocks:
             raise RuntimeError("plan: can't change within a step; end it first")
+        # Opening closes the engine of the plan before, and may fail.
+        self._closed = True
+        self._store.open(plan, self.rank, sizes_known)
+        self._closed = False
         self.plan = plan
         self._actions = plan.order.ranks[self.rank]
         self._transfers = plan.transfers[self.rank]
-        self._store.open(plan, self.rank, sizes_known)
-        self._closed = False
         self.reset_counters()
 
     def synchronize(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pykern
+from pykern.offload import block_store
 from pykern.offload.hunting import HuntingDevice
 from pykern.offload.planning.orders import make_order
 from pykern.offload.simulated import SimulatedDevice
@@ -201,6 +202,23 @@ def test_a_closed_one_is_refused_until_it_has_a_plan_again():
     with pytest.raises(RuntimeError, match="PipelineOffload: closed, so nothing can be offloaded; set a plan"):
         rank.step(True)
     rank.offload.set_plan(rank.offload.plan)
+    assert_same(rank)
+
+
+def test_a_plan_that_could_not_be_opened_is_not_followed(monkeypatch):
+    def without_room(*arguments, **keywords):
+        raise OSError("no room")
+
+    rank = Rank()
+    before = rank.offload.plan
+    with monkeypatch.context() as patched:
+        patched.setattr(block_store, "Engine", without_room)
+        with pytest.raises(OSError, match="no room"):
+            rank.offload.set_plan(hasty_plan(rank.order, (0,)))
+    assert rank.offload.plan is before
+    with pytest.raises(RuntimeError, match="PipelineOffload: closed, so nothing can be offloaded; set a plan"):
+        rank.step(True)
+    rank.offload.set_plan(before)
     assert_same(rank)
 
 
