@@ -94,3 +94,9 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     """The recipe of what a plain tensor views, unless it or an input has been written to since."""
     recipe = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
     return recipe if recipe is not None and recipe.is_current(tensor) else None
+
+
+def forget(tensor: Tensor) -> None:
+    """From here on a plain tensor, and all that view it, are kept as what they are."""
+    if tensor.layout is torch.strided:
+        vars(tensor.untyped_storage()).pop(_ATTRIBUTE, None)
