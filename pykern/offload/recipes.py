@@ -91,7 +91,7 @@ def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe of what a plain tensor views, unless it or an input has been written to since."""
+    """The recipe of what a plain tensor views, unless it or an input has been written to, or an input freed, since."""
     recipe = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
     return recipe if recipe is not None and recipe.is_current(tensor) else None
 
