@@ -1,4 +1,7 @@
-"""Where a second derivative does not exist, autograd says so: without that it would be silently zero."""
+"""Where a second derivative does not exist, autograd says so: without that it would be silently zero.
+
+It still is where the gradient of the output is a constant, as in f(x).sum(): torch looks at that gradient alone.
+"""
 
 import pytest
 import torch

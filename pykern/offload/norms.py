@@ -110,10 +110,13 @@ def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ce
     weight, bias = (None if line is None else line.contiguous() for line in (weight, bias))
     y = _Norm.apply(x, weight, bias, float(eps), centred)
 
+    # Not the lines themselves: what made them would live as long as the output.
+    are_given = [line is not None for line in (weight, bias)]
+
     def again(x: Tensor, *lines: Tensor) -> Tensor:
         given = iter(lines)
-        weight_again, bias_again = (None if line is None else next(given) for line in (weight, bias))
-        return _norm(x.contiguous(), weight_again, bias_again, float(eps), centred)[0]
+        weight, bias = (next(given) if is_given else None for is_given in are_given)
+        return _norm(x.contiguous(), weight, bias, float(eps), centred)[0]
 
     recipes.attach(y, again, x, *(line for line in (weight, bias) if line is not None))
     return y

@@ -11,13 +11,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from . import recipes
 from .block_store import BlockStore
 from .coding import Coding, check_codec, is_lossy
 from .engine import Rates
 from .planning.types import Action, Plan, Transfer
 from .saving import Copy, Kept, Packed, Packing, saved_tensors_hooks, unpacked
 from .streams import StreamDevice
-from .tensors import placeholder, take_memory
+from .tensors import placeholder, plain_tensors, take_memory
 
 # Parts of a block begin at multiples of this; large ones at those of a page, so that they go to a file without being
 # copied on the way.
@@ -257,11 +258,13 @@ class PipelineOffload:
             raise ValueError(f"rank: the plan has ranks 0 to {ranks - 1}, got {self.rank}")
         if self._blocks:
             raise RuntimeError("plan: can't change within a step; end it first")
+        # Opening closes the engine of the plan before, and may fail.
+        self._closed = True
+        self._store.open(plan, self.rank, sizes_known)
+        self._closed = False
         self.plan = plan
         self._actions = plan.order.ranks[self.rank]
         self._transfers = plan.transfers[self.rank]
-        self._store.open(plan, self.rank, sizes_known)
-        self._closed = False
         self.reset_counters()
 
     def synchronize(self) -> None:
@@ -313,6 +316,9 @@ class PipelineOffload:
         """
         action = self._begin("F", chunk, microbatch)
         held = list(received)
+        for tensor in (plain for each in held for plain in plain_tensors(each)):
+            # If a stage of this rank made it, what that follows from belongs to another block, and may be away by now.
+            recipes.forget(tensor)
         block = self._newest = _Block(self, action)
         self._packing.begin(held, given)
         start = self._now()

@@ -32,10 +32,13 @@ class Recipe:
         self._saved: weakref.ref[SavedRecipe] | None = None
 
     def is_current(self, tensor: Tensor) -> bool:
-        """Whether what was made, which `tensor` views, and the inputs are as they were."""
+        """Whether what was made, which `tensor` views, and the inputs are as they were, and still in memory."""
         # `tensor` may have a counter of its own, as what `.data` gives has.
         now = tuple(counter._version for counter in self._counters)
-        return now == self._versions and tensor._version == self._versions[0]
+        same = now == self._versions and tensor._version == self._versions[0]
+        # FSDP frees a module's gathered weights after its forward and gathers them for its own backward: too late for
+        # that of a module after it, which saves the output.
+        return same and all(map(_has_memory, self.inputs))
 
     def saved(self, pack: Callable[[Tensor], object]) -> "SavedRecipe":
         """What graphs hold instead of the tensor; the same object for all that save it at once."""
@@ -60,10 +63,21 @@ class SavedRecipe:
     def make(self, unpack: Callable[[object], Tensor]) -> Tensor:
         with self._lock:
             if self._made is None:
+                inputs = [unpack(packed) for packed in self._inputs]
+                if not all(map(_has_memory, inputs)):
+                    raise RuntimeError(
+                        "recomputation: expected the inputs of a norm or activation function in memory, got a weight "
+                        "that was freed after the forward, as by FSDP; gather it before the backward of what reads the "
+                        "output, or shard both as one module"
+                    )
                 with torch.no_grad():
-                    self._made = self._function(*map(unpack, self._inputs))
+                    self._made = self._function(*inputs)
                 self._stream = stream_of(self._made)
             return hand_over(self._made, self._stream)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
 def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -77,6 +91,12 @@ def attach(made: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe of what a plain tensor views, unless it or an input has been written to since."""
+    """The recipe of what a plain tensor views, unless it or an input has been written to, or an input freed, since."""
     recipe = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
     return recipe if recipe is not None and recipe.is_current(tensor) else None
+
+
+def forget(tensor: Tensor) -> None:
+    """From here on a plain tensor, and all that view it, are kept as what they are."""
+    if tensor.layout is torch.strided:
+        vars(tensor.untyped_storage()).pop(_ATTRIBUTE, None)

@@ -19,8 +19,9 @@ def recompute_saved() -> torch.autograd.graph.saved_tensors_hooks:
             loss = model(batch)
         loss.backward()
 
-    An output that was written to, or whose input was, is kept. Made again once, a tensor stays until all nodes that
-    saved it have run; under `retain_graph` until the graph goes. Paper: PipeOffload, arXiv 2503.01328, appendix C.
+    An output that was written to, or whose inputs were, is kept; so is one whose weight has been freed since, as FSDP
+    frees a module's after its forward. Made again once, a tensor stays until all nodes that saved it have run; under
+    `retain_graph` until the graph goes. Paper: PipeOffload, arXiv 2503.01328, appendix C.
     """
 
     def pack(tensor: Tensor) -> Packed:

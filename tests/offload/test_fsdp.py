@@ -1,5 +1,8 @@
 """ActivationOffload around a model that FSDP2 shards: gathered parameters come and go, and must not be moved."""
 
+import contextlib
+
+import pytest
 import torch
 from torch import nn
 
@@ -51,6 +54,32 @@ def train(sharded: bool, reshard: bool, offload: pykern.ActivationOffload | None
     return found, {} if offload is None else offload.stats()
 
 
+class NormLast(nn.Module):
+    """Hands a norm's output on to another module, which saves it when the norm's weight has been freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return pykern.rms_norm(self.linear(x), self.norm)
+
+
+def gradients_across_modules(context: contextlib.AbstractContextManager) -> list[torch.Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(NormLast() for _ in range(3)))
+    for part in model:
+        fully_shard(part, reshard_after_forward=True)
+    fully_shard(model)
+    with context:
+        loss = model(torch.randn(ROWS, WIDTH)).square().mean()
+    loss.backward()
+    return [parameter.grad.full_tensor() for parameter in model.parameters()]
+
+
 def cases() -> dict:
     found = {"alone": (train(False, False, None)[0], {})}
     for reshard in (True, False):
@@ -60,11 +89,18 @@ def cases() -> dict:
             found[storage, reshard] = train(True, reshard, offload)
     offload = pykern.ActivationOffload("memory", min_bytes=1 << 12, keep_last=0)
     found["memory", "alone"] = train(False, False, offload)
+    contexts = contextlib.nullcontext(), pykern.recompute_saved(), pykern.ActivationOffload("memory", min_bytes=0)
+    found["across"] = [gradients_across_modules(context) for context in contexts]
     return found
 
 
-def test_gradients_are_those_of_plain_sharding():
-    for found in run_processes(2, cases):
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    return run_processes(2, cases)
+
+
+def test_gradients_are_those_of_plain_sharding(results):
+    for found in results:
         alone = found["alone"][0]
         expected = found["memory", "alone"][1]
         for reshard in (True, False):
@@ -77,3 +113,10 @@ def test_gradients_are_those_of_plain_sharding():
                 # As many activations leave as without shards: no gathered parameter among them.
                 assert stats["peak_slots"] == expected["peak_slots"]
                 assert stats["recomputed"] == expected["recomputed"]
+
+
+def test_what_a_norm_hands_on_to_another_module_is_not_made_from_a_freed_weight(results):
+    for found in results:
+        expected, recomputed, offloaded = found["across"]
+        assert all(map(torch.equal, recomputed, expected))
+        assert all(map(torch.equal, offloaded, expected))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pykern
+from pykern.offload import block_store
 from pykern.offload.hunting import HuntingDevice
 from pykern.offload.planning.orders import make_order
 from pykern.offload.simulated import SimulatedDevice
@@ -201,6 +202,54 @@ def test_a_closed_one_is_refused_until_it_has_a_plan_again():
     with pytest.raises(RuntimeError, match="PipelineOffload: closed, so nothing can be offloaded; set a plan"):
         rank.step(True)
     rank.offload.set_plan(rank.offload.plan)
+    assert_same(rank)
+
+
+def test_what_a_stage_of_the_same_rank_made_is_not_made_again():
+    """Its input may be away by the time that the next stage saves it."""
+    order = make_order("gis", 1, 2, 6, group=3, split_backward=False)
+    line = torch.nn.Parameter(torch.rand(WIDTH) + 0.5)
+    weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH))
+    stages = (lambda x: pykern.rms_norm(x, line)), (lambda x: x @ weight)
+
+    def gradients(offload):
+        inputs, outputs = {}, {}
+        line.grad = weight.grad = None
+        for kind, chunk, microbatch in order.ranks[0]:
+            if kind == "F":
+                x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(microbatch))
+                x = (outputs[0, microbatch].detach() if chunk else x).requires_grad_()
+                with offload.forward(chunk, microbatch, received=[x]) if offload else torch.enable_grad():
+                    outputs[chunk, microbatch] = stages[chunk](x)
+                inputs[chunk, microbatch] = x
+            else:
+                with offload.backward(kind, chunk, microbatch) if offload else torch.enable_grad():
+                    gradient = torch.ones(16, WIDTH) if chunk else inputs[1, microbatch].grad
+                    outputs[chunk, microbatch].backward(gradient)
+        return line.grad, weight.grad
+
+    expected = gradients(None)
+    offload = pykern.PipelineOffload(hasty_plan(order, (0, 1)), 0, min_bytes=256, parameters=[line, weight])
+    offload.begin_step()
+    assert all(map(torch.equal, gradients(offload), expected))
+    offload.end_step()
+    assert offload.counters()["offloads"] > 0
+
+
+def test_a_plan_that_could_not_be_opened_is_not_followed(monkeypatch):
+    def without_room(*arguments, **keywords):
+        raise OSError("no room")
+
+    rank = Rank()
+    before = rank.offload.plan
+    with monkeypatch.context() as patched:
+        patched.setattr(block_store, "Engine", without_room)
+        with pytest.raises(OSError, match="no room"):
+            rank.offload.set_plan(hasty_plan(rank.order, (0,)))
+    assert rank.offload.plan is before
+    with pytest.raises(RuntimeError, match="PipelineOffload: closed, so nothing can be offloaded; set a plan"):
+        rank.step(True)
+    rank.offload.set_plan(before)
     assert_same(rank)
 
 

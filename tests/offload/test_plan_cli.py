@@ -113,6 +113,10 @@ def test_what_has_no_meaning_is_one_line(tmp_path, capsys):
         (["gis", *SMALL, "--k", "nan"], "--k: expected a number between 1e-9 and 1e9, got nan"),
         (["gis", *SMALL, "--bytes", "1e30"], "bytes: expected less than 2**63, got 1"),
         (["gis", *SMALL, "--layer", "8," + "9" * 400, "--flops", "1T"], "int too large to convert to float"),
+        (
+            ["gis", "--devices", "9" * 15, "--microbatches", "1"],
+            "devices: expected at most 10000000 blocks, got devices",
+        ),
         (["gis", *SMALL, "--slack=-1"], "slack: expected a finite number of at least 0, got -1"),
         (["gis", *SMALL, "--k", "1", "--bandwidth", "1G"], "--k: --bandwidth says how long copies take, too"),
         (["gis", *SMALL, "--offload", "most"], "argument --offload: expected half, full, or a number of chunks"),

@@ -1,5 +1,7 @@
 """Outputs of norms and activation functions that the backward makes again: same gradients, less memory."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,6 +144,23 @@ def test_a_changed_input_is_an_error():
         hidden.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_weight_that_was_freed_meanwhile_is_an_error():
+    x, weight = torch.randn(ROWS, WIDTH), torch.nn.Parameter(torch.ones(WIDTH))
+    with pykern.recompute_saved():
+        loss = (pykern.rms_norm(x, weight) @ torch.randn(WIDTH, WIDTH, requires_grad=True)).sum()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="recomputation: expected the inputs of a norm .* in memory"):
+        loss.backward()
+
+
+def test_an_output_does_not_hold_what_made_the_weight():
+    weight = torch.ones(WIDTH, requires_grad=True) * 2
+    alive = weakref.ref(weight)
+    normal = pykern.rms_norm(torch.randn(ROWS, WIDTH), weight).detach()
+    del weight
+    assert alive() is None and normal.untyped_storage()._pykern_recipe is not None
 
 
 def test_nothing_is_noted_without_a_graph():

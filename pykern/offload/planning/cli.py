@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from .cost import layer_bytes, layer_flops
 from .drawing import draw
+from .orders import MOST_BLOCKS
 from .planner import plan
 from .table import table
 from .types import Plan, Times
@@ -235,7 +236,9 @@ def make_plan(arguments: list[str]) -> tuple[Plan, argparse.Namespace]:
     """Raises TypeError or ValueError for what has no meaning."""
     given = parser().parse_args(arguments)
     chunks = given.chunks if given.chunks is not None else 1 if given.schedule == "1f1b" else 2
-    times, sizes = _model(given, max(given.devices * chunks, 0))
+    stages = given.devices * chunks
+    # More than there may be would not fit into memory; `plan` refuses them.
+    times, sizes = _model(given, stages if 0 < stages <= MOST_BLOCKS else 0)
     bandwidth = given.bandwidth
     if bandwidth is not None and given.k is not None:
         raise InputError("--k: --bandwidth says how long copies take, too; give one of them")

@@ -314,7 +314,7 @@ half or all of the chunks offloaded. split_backward=None is what the schedule wa
 
 
 # More than that would not fit into memory.
-_MOST_BLOCKS = 10**7
+MOST_BLOCKS = 10**7
 
 
 def make_order(
@@ -341,8 +341,8 @@ def make_order(
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}; pass a positive count")
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}; pass a positive count")
-    if devices * chunks * microbatches > _MOST_BLOCKS:
-        raise ValueError(f"devices: expected at most {_MOST_BLOCKS} blocks, got devices * chunks * microbatches = "
+    if devices * chunks * microbatches > MOST_BLOCKS:
+        raise ValueError(f"devices: expected at most {MOST_BLOCKS} blocks, got devices * chunks * microbatches = "
                          f"{devices} * {chunks} * {microbatches}; pass smaller counts")  # fmt: skip
     if split_backward is not None and not isinstance(split_backward, bool):
         raise TypeError(f"split_backward: expected a bool or None, got {type(split_backward).__name__}; pass True, "
