@@ -9,6 +9,7 @@ import torch
 
 import pykern
 from pykern.lowrank import presets
+from pykern.lowrank.projectors import PROJECTORS
 
 PRESETS = [getattr(presets, name) for name in presets.PRESETS]
 FORMATS = [
@@ -385,3 +386,30 @@ def test_steps_from_a_low_rank_gradient_are_refused_where_that_says_too_little()
     fira = make(params, residual="fira")
     run(fira, params, range(1))
     assert fira.needs_gradient(params[0])
+
+
+ANYWHERE = [
+    *({"projector": name} for name in PROJECTORS),
+    {"refresh": "lazy"},
+    {"state_dtype": "8bit", "moments": "rotate"},
+    {"rule": "adafactor"},
+    {"projector_format": "int4", "residual": "error_feedback", "feedback_dtype": "8bit"},
+]
+
+
+@pytest.mark.parametrize("options", ANYWHERE, ids=lambda options: "-".join(options.values()))
+def test_the_default_device_is_none_of_its_business(options):
+    """What is read on the host, or drawn there, is made there also under torch.set_default_device."""
+
+    def stepped(device):
+        # The last is large enough for an iteration towards its leading vectors.
+        params = [*parameters(), torch.nn.Parameter(torch.zeros(400, 420))]
+        optimizer = make(params, **{"refresh_every": 1, **options})
+        for step in range(2):
+            give_gradients(params, step)
+            with torch.device(device):
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+        return snapshot(optimizer, params)
+
+    assert_equal(stepped("meta"), stepped("cpu"))
