@@ -1,5 +1,4 @@
-// How the low-rank steps lay out their operands and change rows of weights. Include from *.simd.cpp files
-// only.
+// How the low-rank steps lay out their operands and change rows of weights. Include from *.simd.cpp files only.
 #pragma once
 
 #include <type_traits>

@@ -70,7 +70,7 @@ def _converted(key: int, theirs: dict, group: dict) -> dict[str, Tensor]:
         return {**state, **moments}
     basis, kind, gap = theirs["projector"].ortho_matrix, theirs["projector"].proj_type, group["refresh_every"]
     # Theirs choose a basis before the steps that begin with step % gap == 0.
-    state["refreshes"] = torch.tensor(-(-int(theirs["step"]) // gap))
+    state["refreshes"] = torch.tensor(-(-int(theirs["step"]) // gap), device="cpu")
     state["next_refresh"] = state["refreshes"] * gap
     if kind == "full":
         state["projector"] = basis[0].contiguous().clone()

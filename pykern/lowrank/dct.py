@@ -17,7 +17,8 @@ def cosines(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     The angle k (2 j + 1) of a large transform is reduced by integers, modulo 4 n, before it is looked up: as a
     floating point number it would lose what the reduction takes away.
     """
-    quarter = torch.arange(n + 1, dtype=torch.float64).mul_(torch.pi / (2 * n)).cos_().mul_((2 / n) ** 0.5)
+    angles = torch.arange(n + 1, dtype=torch.float64, device="cpu").mul_(torch.pi / (2 * n))
+    quarter = angles.cos_().mul_((2 / n) ** 0.5)
     quarter[n] = 0.0
     half = torch.cat([quarter, -quarter[:n].flip(0)])
     return torch.cat([half, half[1 : 2 * n].flip(0)]).to(dtype).to(device)

@@ -46,7 +46,8 @@ def with_feedback(jobs: list[Job], amp: Amp) -> list[Tensor]:
 
 def _added(job: Job, amp: Amp) -> Tensor:
     error = job.state["error"]
-    grad = job.grad if amp.grad_scale is None else job.grad / amp.grad_scale.to(job.grad.dtype)
+    # By a scale of one axis, so that the quotient is of float32: float16 has no number as large as the first scale.
+    grad = job.grad if amp.grad_scale is None else job.grad / amp.grad_scale.reshape(1)
     if amp.found_inf is not None:
         grad = torch.where(amp.found_inf != 0, 0.0, grad)
     return error.sub_(grad) if job.group["maximize"] else error.add_(grad)

@@ -62,8 +62,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups, float32, float64, bfloat16 or float16. Groups may set every keyword below
-            but `projector`, and may call refresh_every, side and scale by the names of the GaLore and Fira
-            packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
+            but `process_group` (`projector` by its name), and may call refresh_every, side and scale by the names of
+            the GaLore and Fira packages: update_proj_gap, proj_type, alpha. `low_rank_groups` makes such groups.
         lr: a float, or a 0-dim float32 or float64 tensor on the device of the parameters.
         rank: columns of P; None for plain AdamW.
         rule: the inner rule, what makes N of R (the formulas are those of reference.lowrank_parts.rule and of

@@ -54,7 +54,7 @@ def whole_as_values(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         codes, scale = gathered(state[name]), gathered(state[f"{name}_scale"])
         blocks = (codes.shape[0], -(-codes.shape[-1] // QUANT_BLOCK)) if codes.dim() == 2 else ()
         if codes.dtype == torch.uint8 and scale.shape == blocks:
-            result[name], result[f"{name}_scale"] = _values(codes, scale, _signed(name)), torch.ones(())
+            result[name], result[f"{name}_scale"] = _values(codes, scale, _signed(name)), scale.new_ones(())
     return result
 
 

@@ -170,7 +170,8 @@ def random_orthonormal(choice: Choice) -> Tensor:
 
     Made on the CPU, so that every device has the same.
     """
-    vectors = normal(choice.matrix.shape[0], choice.rank, choice.seed, torch.empty(0, dtype=choice.matrix.dtype))
+    like = torch.empty(0, dtype=choice.matrix.dtype, device="cpu")
+    vectors = normal(choice.matrix.shape[0], choice.rank, choice.seed, like)
     return orthonormalize(vectors).to(choice.matrix.device)
 
 
@@ -183,9 +184,10 @@ def apollo_torch(choice: Choice) -> Tensor:
     seed = choice.index + 1
     for _ in range(choice.refreshes):
         generator = torch.Generator().manual_seed(seed)
-        seed = int(torch.randint(0, torch.iinfo(torch.int64).max, (15,), generator=generator)[-1])
+        seed = int(torch.randint(0, torch.iinfo(torch.int64).max, (15,), generator=generator, device="cpu")[-1])
     shape = (choice.rank, choice.matrix.shape[0])
-    drawn = torch.randn(shape if choice.right else shape[::-1], generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape if choice.right else shape[::-1], generator=generator, device="cpu")
     basis = drawn / choice.rank**0.5
     return (basis.mT if choice.right else basis).to(choice.matrix.device).contiguous()
 
@@ -208,7 +210,7 @@ def rows_sampled(choice: Choice) -> Tensor | None:
         return None
     # The largest of log(weight) plus Gumbel noise: as many draws without replacement.
     generator = torch.Generator().manual_seed(choice.seed)
-    noise = torch.rand(choice.matrix.shape[0], generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    noise = torch.rand(choice.matrix.shape[0], generator=generator, dtype=torch.float64, device="cpu").clamp_min(1e-300)
     weights = gradient.row_squares().double().sqrt().cpu()
     keys = weights.clamp_min(torch.finfo(torch.float64).tiny).log() - (-noise.log()).log()
     return keys.sort(descending=True, stable=True).indices[: choice.rank].to(choice.matrix.device)
@@ -216,7 +218,8 @@ def rows_sampled(choice: Choice) -> Tensor | None:
 
 def coordinates(choice: Choice) -> Tensor:
     """Uniformly random rows, without replacement: FRUGAL's randperm, arXiv 2411.07837."""
-    drawn = torch.randperm(choice.matrix.shape[0], generator=torch.Generator().manual_seed(choice.seed))
+    generator = torch.Generator().manual_seed(choice.seed)
+    drawn = torch.randperm(choice.matrix.shape[0], generator=generator, device="cpu")
     return drawn[: choice.rank].to(choice.matrix.device)
 
 

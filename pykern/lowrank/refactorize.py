@@ -63,6 +63,7 @@ def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool 
 
     Paper: momentum reset, arXiv 2505.22922; after 2501.06842 (SPAM).
     """
+    params = None if params is None else list(params)  # an iterator ends with the first reading
     if isinstance(optimizer, BackwardOptimizer):
         return sum(reset_moments(own, params, steps=steps) for own in optimizer.stepper.optimizers.values())
     chosen = None if params is None else {id(param) for param in params}

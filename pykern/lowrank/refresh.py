@@ -26,10 +26,11 @@ HOST_STATE = ("next_refresh", "refreshes", "refresh_gap", "refresh_similarity")
 
 def refresh_state(group: dict) -> dict[str, Tensor]:
     """The state of a parameter before its first refresh: the step of the next one, and how many there were."""
-    state = {"next_refresh": torch.zeros((), dtype=torch.int64), "refreshes": torch.zeros((), dtype=torch.int64)}
+    # Torch's default device may be another one.
+    state = {name: torch.zeros((), dtype=torch.int64, device="cpu") for name in ("next_refresh", "refreshes")}
     if group["refresh"] == "lazy":
-        state["refresh_gap"] = torch.tensor(group["refresh_every"], dtype=torch.int64)
-        state["refresh_similarity"] = torch.full((SIMILARITIES,), -torch.inf, dtype=torch.float32)
+        state["refresh_gap"] = torch.tensor(group["refresh_every"], dtype=torch.int64, device="cpu")
+        state["refresh_similarity"] = torch.full((SIMILARITIES,), -torch.inf, dtype=torch.float32, device="cpu")
     return state
 
 

@@ -179,8 +179,8 @@ class SLTrainLinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank, **options))
         self.down = nn.Parameter(torch.empty(rank, in_features, **options))
         row_start, column = random_support(out_features, in_features, density, seed)
-        self.register_buffer("row_start", row_start.to(device))
-        self.register_buffer("column", column.to(device))
+        self.register_buffer("row_start", row_start.to(self.up.device))
+        self.register_buffer("column", column.to(self.up.device))
         self.values = nn.Parameter(torch.empty(column.numel(), **options))
         self.bias = nn.Parameter(torch.zeros(out_features, **options)) if bias else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
@@ -248,11 +248,13 @@ def random_support(rows: int, columns: int, density: float, seed: int) -> tuple[
     """
     entries = round(density * rows * columns)
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.full((rows,), entries // max(1, rows), dtype=torch.int64)
-    counts[torch.randperm(rows, generator=generator)[: entries - int(counts.sum())]] += 1
-    row_start = torch.zeros(rows + 1, dtype=torch.int64)
+
+    def permutation(size: int) -> Tensor:
+        return torch.randperm(size, generator=generator, device="cpu")
+
+    counts = torch.full((rows,), entries // max(1, rows), dtype=torch.int64, device="cpu")
+    counts[permutation(rows)[: entries - int(counts.sum())]] += 1
+    row_start = torch.zeros(rows + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(counts, 0, out=row_start[1:])
-    chosen = [
-        torch.randperm(columns, generator=generator)[:count].sort().values.to(torch.int32) for count in counts.tolist()
-    ]
-    return row_start, torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int32)
+    chosen = [permutation(columns)[:count].sort().values.to(torch.int32) for count in counts.tolist()]
+    return row_start, torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int32, device="cpu")

@@ -115,7 +115,7 @@ class Gradient:
 def normal(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
     """Standard normal numbers that depend on the seed alone: drawn on the CPU, so that every device has the same."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(like.device, _wide(like))
+    return torch.randn(rows, columns, generator=generator, device="cpu").to(like.device, _wide(like))
 
 
 def narrowed(tensor: Tensor) -> Tensor:
@@ -226,7 +226,8 @@ def _inverse(factor: Tensor) -> Tensor:
     """Of a lower triangular matrix, by its quarters: half of a solver's work, and most of it in products."""
     size = factor.shape[0]
     if size <= 128:
-        return torch.linalg.solve_triangular(factor, torch.eye(size).to(factor), upper=False)
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, identity, upper=False)
     half = size // 2
     inverse = torch.zeros_like(factor)
     inverse[:half, :half], inverse[half:, half:] = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])

@@ -22,7 +22,8 @@ def remembered(job: Job, source: Tensor, done: int, factor: float | Tensor) -> T
     if memory == 0 or done == 0:
         return source
     momentum = momentum_outside(job).mul_(memory / (1 - job.group["betas"][0] ** done))
-    return momentum.add_(source * ((1 - memory) * factor))
+    # A factor without an axis takes the dtype of what it multiplies: float16 would round it.
+    return momentum.add_(source.to(momentum.dtype) * ((1 - memory) * factor))
 
 
 def keep_lost_momentum(job: Job, before: Tensor, source: Tensor) -> None:

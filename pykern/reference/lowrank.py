@@ -140,7 +140,7 @@ def dynamic_map(signed: bool) -> Tensor:
         cells = 2 ** (level if signed else level + 1)
         middles = [10.0 ** (level - 6) * (0.1 + 0.9 * (cell + 0.5) / cells) for cell in range(cells)]
         values += middles + ([-value for value in middles] if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float64).float()
+    return torch.tensor(sorted(values), dtype=torch.float64, device="cpu").float()
 
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scale: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [rank, length] that quantize stored."""
     spread = scale.to(dtype).repeat_interleave(QUANT_BLOCK, dim=1)[:, : codes.shape[1]]
-    return dynamic_map(signed).to(dtype)[codes.long()] * spread
+    return dynamic_map(signed).to(spread)[codes.long()] * spread
 
 
 def leading_vectors(gradient: Tensor, rank: int, right: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 import pykern
 from pykern.lowrank import presets
+from pykern.lowrank.projectors import PROJECTORS
 
 PRESETS = [getattr(presets, name) for name in presets.PRESETS]
 FORMATS = [
@@ -258,6 +259,29 @@ def test_a_grad_scaler_skips_overflows_whole_and_scales_back_the_rest(options, u
     assert done == 5 and all(int(state["step"]) == 5 for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        (1e-6, {"residual": "none"}),
+        (1e-2, {"residual": "error_feedback"}),  # which keeps gradients, unscaled, in the weight's dtype
+        (1e-6, {"projector": "plain_power", "projector_memory": 0.9, "refresh_every": 1}),
+    ],
+    ids=["none", "error_feedback", "projector_memory"],
+)
+def test_float16_takes_a_scale_beyond_its_range(size, options):
+    """65536 is where torch.amp.GradScaler begins, and no float16."""
+    half, single = ([torch.nn.Parameter(torch.zeros(16, 24, dtype=dtype))] for dtype in (torch.float16, torch.float32))
+    scaled, plain = (make(params, **{"rank": 4, **options}) for params in (half, single))
+    scaled.grad_scale, scaled.found_inf = torch.tensor(65536.0), torch.zeros(())
+    for step in range(3):
+        scaled_grad = torch.randn(16, 24, generator=torch.Generator().manual_seed(step)) * (size * 65536)
+        half[0].grad = scaled_grad.half()
+        single[0].grad = half[0].grad.float() / 65536
+        scaled.step()
+        plain.step()
+    assert single[0].any() and (half[0] - single[0]).norm() < 0.01 * single[0].norm()
+
+
 def test_clipping_before_a_step():
     params, others = parameters(), parameters()
     optimizer, by_hand = make(params), make(others)
@@ -362,3 +386,30 @@ def test_steps_from_a_low_rank_gradient_are_refused_where_that_says_too_little()
     fira = make(params, residual="fira")
     run(fira, params, range(1))
     assert fira.needs_gradient(params[0])
+
+
+ANYWHERE = [
+    *({"projector": name} for name in PROJECTORS),
+    {"refresh": "lazy"},
+    {"state_dtype": "8bit", "moments": "rotate"},
+    {"rule": "adafactor"},
+    {"projector_format": "int4", "residual": "error_feedback", "feedback_dtype": "8bit"},
+]
+
+
+@pytest.mark.parametrize("options", ANYWHERE, ids=lambda options: "-".join(options.values()))
+def test_the_default_device_is_none_of_its_business(options):
+    """What is read on the host, or drawn there, is made there also under torch.set_default_device."""
+
+    def stepped(device):
+        # The last is large enough for an iteration towards its leading vectors.
+        params = [*parameters(), torch.nn.Parameter(torch.zeros(400, 420))]
+        optimizer = make(params, **{"refresh_every": 1, **options})
+        for step in range(2):
+            give_gradients(params, step)
+            with torch.device(device):
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+        return snapshot(optimizer, params)
+
+    assert_equal(stepped("meta"), stepped("cpu"))

@@ -240,3 +240,10 @@ def test_refusals(change, error, message):
 def test_layer_refuses(keywords, message):
     with pytest.raises(ValueError, match=message):
         pykern.SLTrainLinear(4, 4, **{"rank": 1, **keywords})
+
+
+def test_a_layer_lies_where_its_weights_do():
+    with torch.device("meta"):
+        layer, elsewhere = pykern.SLTrainLinear(8, 6, 2, 0.1, device="cpu"), pykern.SLTrainLinear(8, 6, 2, 0.1)
+    assert torch.equal(layer.column, pykern.SLTrainLinear(8, 6, 2, 0.1).column)
+    assert {value.device.type for value in elsewhere.state_dict().values()} == {"meta"}

@@ -143,3 +143,4 @@ def test_reset_moments_of_steps_in_the_backward():
     model(torch.randn(4, 6)).sum().backward()
     assert pykern.reset_moments(BackwardOptimizer(stepper)) == 4
     assert not any(state["exp_avg"].any() for own in stepper.optimizers.values() for state in own.state.values())
+    assert pykern.reset_moments(BackwardOptimizer(stepper), model[0].parameters()) == 2
