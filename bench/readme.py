@@ -11,7 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", *sorted(RESULTS.glob("*/README.md")))
+# Every page, and the folder of the records that it shows.
+PAGES = {ROOT / "README.md": RESULTS / "cpu-amd-epyc"}
+PAGES |= {page: page.parent for page in sorted(RESULTS.glob("*/README.md"))}
 
 # What a row of each table begins with to stand among the headlines.
 HEADLINES = {
@@ -45,10 +47,10 @@ def family_table(record: dict) -> str:
     return "\n".join([*lines, "", conditions(record["environment"])])
 
 
-def sections() -> dict[str, str]:
-    """Every generated section by the name in its markers."""
+def sections(folder: Path) -> dict[str, str]:
+    """Every table of a folder's records by the name in its markers."""
     found = {}
-    for path in sorted(RESULTS.glob("*/*.json")):
+    for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         if "rows" in record and "limits" in record:
             found[f"bench {path.stem}"] = family_table(record)
@@ -68,25 +70,26 @@ def headlines(section: str, rows: str) -> str:
     return "\n\n".join([*paragraphs[:first], "\n".join([names, rule, *kept])])
 
 
-def render(text: str) -> str:
+def render(text: str, folder: Path) -> str:
     """A page's text with each marked section replaced; a marker without a record is an error."""
-    generated = sections()
-    generated |= {f"headlines {name}": headlines(generated[name], rows) for name, rows in HEADLINES.items()}
+    tables = sections(folder)
 
     def replace(match: re.Match) -> str:
-        name = match["name"]
-        if name not in generated:
-            raise SystemExit(f"a page has a section {name!r}, but no record in {RESULTS.name}/ makes it")
-        return f"<!-- begin {name} -->\n{generated[name]}\n<!-- end {name} -->"
+        marker = match["name"]
+        name = marker.removeprefix("headlines ")
+        if name not in tables:
+            raise SystemExit(f"a page has a section {marker!r}, but no record in {folder.relative_to(ROOT)} makes it")
+        table = tables[name] if name == marker else headlines(tables[name], HEADLINES[name])
+        return f"<!-- begin {marker} -->\n{table}\n<!-- end {marker} -->"
 
     return re.sub(r"<!-- begin (?P<name>.+?) -->\n.*?<!-- end (?P=name) -->", replace, text, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
     differing = 0
-    for page in PAGES:
+    for page, folder in PAGES.items():
         before = page.read_text()
-        after = render(before)
+        after = render(before, folder)
         if before == after:
             continue
         if "--check" in arguments:
