@@ -238,7 +238,7 @@ class PrefixTree:
     def visible_pairs(self) -> int:
         """Query-key pairs that see each other: the sum of subtree_end[j] - j."""
         ends = self.subtree_end.cpu().to(torch.int64)
-        return int((ends - torch.arange(len(ends))).clamp(min=0).sum())
+        return int((ends - torch.arange(len(ends), device="cpu")).clamp(min=0).sum())
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
