@@ -22,6 +22,7 @@ HEADLINES = {
     "bench policy": r"(group_advantages 16384|policy_loss grpo 64x|gae|token_logprobs_forward_backward .* bfloat16)",
     "linear_head": "",
     "bench lowrank": r"\w+_step 4096x4096",
+    "bench lowrank_kept_pages": r"\w+_step 4096x4096",
     "lowrank_refresh": r".* (gram|power|SVD)",
     "pretraining": "",
     "offload_memory": "",
