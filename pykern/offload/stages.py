@@ -31,6 +31,10 @@ class _WithoutMemory(torch.autograd.Function):
         return gradient
 
 
+def _without_memory(output: object) -> object:
+    return _WithoutMemory.apply(output) if isinstance(output, Tensor) and output.requires_grad else output
+
+
 def _has_states(stage: _PipelineStageBase) -> bool:
     return hasattr(stage, "_forward_chunk_states")
 
@@ -64,15 +68,12 @@ def drop_outputs(stage: _PipelineStageBase, microbatch: int) -> None:
         state = stage._forward_chunk_states.get(microbatch)
         if state is not None:
             state.live_outputs = [
-                None if may_go else output for output, may_go in zip(state.live_outputs, state.releasable, strict=True)
+                None if has_edge else _without_memory(output)
+                for output, has_edge in zip(state.live_outputs, state.releasable, strict=True)
             ]
     elif microbatch in stage.fwd_cache:
         outputs, inputs = stage.fwd_cache[microbatch]
-        outputs = tuple(
-            _WithoutMemory.apply(output) if isinstance(output, Tensor) and output.requires_grad else output
-            for output in outputs
-        )
-        stage.fwd_cache[microbatch] = outputs, inputs
+        stage.fwd_cache[microbatch] = tuple(map(_without_memory, outputs)), inputs
 
 
 @contextlib.contextmanager
