@@ -40,7 +40,8 @@ class SchedulePlanned(_PipelineScheduleRuntime):
         loss_fn: f(output, target) -> scalar loss of one microbatch. Without it, forwards only.
         group: microbatches per group of GIS, and between two chunks of PO; the devices, and half of them, by default.
         split_backward: whether backwards of the input and of the weights are separate actions. None: as the schedule
-            was published, which is whole ones for 1F1B and separate ones for the others.
+            was published, which is whole ones for 1F1B and separate ones for the others. Torch 2.11 can't separate
+            those of a stage with a torch.autograd.Function, as pykern's ops are: False, there.
         keywords: further ones of PyTorch's schedules: args_chunk_spec, kwargs_chunk_spec, output_merge_spec,
             scale_grads.
 

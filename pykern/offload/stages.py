@@ -6,12 +6,14 @@ buffers are made when they are needed.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.graph import GradientEdge
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +39,19 @@ def _without_memory(output: object) -> object:
 
 def _has_states(stage: _PipelineStageBase) -> bool:
     return hasattr(stage, "_forward_chunk_states")
+
+
+@functools.cache
+def splits_functions() -> bool:
+    """Whether a backward of the weights can begin at a torch.autograd.Function, such as those of pykern's ops. Torch
+    2.11 looks there for what only nodes of its own have."""
+    leaf = torch.zeros(1, requires_grad=True)
+    node = (_WithoutMemory.apply(leaf) + 0).grad_fn.next_functions[0][0]
+    try:
+        torch.autograd.grad([GradientEdge(node, 0)], [leaf], [torch.ones(1)])
+    except RuntimeError:
+        return False
+    return True
 
 
 def received_inputs(stage: _PipelineStageBase, microbatch: int) -> list[Tensor]:

@@ -233,11 +233,17 @@ class PipelineTrainer(Trainer):
             return
         from torch.distributed.pipelining import PipelineStage
 
+        from ..offload.stages import splits_functions
+
         config = self.config
         self._capacity = -(-tokens * 5 // 4 // _TOKENS) * _TOKENS
         count = self.ranks * config.chunks
         stages = [PipelineStage(stage, index, count, self.device) for index, stage in self.stages.items()]
-        keywords = {"loss_fn": lambda hidden, place: self._loss_of(hidden[0], int(place)), "scale_grads": False}
+        keywords = {
+            "loss_fn": lambda hidden, place: self._loss_of(hidden[0], int(place)),
+            "scale_grads": False,
+            "split_backward": None if splits_functions() else False,
+        }
         if config.offload == "none":
             self._schedule = offload.SchedulePlanned(config.schedule, stages, microbatches(config), **keywords)
             return

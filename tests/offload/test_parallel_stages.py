@@ -1,5 +1,6 @@
 """Pipelines whose stages are parallel in themselves: sharded by FSDP2, averaged by DDP, made of DTensors."""
 
+import inspect
 from typing import NamedTuple
 
 import pytest
@@ -38,6 +39,9 @@ CASES = [
     Case("tensors", "po", True, True),
     Case("tensors", "zb_v", True, True),
 ]
+# Torch 2.11 hands no DTensors from stage to stage.
+HANDS_TENSORS = "get_mesh" in inspect.signature(PipelineStage).parameters
+CASES = [case for case in CASES if HANDS_TENSORS or case.kind != "tensors"]
 
 
 def make_pipeline_stage(kind: str, index: int, mesh: DeviceMesh) -> PipelineStage:
@@ -161,6 +165,7 @@ def test_blocks_leave_as_planned(case, results):
         assert counters["kept"]["unsupported"] == 0
 
 
+@pytest.mark.skipif(not HANDS_TENSORS, reason="this torch hands no DTensors from stage to stage")
 def test_distributed_inputs_and_outputs_leave_with_their_block(results):
     for found in results:
         result = found[Case("tensors", "po", True, True)]
