@@ -159,7 +159,7 @@ def test_orthonormal_basis_of_nearly_dependent_columns():
         columns = base[:, :1] + spread * base
         found = orthonormalize(columns * 10.0 ** torch.arange(-5, 5))
         torch.testing.assert_close(found.T @ found, torch.eye(10), rtol=0, atol=1e-5)
-        assert abs(found[:, 0] @ columns[:, 0]) == pytest.approx(columns[:, 0].norm(), rel=1e-5)
+        assert abs(found[:, 0] @ columns[:, 0]).item() == pytest.approx(columns[:, 0].norm().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 33, 100])
