@@ -1,5 +1,6 @@
 """How a basis is kept in a parameter's state, and how a step gets it back: each format a row of a table."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,7 +98,7 @@ def product_of(basis: BasisFormat, job: Job, before: Mapping[str, Tensor]) -> Te
     return basis.dense(job, job.state).mT.to(wide) @ basis.dense(job, before).to(wide)
 
 
-class Indices:
+class Indices(ABC):
     """Which rows of a fixed orthonormal matrix the columns of P are; int64, -1 without a basis.
 
     What is chosen again keeps its place among them, so that moments which stay where they are stay with their vector;
@@ -126,9 +127,9 @@ class Indices:
         after, before = job.state["projector_indices"], before["projector_indices"]
         return (after[:, None] == before).to(torch.promote_types(job.param.dtype, torch.float32))
 
+    @abstractmethod
     def columns(self, indices: Tensor, job: Job) -> Tensor:
         """P [n, rank] of these rows; each matrix has its own way."""
-        raise NotImplementedError
 
 
 class Cosines(Indices):

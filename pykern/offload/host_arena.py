@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ class Slot:
         self.owner: object = None
 
 
-class HostArena:
+class HostArena(ABC):
     """Memory of the host in which slots lie, and how much of it is in use.
 
     A PlannedArena has the slots of a plan, a GrowingArena makes them as large as they are asked for.
@@ -68,9 +69,9 @@ class HostArena:
             raise RuntimeError(f"slot: expected one of the plan's {len(self._planned)} slots, got {index}")
         return self._planned[index]
 
+    @abstractmethod
     def serves(self, slot: Slot, nbytes: int) -> bool:
         """Whether giving this slot back helps to make room for `nbytes`."""
-        raise NotImplementedError
 
     def give(self, slot: Slot, ends: Ends) -> None:
         """The slot is free for copies that wait for `ends`."""
@@ -81,11 +82,13 @@ class HostArena:
         self._device.forget_host(slot.memory)
         self._take_back(slot, ends)
 
+    @abstractmethod
     def _take(self, nbytes: int) -> Slot | None:
-        raise NotImplementedError
+        """A free slot of at least `nbytes`."""
 
+    @abstractmethod
     def _take_back(self, slot: Slot, ends: Ends) -> None:
-        raise NotImplementedError
+        """What was given is free."""
 
     def _take_planned(self, nbytes: int, index: int) -> Slot | None:
         slot = self.planned(index)
