@@ -341,6 +341,7 @@ def low_rank_products() -> Iterator[Case]:
             "matrix": [normal(n, 24, dtype=dtype), normal(31, n, dtype=dtype).mT],
             "grad": [normal(n, 24, dtype=dtype), normal(31, n, dtype=dtype).mT],
             "basis": [normal(n, rank, dtype=dtype) for _ in sides],
+            "rows": [torch.randperm(n)[:rank] for _ in sides],
             "low": [normal(rank, length, dtype=wide) for _, length in sides],
             "line": [normal(length, dtype=wide) for _, length in sides],
         }
@@ -363,6 +364,25 @@ def low_rank_products() -> Iterator[Case]:
             weight_decay=0.1, decay_after=False, sign_scale=0.1 if signs else 0.0, rounding=rounding, maximize=False,
         )  # fmt: skip
         return [*weights, *lost]
+
+    def rows(dtype: torch.dtype, rank: int, rounding: int, signs: bool) -> list[Tensor]:
+        given = lists(dtype, rank, 80)
+        weights, low = given["matrix"], given["low"]
+        lost = [torch.zeros_like(weight) for weight in weights] if rounding == 2 else []
+        torch.ops.pykern.low_rank_project.default(
+            given["grad"], given["rows"], torch.full((), 2.0), low, [], maximize=True
+        )
+        torch.ops.pykern.low_rank_apply.default(
+            weights, given["rows"], low, given["grad"] if signs else [], [], low if signs else [], lost,
+            [torch.ones(()) for _ in weights], [3, 4], torch.ones(2, dtype=torch.float64), torch.full((), 0.01), None,
+            None, scale=0.5, weight_decay=0.0, decay_after=False, sign_scale=0.1, rounding=rounding, maximize=False,
+        )  # fmt: skip
+        return [*low, *weights, *lost]
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for rank, rounding, signs in ((70, 0, False), (5, 1, True), (5, 2, False)):
+            label = f"picked rows r{rank} rounding {rounding}{' signs' if signs else ''} {str(dtype)[6:]}"
+            yield label, lambda d=dtype, k=rank, r=rounding, s=signs: rows(d, k, r, s)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for rank, n in ((5, 40), (5, 600), (70, 40), (130, 40), (72, 600), (136, 40), (264, 40)):

@@ -10,6 +10,7 @@ import pykern
 from bench.harness import Case
 from bench.lowrank import cases_gpu, cases_parts
 from bench.lowrank.cases_refresh import refresh_cases
+from bench.lowrank.cases_rows import row_cases
 from bench.lowrank.cases_sltrain import sltrain_cases
 from bench.lowrank.products import product_cases
 from bench.lowrank.quantized import quantized_cases
@@ -65,6 +66,7 @@ def cases(device: str) -> list[Case]:
     own = cases_gpu.cases() if large else []
     return [
         *listed,
+        *row_cases(device),
         *product_cases(device),
         *cases_parts.cases(device),
         *refresh_cases(),

@@ -62,8 +62,12 @@ def product_cases(device: str) -> list[Case]:
         shape = f"{len(shapes)} x 4096, r{rank} bfloat16"
         flops = 2.0 * size * rank
         make = partial(make_project, shapes, rank)
-        listed.append(Case("lowrank", "project", shape, make, flops=flops, bytes=2.0 * size + 4.0 * low))
+        listed.append(
+            Case("lowrank", "project", shape, make, flops=flops, bytes=2.0 * size + 4.0 * low, dtype="bfloat16")
+        )
         for rounding, name in ((0, "apply"), (1, "apply_stochastic")):
             make = partial(make_apply, shapes, rank, rounding)
-            listed.append(Case("lowrank", name, shape, make, flops=flops, bytes=6.0 * size + 4.0 * low))
+            listed.append(
+                Case("lowrank", name, shape, make, flops=flops, bytes=6.0 * size + 4.0 * low, dtype="bfloat16")
+            )
     return listed

@@ -15,13 +15,31 @@ namespace pykern {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// As torch's Python names them.
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
 inline DataType data_type(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DataType::f32;
     case ScalarType::Double: return DataType::f64;
     case ScalarType::BFloat16: return DataType::bf16;
     case ScalarType::Half: return DataType::f16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
+                             dtype_name(tensor.scalar_type()));
   }
   return DataType::f32;
 }
@@ -43,7 +61,8 @@ inline void check_size(const Tensor& tensor, int64_t dim, int64_t size, const ch
 }
 
 inline void check_type(const Tensor& tensor, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": unexpected dtype");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected ", dtype_name(type), ", got ",
+                  dtype_name(tensor.scalar_type()));
 }
 
 inline void check_contiguous(const Tensor& tensor, const char* name) {

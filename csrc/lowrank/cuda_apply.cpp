@@ -34,7 +34,8 @@ Tensor aligned_gradient(const Tensor& grad, const MatrixLayout& layout) {
 void apply(const Application& given, Stream stream) {
   if (given.param.empty()) return;
   const DataType type = data_type(given.param[0], "param");
-  const bool wide = type == DataType::f32 || type == DataType::f64;
+  const bool picks = picks_rows(given.projector);
+  const bool wide = (type == DataType::f32 || type == DataType::f64) && !picks;
   const double* factors = cuda::input<double>(given.step_factor);
   ApplyParams params{};
   params.type = type;
@@ -72,7 +73,8 @@ void apply(const Application& given, Stream stream) {
     if (!given.compensation.empty()) m.compensation = cuda::output(given.compensation[i]);
     if (!given.projector.empty()) {
       m.projector = cuda::input(given.projector[i]);
-      m.rank = checked_size(given.projector[i].size(1), "projector");
+      m.rank = checked_size(rank_of(given.projector[i]), "projector");
+      m.picks_rows = picks;
     }
     if (wide && !given.projector.empty()) {
       // One weight at a time, so that there is one temporary.
@@ -97,7 +99,7 @@ void apply(const Application& given, Stream stream) {
   if (wide && !given.projector.empty()) return;
   params.count = static_cast<int64_t>(matrices.size());
   params.matrices = matrices.data();
-  cuda::check_launch(launch_apply(params, stream), "low_rank_apply");
+  cuda::check_launch(picks ? launch_apply_rows(params, stream) : launch_apply(params, stream), "low_rank_apply");
 }
 
 }  // namespace lowrank

@@ -22,9 +22,10 @@ Tensor project(const Tensors& matrix, const Tensors& projector, const std::optio
     m.stride = layout.stride;
     m.n = checked_size(matrix[i].size(0), "matrix");
     m.length = checked_size(matrix[i].size(1), "matrix");
-    m.rank = checked_size(projector[i].size(1), "projector");
+    m.rank = checked_size(rank_of(projector[i]), "projector");
     m.splits = 1;
     m.along_length = layout.along_length;
+    m.picks_rows = picks_rows(projector);
     m.warpgroups = m.narrow = false;
   }
   const DataType type = data_type(matrix[0], "matrix");
@@ -34,6 +35,10 @@ Tensor project(const Tensors& matrix, const Tensors& projector, const std::optio
   params.matrices = matrices.data();
   params.grad_scale = cuda::input<float>(grad_scale);
   params.maximize = maximize;
+  if (picks_rows(projector)) {
+    cuda::check_launch(launch_project_rows(params, stream), "low_rank_project");
+    return Tensor();
+  }
   if (type == DataType::f32 || type == DataType::f64) {
     for (size_t i = 0; i < matrix.size(); ++i) {
       if (low[i].numel() > 0) cuda::multiply(cuda::transposed(projector[i]), matrix[i], low[i]);

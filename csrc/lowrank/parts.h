@@ -21,13 +21,15 @@ struct PartMatrix {
   int64_t line_size() const { return rows ? length : n; }
 };
 
-// low = factor * P^T matrix [rank, length], squares = factor^2 times the columns' squared norms. P is [n, rank]. `wide`
-// numbers are float64 where the matrix is, else float32.
+// low = factor * P^T matrix [rank, length], squares = factor^2 times the columns' squared norms. P is [n, rank], or its
+// column k is zero but for a one in row rows[k], if that is not -1. `wide` numbers are float64 where the matrix is, else
+// float32.
 struct ProjectPart {
   PartMatrix matrix;
   const void* data;
   int64_t rank;
   const void* projector;
+  const int64_t* rows;  // [rank], or null where P is dense
   double factor;
   void* low;
   void* squares;  // or null
@@ -83,6 +85,8 @@ struct ApplyPart {
   void* compensation;  // of Kahan's rounding, laid out as the weight
   int64_t rank;
   const void* projector;
+  const int64_t* rows;    // as in ProjectPart, no row twice
+  const int32_t* places;  // [n], where there are `rows`: the column of P whose one is in this row, or -1
   const void* direction;  // null where absent, as is each of the next three
   const void* grad;
   const void* factors;
@@ -106,6 +110,9 @@ namespace pykern {
 // False: out of memory.
 PYKERN_SIMD_FUNCTION(bool, project_part, (const lowrank::ProjectPart& part))
 PYKERN_SIMD_FUNCTION(bool, apply_part, (const lowrank::ApplyPart& part))
+// The same of projectors that pick rows.
+PYKERN_SIMD_FUNCTION(void, project_rows_part, (const lowrank::ProjectPart& part))
+PYKERN_SIMD_FUNCTION(bool, apply_rows_part, (const lowrank::ApplyPart& part))
 PYKERN_SIMD_FUNCTION(bool, ratios_part, (const lowrank::RatiosPart& part))
 PYKERN_SIMD_FUNCTION(void, rule_part, (const lowrank::RulePart& part))
 PYKERN_SIMD_FUNCTION(void, limit_part, (const lowrank::LimitPart& part))

@@ -93,6 +93,22 @@ inline void check_projector(const Tensor& projector, const Tensor& matrix, const
   STD_TORCH_CHECK(projector.size(1) > 0 || matrix.numel() == 0, name, ": expected at least one column");
 }
 
+// A projector of the parts is P [n, rank] itself, or int64 [rank]: the rows that it picks, whose P has a one in each of
+// its columns, or none where the row is -1.
+inline bool picks_rows(const Tensors& projector) { return !projector.empty() && projector[0].dim() == 1; }
+inline int64_t rank_of(const Tensor& projector) { return projector.size(projector.dim() - 1); }
+
+inline void check_basis(const Tensors& projector, size_t index, const Tensor& matrix, DeviceCheck on_device) {
+  const std::string name = element_name("projector", index);
+  const Tensor& one = projector[index];
+  if (!picks_rows(projector)) return check_projector(one, matrix, name.c_str(), on_device);
+  on_device(one, name.c_str());
+  check_dim(one, 1, name.c_str());
+  check_type(one, ScalarType::Long, name.c_str());
+  check_contiguous(one, name.c_str());
+  STD_TORCH_CHECK(one.size(0) > 0 || matrix.numel() == 0, name, ": expected at least one row");
+}
+
 inline void check_step_factor(const Tensor& step_factor, size_t count, DeviceCheck on_device) {
   check_columns(step_factor, ScalarType::Double, static_cast<int64_t>(count), "step_factor", on_device);
 }
@@ -103,14 +119,15 @@ inline void check_project(const Tensors& matrix, const Tensors& projector, const
   check_list(projector, count, "projector");
   check_list(low, count, "low");
   check_list_or_none(squares, count, "squares");
+  STD_TORCH_CHECK(squares.empty() || !picks_rows(projector), "squares: expected none of projectors that pick rows");
   check_optional_one(grad_scale, "grad_scale", on_device);
   for (size_t i = 0; i < count; ++i) {
     const std::string name = element_name("matrix", i);
     const ScalarType wide = moment_type(data_type(matrix[i], name.c_str()));
     check_matrix(matrix[i], matrix[0].scalar_type(), name.c_str(), on_device);
-    check_projector(projector[i], matrix[i], element_name("projector", i).c_str(), on_device);
+    check_basis(projector, i, matrix[i], on_device);
     const int64_t length = matrix[i].size(1);
-    check_dense(low[i], wide, projector[i].size(1), length, element_name("low", i).c_str(), on_device);
+    check_dense(low[i], wide, rank_of(projector[i]), length, element_name("low", i).c_str(), on_device);
     if (!squares.empty()) check_columns(squares[i], wide, length, element_name("squares", i).c_str(), on_device);
   }
 }
@@ -277,8 +294,8 @@ inline void check_apply(const Tensors& param, const Tensors& projector, const Te
     const int64_t length = param[i].size(1);
     int64_t rank = 0;
     if (!projector.empty()) {
-      check_projector(projector[i], param[i], element_name("projector", i).c_str(), on_device);
-      rank = projector[i].size(1);
+      check_basis(projector, i, param[i], on_device);
+      rank = rank_of(projector[i]);
     }
     if (!direction.empty()) {
       check_dense(direction[i], wide, rank, length, element_name("direction", i).c_str(), on_device);

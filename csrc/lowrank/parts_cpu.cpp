@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <vector>
 
 #include "lowrank/parts.h"
 #include "lowrank/parts_arguments.h"
@@ -27,22 +28,50 @@ void* mutable_data_or_null(const Tensors& list, size_t index) {
   return list.empty() ? nullptr : list[index].mutable_data_ptr();
 }
 
+// The rows that projector `index` picks of n, each once or not at all; and of each row by which column, or -1.
+const int64_t* picked_rows(const Tensors& projector, size_t index, int64_t n, std::vector<int32_t>& places) {
+  const int64_t* rows = input<int64_t>(projector[index]);
+  places.assign(n, -1);
+  for (int64_t k = 0; k < projector[index].size(0); ++k) {
+    if (rows[k] == -1) continue;
+    STD_TORCH_CHECK(rows[k] >= 0 && rows[k] < n, lowrank::element_name("projector", index), "[", k,
+                    "]: expected a row below ", n, " or -1, got ", rows[k]);
+    STD_TORCH_CHECK(places[rows[k]] == -1, lowrank::element_name("projector", index), ": expected each row once, got ",
+                    rows[k], " twice");
+    places[rows[k]] = static_cast<int32_t>(k);
+  }
+  return rows;
+}
+
+// Before anything is written.
+bool check_picked_rows(const Tensors& projector, const Tensors& matrix) {
+  if (!lowrank::picks_rows(projector)) return false;
+  std::vector<int32_t> places;
+  for (size_t i = 0; i < projector.size(); ++i) picked_rows(projector, i, matrix[i].size(0), places);
+  return true;
+}
+
 void run_project(Tensors matrix, Tensors projector, OptionalTensor grad_scale, Tensors low, Tensors squares,
                  bool maximize) {
   lowrank::check_project(matrix, projector, grad_scale, low, squares, check_cpu);
   const double factor = lowrank::gradient_factor(grad_scale, maximize);
+  const bool picks = check_picked_rows(projector, matrix);
+  std::vector<int32_t> places;
   for (size_t i = 0; i < matrix.size(); ++i) {
     lowrank::ProjectPart part{};
     part.matrix = part_matrix(matrix[i]);
     part.data = matrix[i].const_data_ptr();
-    part.rank = projector[i].size(1);
+    part.rank = lowrank::rank_of(projector[i]);
     part.projector = projector[i].const_data_ptr();
+    if (picks) part.rows = picked_rows(projector, i, part.matrix.n, places);
     part.factor = factor;
     part.low = low[i].mutable_data_ptr();
     part.squares = mutable_data_or_null(squares, i);
     if (part.matrix.length == 0) continue;
     if (part.matrix.type == DataType::f64) {
       lowrank::project_part_double(part);
+    } else if (picks) {
+      project_rows_part()(part);
     } else {
       STD_TORCH_CHECK(project_part()(part), "low_rank_project: out of memory");
     }
@@ -149,14 +178,20 @@ void run_apply(Tensors param, Tensors projector, Tensors direction, Tensors grad
                        grad_scale, found_inf, rounding, check_cpu);
   if (lowrank::is_skipped(found_inf)) return;
   const double rate = lowrank::number(lr);
+  const bool picks = check_picked_rows(projector, param);
+  std::vector<int32_t> places;
   for (size_t i = 0; i < param.size(); ++i) {
     if (param[i].numel() == 0) continue;
     lowrank::ApplyPart part{};
     part.param = part_matrix(param[i]);
     part.data = param[i].mutable_data_ptr();
     part.compensation = mutable_data_or_null(compensation, i);
-    part.rank = projector.empty() ? 0 : projector[i].size(1);
+    part.rank = projector.empty() ? 0 : lowrank::rank_of(projector[i]);
     part.projector = data_or_null(projector, i);
+    if (picks) {
+      part.rows = picked_rows(projector, i, part.param.n, places);
+      part.places = places.data();
+    }
     part.direction = data_or_null(direction, i);
     part.grad = data_or_null(grad, i);
     part.factors = data_or_null(factors, i);
@@ -177,7 +212,7 @@ void run_apply(Tensors param, Tensors projector, Tensors direction, Tensors grad
     if (part.param.type == DataType::f64) {
       lowrank::apply_part_double(part);
     } else {
-      STD_TORCH_CHECK(apply_part()(part), "low_rank_apply: out of memory");
+      STD_TORCH_CHECK((picks ? apply_rows_part() : apply_part())(part), "low_rank_apply: out of memory");
     }
   }
 }

@@ -37,7 +37,11 @@ void project_part_double(const ProjectPart& part) {
     const double* from = doubles(part.data) + j * column;
     for (int64_t k = 0; k < part.rank; ++k) {
       double sum = 0;
-      for (int64_t i = 0; i < matrix.n; ++i) sum += doubles(part.projector)[i * part.rank + k] * from[i * row];
+      if (part.rows) {
+        if (part.rows[k] >= 0) sum = from[part.rows[k] * row];
+      } else {
+        for (int64_t i = 0; i < matrix.n; ++i) sum += doubles(part.projector)[i * part.rank + k] * from[i * row];
+      }
       doubles(part.low)[k * matrix.length + j] = part.factor * sum;
     }
     if (!part.squares) return;
@@ -66,6 +70,7 @@ void apply_part_double(const ApplyPart& part) {
     for (int64_t element = 0; element < param.line_size(); ++element) {
       const int64_t i = param.rows ? line : element, j = param.rows ? element : line;
       const auto up = [&](const void* low) {
+        if (part.rows) return part.places[i] < 0 ? 0.0 : doubles(low)[part.places[i] * length + j];
         double sum = 0;
         for (int64_t k = 0; k < part.rank; ++k) {
           sum += doubles(part.projector)[i * part.rank + k] * doubles(low)[k * length + j];

@@ -11,7 +11,7 @@ namespace pykern::lowrank {
 
 struct ProjectMatrix {
   const void* matrix;     // [n, length]
-  const void* projector;  // [n, rank], without gaps
+  const void* projector;  // [n, rank], without gaps; or the rows that are picked, int64 [rank]
   void* low;              // [rank, length], without gaps; float32, or float64 for float64 matrices
   void* squares;          // [length], of low's type, or null
   float* parts;           // set by launch_project
@@ -19,6 +19,7 @@ struct ProjectMatrix {
   int32_t n, length, rank;
   int32_t splits;     // set by plan_project: parts of n that different blocks take
   bool along_length;  // where the unit stride is; else it is along n
+  bool picks_rows;
   // Set by plan_project: whether the kernel for 9.0 takes it, and in narrow tiles.
   bool warpgroups, narrow;
 };
@@ -41,6 +42,9 @@ int64_t plan_project(ProjectParams& params);
 const char* launch_project(const ProjectParams& params, Stream stream);
 // The products of those that plan_project gives to the kernel for 9.0, without the sum of parts.
 const char* launch_project_sm90(const ProjectParams& params, Stream stream);
+
+// Matrices of any type whose rows are picked, all of them; no squares.
+const char* launch_project_rows(const ProjectParams& params, Stream stream);
 
 // Matrices of f32 or f64, whose `low` is P^T G already, by the vendor's products: the squares, and the gradient's scale
 // and sign.

@@ -2,20 +2,11 @@
 // of 256 the gradient is read once. Bound by memory up to ranks of about 128 on 8.0.
 #pragma once
 
-#include "kernels/lowrank/grouped.h"
+#include "kernels/lowrank/project_call.h"
 #include "kernels/lowrank/project_tiles.cuh"
 #include "kernels/lowrank/tile_sm80.cuh"
 
 namespace pykern::lowrank {
-
-using ProjectTable = GroupedTable<ProjectMatrix>;
-
-struct ProjectCall {
-  ProjectTable table;
-  const float* grad_scale;
-  bool maximize;
-};
-static_assert(sizeof(ProjectCall) <= 32764, "more than the parameters of a kernel hold");
 
 constexpr int kProjectThreads = 256;
 constexpr int kProjectWarps = kProjectThreads / kWarpSize;

@@ -162,6 +162,18 @@ def basis_of(group: dict) -> BasisFormat:
     return BASES[own or group["projector_format"]]
 
 
+def picks_rows(job: Job) -> bool:
+    """Whether P is rows of the identity, all of which lie in this process: the ops take their indices in its place."""
+    return isinstance(basis_of(job.group), Coordinates) and not job.partial
+
+
+def rows_or_bases(jobs: list[Job]) -> list[Tensor]:
+    """What low_rank_project takes of jobs of one group: the rows that are picked, or this process's rows of P."""
+    if picks_rows(jobs[0]):
+        return [job.state["projector_indices"] for job in jobs]
+    return [job.own(basis) for job, basis in zip(jobs, dense_bases(jobs), strict=True)]
+
+
 def dense_bases(jobs: list[Job]) -> list[Tensor]:
     """P of jobs of one group."""
     basis = basis_of(jobs[0].group)

@@ -18,7 +18,9 @@ low_rank_adamw_step(param!, grad, projector, exp_avg!, exp_avg_sq!, step!, resid
     channel scale, 3 APOLLO's tensor scale (`projector` then projects down only, and `scale` and `removed` are not
     read). `orthonormal` False: P^T P is taken into account in the residual's norm.
 low_rank_project(matrix, projector, grad_scale, low!, squares!, *, maximize)
-    low = P^T G; squares = the columns' squared norms (an empty list: not wanted).
+    low = P^T G; squares = the columns' squared norms (an empty list: not wanted). Here and in low_rank_apply the
+    projectors of a list may instead be int64 [rank], without squares: the rows of G that are low's, each once, -1 for
+    a row of zeros. P then has a one in each of its columns or none; on CUDA nobody looks whether a row comes twice.
 low_rank_rule(low, exp_avg!, exp_avg_sq!, exp_avg_scale!, exp_avg_sq_scale!, step!, direction!, step_factor!,
         found_inf, *, rule, beta1, beta2, eps, corrected_eps)
     The inner rule: 0 adamw, 1 adabelief, 2 lion, 3 momentum (reference.lowrank_parts.RULES; the last two have no
@@ -38,6 +40,8 @@ low_rank_limit(low, direction!, ratios!, sums, residual_norm!, grad_scale, found
 low_rank_apply(param!, projector, direction, grad, factors, low, compensation!, step, seeds, step_factor, lr,
         grad_scale, found_inf, *, scale, weight_decay, decay_after, sign_scale, rounding, maximize)
     W - lr * step_factor * (scale up(direction) + G factors + sign_scale sign(g - up(low))), decay before or after.
+    With projectors that pick rows, the rounding is all that W is rounded by, and the other rows are left alone unless
+    something but the direction changes them.
     projector and direction: empty for APOLLO; grad and factors, low: empty where not used. rounding: 0 nearest; 1
     stochastic (bfloat16 and float16 alone round): by the first word of Philox4x32-10 with key seeds[i] and counter
     (index of the element in [n, length] order, step), so that the bits depend on nothing else; 2 Kahan: compensation

@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from . import ops
 from .amp import Amp, without_autocast
-from .bases import basis_of
+from .bases import rows_or_bases
 from .checks import capturing, check_parameter
 from .choosing import Bases, ProjectorFunction
 from .distributed import average, is_distributed
@@ -404,8 +404,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     average([job.grad], self.process_group)
                 self._bases.refresh(job, job.grad, Amp())
             low = [torch.empty(job.rank, job.length, dtype=wide_dtype(param), device=param.device)]
-            basis = [job.own(basis_of(job.group).dense(job, job.state))]
-            ops.low_rank_project([job.grad], basis, None, low, [], maximize=job.group["maximize"])
+            ops.low_rank_project([job.grad], rows_or_bases([job]), None, low, [], maximize=job.group["maximize"])
             if job.partial:
                 job.shards.add_up(low)
         return low[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .amp import Amp
-from .bases import dense_bases
+from .bases import dense_bases, picks_rows, rows_or_bases
 from .checks import rate_on
 from .choosing import Bases, orthonormal
 from .distributed import average, local_gradient, local_tensor
@@ -64,8 +64,11 @@ def step_low_rank(jobs: list[Job], kept: list[dict], amp: Amp, bases: Bases) -> 
         if not job.state:
             make_state(job, state)
     sources, due = _sources(jobs, amp, bases)
-    whole = dense_bases(jobs)
-    projectors = [job.own(projector) for job, projector in zip(jobs, whole, strict=True)]
+    if steps_rows(jobs[0]):
+        projectors = whole = rows_or_bases(jobs)
+    else:
+        whole = dense_bases(jobs)
+        projectors = [job.own(projector) for job, projector in zip(jobs, whole, strict=True)]
     if is_fused(jobs[0], bases):
         _step_fused(jobs, projectors, amp)
     else:
@@ -80,11 +83,20 @@ def step_low_rank(jobs: list[Job], kept: list[dict], amp: Amp, bases: Bases) -> 
         bases.stepped(job)
 
 
+def steps_rows(job: Job) -> bool:
+    """Whether the batch of this job needs no more than the rows that its projectors pick.
+
+    A measured residual needs the norms of whole columns, and 8-bit weights a product.
+    """
+    return picks_rows(job) and not RESIDUALS[job.group["residual"]].measured and int8_weight(job.param) is None
+
+
 def is_fused(job: Job, bases: Bases) -> bool:
     """Whether low_rank_adamw_step has all that the batch of this job asks for."""
     group = job.group
     return (
-        group["rule"] == "adamw"
+        not steps_rows(job)
+        and group["rule"] == "adamw"
         and group["state_dtype"] == "float32"
         and group["rounding"] == "nearest"
         and group["side"] != "full"

@@ -168,15 +168,15 @@ def test_opcheck(device):
     "index, value, message",
     [
         (1, [torch.zeros(8)], r"grad\[0\]: expected size 9"),
-        (1, [torch.zeros(9, dtype=torch.bfloat16)], r"grad\[0\]: unexpected dtype"),
+        (1, [torch.zeros(9, dtype=torch.bfloat16)], r"grad\[0\]: expected [a-z0-9]+, got [a-z0-9]+"),
         (1, [], "grad: expected 1 tensors, got 0"),
         (2, None, r"exp_avg\[0\]: expected the strides of param"),
-        (3, [torch.zeros(9, dtype=torch.float64)], r"exp_avg_sq\[0\]: unexpected dtype"),
+        (3, [torch.zeros(9, dtype=torch.float64)], r"exp_avg_sq\[0\]: expected [a-z0-9]+, got [a-z0-9]+"),
         (4, [torch.zeros(2)], r"step\[0\]: expected one element"),
-        (4, [torch.zeros((), dtype=torch.float64)], r"step\[0\]: unexpected dtype"),
-        (5, torch.zeros((), dtype=torch.bfloat16), "lr: unexpected dtype"),
+        (4, [torch.zeros((), dtype=torch.float64)], r"step\[0\]: expected [a-z0-9]+, got [a-z0-9]+"),
+        (5, torch.zeros((), dtype=torch.bfloat16), "lr: expected [a-z0-9]+, got [a-z0-9]+"),
         (6, torch.zeros(2), "grad_scale: expected one element"),
-        (7, torch.zeros((), dtype=torch.int32), "found_inf: unexpected dtype"),
+        (7, torch.zeros((), dtype=torch.int32), "found_inf: expected [a-z0-9]+, got [a-z0-9]+"),
     ],
 )
 def test_refusals(device, index, value, message):

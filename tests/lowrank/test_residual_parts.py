@@ -206,14 +206,14 @@ def test_opcheck(device):
     "index, value, message",
     [
         (0, torch.zeros(5, 33, dtype=torch.float16), r"low\[0\]: expected float32 or float64"),
-        (0, torch.zeros(5, 33, dtype=torch.float64), r"low\[1\]: unexpected dtype"),
+        (0, torch.zeros(5, 33, dtype=torch.float64), r"low\[1\]: expected [a-z0-9]+, got [a-z0-9]+"),
         (1, torch.zeros(5, 34), r"direction\[0\]: expected size 33"),
         (1, torch.zeros(33, 5).T, r"direction\[0\]: expected a contiguous tensor"),
         (2, torch.zeros(32), r"squares\[0\]: expected size 33"),
         (3, torch.zeros(4, 33), r"low_gram\[0\]: expected size 5"),
-        (4, torch.zeros(33, dtype=torch.float64), r"ratios\[0\]: unexpected dtype"),
+        (4, torch.zeros(33, dtype=torch.float64), r"ratios\[0\]: expected [a-z0-9]+, got [a-z0-9]+"),
         (5, torch.zeros(3, 3, dtype=torch.float64), "sums: expected size 2 in dimension 0, got 3"),
-        (5, torch.zeros(2, 3), "sums: unexpected dtype"),
+        (5, torch.zeros(2, 3), "sums: expected [a-z0-9]+, got [a-z0-9]+"),
     ],
 )
 def test_refused_ratios(device, index, value, message):
@@ -232,9 +232,9 @@ def test_refused_ratios(device, index, value, message):
         (2, torch.zeros(34), r"ratios\[0\]: expected size 33"),
         (3, torch.zeros(2, 2, dtype=torch.float64), "sums: expected size 3"),
         (4, torch.zeros(2), r"residual_norm\[0\]: expected one element, got 2"),
-        (4, torch.zeros((), dtype=torch.float64), r"residual_norm\[0\]: unexpected dtype"),
+        (4, torch.zeros((), dtype=torch.float64), r"residual_norm\[0\]: expected [a-z0-9]+, got [a-z0-9]+"),
         (5, torch.zeros(2), "grad_scale: expected one element, got 2"),
-        (6, torch.zeros((), dtype=torch.float64), "found_inf: unexpected dtype"),
+        (6, torch.zeros((), dtype=torch.float64), "found_inf: expected [a-z0-9]+, got [a-z0-9]+"),
     ],
 )
 def test_refused_limits(device, index, value, message):
