@@ -253,6 +253,23 @@ __device__ __forceinline__ void clear_queries(unsigned char* queries, unsigned c
   ptx::barrier_sync(1, kThreads);
 }
 
+// Calls body(note, columns, queries, grads) for the tiles of queries as they arrive. By all consumers.
+template <class Tiling, class Body>
+__device__ __forceinline__ void each_tile(unsigned char* tiles, typename Tiling::Shared& shared, const Body& body) {
+  for (int tile = 0;; ++tile) {
+    shared.ring.wait_full(tile);
+    const int at = shared.ring.stage(tile);
+    const TileNote& note = shared.notes[at];
+    if (note.last) return;
+    const typename Tiling::Columns& columns = shared.columns[at];
+    unsigned char* queries = tiles + Tiling::kKeyBytes + Tiling::kValueBytes + at * Tiling::kStageBytes;
+    unsigned char* grads = queries + Tiling::kQueryBytes;
+    if (note.clears) clear_queries<Tiling>(queries, grads, columns);
+    body(note, columns, queries, grads);
+    shared.ring.release(tile);
+  }
+}
+
 // A thread's two of 64 keys, and whether anybody sees them.
 __device__ __forceinline__ KeyRows key_rows(const PrefixAttentionBackward& params, int first_key, bool (&seen)[2]) {
   const bool positions = params.window > 0 || params.alibi_slopes != nullptr;
@@ -295,15 +312,8 @@ __device__ __forceinline__ void consume_queries(const PrefixAttentionBackwardSm9
   unsigned char* value_tile = tiles + Tiling::kKeyBytes + group * kOwnBytes;
   const uint64_t key_operand = rows_of(key_tile), value_operand = rows_of(value_tile);
   ptx::mbarrier_wait(&shared.resident, 0);
-  for (int tile = 0;; ++tile) {
-    shared.ring.wait_full(tile);
-    const int at = shared.ring.stage(tile);
-    const TileNote& note = shared.notes[at];
-    if (note.last) break;
-    const typename Tiling::Columns& columns = shared.columns[at];
-    unsigned char* queries = tiles + Tiling::kKeyBytes + Tiling::kValueBytes + at * Tiling::kStageBytes;
-    unsigned char* grads = queries + Tiling::kQueryBytes;
-    if (note.clears) clear_queries<Tiling>(queries, grads, columns);
+  each_tile<Tiling>(tiles, shared, [&](const TileNote& note, const auto& columns, unsigned char* queries,
+                                       unsigned char* grads) {
     const Visible visible = note.visible[group];
     if (visible != Visible::none) {
       ptx::keep_in_place(s);
@@ -339,8 +349,7 @@ __device__ __forceinline__ void consume_queries(const PrefixAttentionBackwardSm9
       ptx::keep_in_place(grad_v);
       ptx::keep_in_place(grad_k);
     }
-    shared.ring.release(tile);
-  }
+  });
 
   if (place.shares > 1) {
     const int row = place.first_key % kOrderTokens + 64 * group, pitch = params.key_size + params.value_size;
@@ -386,15 +395,8 @@ __device__ __forceinline__ void consume_for_values(const PrefixAttentionBackward
   const uint64_t key_operand = rows_of(tiles);
   ptx::mbarrier_wait(&shared.resident, 0);
   uint32_t turn = 0;
-  for (int tile = 0;; ++tile) {
-    shared.ring.wait_full(tile);
-    const int at = shared.ring.stage(tile);
-    const TileNote& note = shared.notes[at];
-    if (note.last) break;
-    const typename Tiling::Columns& columns = shared.columns[at];
-    unsigned char* queries = tiles + Tiling::kKeyBytes + Tiling::kValueBytes + at * Tiling::kStageBytes;
-    unsigned char* grads = queries + Tiling::kQueryBytes;
-    if (note.clears) clear_queries<Tiling>(queries, grads, columns);
+  each_tile<Tiling>(tiles, shared, [&](const TileNote& note, const auto& columns, unsigned char* queries,
+                                       unsigned char* grads) {
     ptx::keep_in_place(s);
     ptx::wgmma_fence();
     multiply_rows<T, Tiling::kKeys, kRows, Sizes::kKey>(s, key_operand, rows_of(queries));
@@ -419,8 +421,7 @@ __device__ __forceinline__ void consume_for_values(const PrefixAttentionBackward
     turn ^= 1u;
     ptx::wgmma_wait<0>();
     ptx::keep_in_place(grad_v);
-    shared.ring.release(tile);
-  }
+  });
 
   if (place.shares > 1) {
     const int row = place.first_key % kOrderTokens, pitch = params.key_size + params.value_size;
@@ -462,15 +463,8 @@ __device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm
   const uint64_t value_operand = rows_of(tiles + Tiling::kKeyBytes);
   ptx::mbarrier_wait(&shared.resident, 0);
   uint32_t turn = 0;
-  for (int tile = 0;; ++tile) {
-    shared.ring.wait_full(tile);
-    const int at = shared.ring.stage(tile);
-    const TileNote& note = shared.notes[at];
-    if (note.last) break;
-    const typename Tiling::Columns& columns = shared.columns[at];
-    unsigned char* queries = tiles + Tiling::kKeyBytes + Tiling::kValueBytes + at * Tiling::kStageBytes;
-    unsigned char* grads = queries + Tiling::kQueryBytes;
-    if (note.clears) clear_queries<Tiling>(queries, grads, columns);
+  each_tile<Tiling>(tiles, shared, [&](const TileNote&, const auto& columns, unsigned char* queries,
+                                       unsigned char* grads) {
     ptx::keep_in_place(grad_p);
     ptx::wgmma_fence();
     multiply_rows<T, Tiling::kKeys, kRows, Sizes::kValue>(grad_p, value_operand, rows_of(grads));
@@ -499,8 +493,7 @@ __device__ __forceinline__ void consume_for_keys(const PrefixAttentionBackwardSm
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::keep_in_place(grad_k);
-    shared.ring.release(tile);
-  }
+  });
 
   if (place.shares > 1) {
     const int row = place.first_key % kOrderTokens, pitch = params.key_size + params.value_size;

@@ -1,5 +1,6 @@
 #include "kernels/attention/rows_sm80.cuh"
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 
 namespace pykern {
 namespace {
@@ -45,13 +46,9 @@ const char* launch_gather_rows(const GatherRows& params, Stream stream) {
 }
 
 const char* launch_gather_rows_backward(const GatherRowsBackward& params, Stream stream) {
-  switch (params.type) {
-    case DataType::f32: return launch_backward<float>(params, stream);
-    case DataType::f64: return launch_backward<double>(params, stream);
-    case DataType::bf16: return launch_backward<bf16>(params, stream);
-    case DataType::f16: return launch_backward<f16>(params, stream);
-  }
-  return "unknown data type";
+  return with_any_type(params.type, [&](auto value) {
+    return launch_backward<decltype(value)>(params, stream);
+  });
 }
 
 }  // namespace pykern

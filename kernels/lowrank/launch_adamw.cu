@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/lowrank/adamw_sm80.cuh"
 
 namespace pykern::lowrank {
@@ -40,13 +41,9 @@ const char* launch_typed(const AdamWParams& params, const AdamWTensor* tensors, 
 }  // namespace
 
 const char* launch_adamw(const AdamWParams& params, const AdamWTensor* tensors, int64_t count, Stream stream) {
-  switch (params.type) {
-    case DataType::f32: return launch_typed<float>(params, tensors, count, stream);
-    case DataType::f64: return launch_typed<double>(params, tensors, count, stream);
-    case DataType::bf16: return launch_typed<bf16>(params, tensors, count, stream);
-    case DataType::f16: return launch_typed<f16>(params, tensors, count, stream);
-  }
-  return "unknown data type";
+  return with_any_type(params.type, [&](auto value) {
+    return launch_typed<decltype(value)>(params, tensors, count, stream);
+  });
 }
 
 }  // namespace pykern::lowrank

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/lowrank/affine_sm80.cuh"
 
 namespace pykern::lowrank {
@@ -39,40 +40,26 @@ const char* launch_typed(Kernel packed, Kernel tiled, const AffineParams& params
   return nullptr;
 }
 
-template <class T>
-const char* quantize_typed(const AffineParams& params, const AffineMatrix* matrices, int64_t count, Stream stream) {
-  return launch_typed<T>(quantize_packs_kernel<T>, quantize_tiles_kernel<T>, params, matrices, count, stream);
-}
-
-template <class T>
-const char* dequantize_typed(const AffineParams& params, const AffineMatrix* matrices, int64_t count, Stream stream) {
-  return launch_typed<T>(dequantize_packs_kernel<T>, dequantize_tiles_kernel<T>, params, matrices, count, stream);
-}
-
 }  // namespace
 
 const char* launch_quantize_groups(const AffineParams& params, const AffineMatrix* matrices, int64_t count,
                                    Stream stream) {
-  switch (params.type) {
-    case DataType::f32: return quantize_typed<float>(params, matrices, count, stream);
-    case DataType::bf16: return quantize_typed<bf16>(params, matrices, count, stream);
-    case DataType::f16: return quantize_typed<f16>(params, matrices, count, stream);
-    case DataType::f64:
-      return launch_typed<double>(nullptr, quantize_tiles_kernel<double>, params, matrices, count, stream);
-  }
-  return "unknown data type";
+  return with_any_type(params.type, [&](auto value) {
+    using T = decltype(value);
+    Kernel packed = nullptr;
+    if constexpr (sizeof(T) < 8) packed = quantize_packs_kernel<T>;
+    return launch_typed<T>(packed, quantize_tiles_kernel<T>, params, matrices, count, stream);
+  });
 }
 
 const char* launch_dequantize_groups(const AffineParams& params, const AffineMatrix* matrices, int64_t count,
                                      Stream stream) {
-  switch (params.type) {
-    case DataType::f32: return dequantize_typed<float>(params, matrices, count, stream);
-    case DataType::bf16: return dequantize_typed<bf16>(params, matrices, count, stream);
-    case DataType::f16: return dequantize_typed<f16>(params, matrices, count, stream);
-    case DataType::f64:
-      return launch_typed<double>(nullptr, dequantize_tiles_kernel<double>, params, matrices, count, stream);
-  }
-  return "unknown data type";
+  return with_any_type(params.type, [&](auto value) {
+    using T = decltype(value);
+    Kernel packed = nullptr;
+    if constexpr (sizeof(T) < 8) packed = dequantize_packs_kernel<T>;
+    return launch_typed<T>(packed, dequantize_tiles_kernel<T>, params, matrices, count, stream);
+  });
 }
 
 }  // namespace pykern::lowrank

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/lowrank/apply_layout.h"
 #include "kernels/lowrank/apply_sm80.cuh"
 #include "kernels/lowrank/apply_wide_sm80.cuh"
@@ -25,15 +26,13 @@ const char* launch_product(const ApplyCall& call, bool along_length, Stream stre
 }
 
 const char* launch_typed(const ApplyCall& call, DataType type, bool product, bool along_length, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_wide<float>(call, along_length, stream);
-    case DataType::f64: return launch_wide<double>(call, along_length, stream);
-    case DataType::bf16:
-      return product ? launch_product<bf16>(call, along_length, stream) : launch_wide<bf16>(call, along_length, stream);
-    case DataType::f16:
-      return product ? launch_product<f16>(call, along_length, stream) : launch_wide<f16>(call, along_length, stream);
-  }
-  return "unknown data type";
+  return with_any_type(type, [&](auto value) {
+    using T = decltype(value);
+    if constexpr (sizeof(T) == 2) {
+      if (product) return launch_product<T>(call, along_length, stream);
+    }
+    return launch_wide<T>(call, along_length, stream);
+  });
 }
 
 }  // namespace

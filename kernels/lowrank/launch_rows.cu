@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/lowrank/rows_sm80.cuh"
 
 namespace pykern::lowrank {
@@ -35,13 +36,7 @@ const char* launch_picked(const PickedApplyCall& call, bool along_length, Stream
 }  // namespace
 
 const char* launch_project_rows(const ProjectParams& params, Stream stream) {
-  switch (params.type) {
-    case DataType::f32: return launch_pick<float>(params, stream);
-    case DataType::f64: return launch_pick<double>(params, stream);
-    case DataType::bf16: return launch_pick<bf16>(params, stream);
-    case DataType::f16: return launch_pick<f16>(params, stream);
-  }
-  return "unknown data type";
+  return with_any_type(params.type, [&](auto value) { return launch_pick<decltype(value)>(params, stream); });
 }
 
 const char* launch_apply_rows(const ApplyParams& params, Stream stream) {
@@ -58,14 +53,10 @@ const char* launch_apply_rows(const ApplyParams& params, Stream stream) {
           const int64_t rows = call.picked_only ? m.rank : along_length ? m.n : m.length;
           return ceil_div(rows, kSlabRows) * ceil_div(along_length ? m.length : m.n, kSlabPacks * pack);
         },
-        [&](const ApplyTable&) -> const char* {
-          switch (params.type) {
-            case DataType::f32: return launch_picked<float>(call, along_length, stream);
-            case DataType::f64: return launch_picked<double>(call, along_length, stream);
-            case DataType::bf16: return launch_picked<bf16>(call, along_length, stream);
-            case DataType::f16: return launch_picked<f16>(call, along_length, stream);
-          }
-          return "unknown data type";
+        [&](const ApplyTable&) {
+          return with_any_type(params.type, [&](auto value) {
+            return launch_picked<decltype(value)>(call, along_length, stream);
+          });
         });
     if (error) return error;
   }

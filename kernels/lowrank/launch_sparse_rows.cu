@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/lowrank/sparse_rows_sm80.cuh"
 
 namespace pykern::lowrank {
@@ -14,13 +15,7 @@ const char* launch_typed(const SparseRows& params, Stream stream) {
 }  // namespace
 
 const char* launch_sparse_rows(const SparseRows& params, Stream stream) {
-  switch (params.type) {
-    case DataType::f32: return launch_typed<float>(params, stream);
-    case DataType::f64: return launch_typed<double>(params, stream);
-    case DataType::bf16: return launch_typed<bf16>(params, stream);
-    case DataType::f16: return launch_typed<f16>(params, stream);
-  }
-  return "unknown data type";
+  return with_any_type(params.type, [&](auto value) { return launch_typed<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern::lowrank

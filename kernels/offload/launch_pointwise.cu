@@ -1,5 +1,5 @@
 #include "kernels/common/launch.h"
-#include "kernels/common/storage_type.h"
+#include "kernels/common/with_type.h"
 #include "kernels/offload/pointwise_sm80.cuh"
 
 namespace pykern {

@@ -1,3 +1,4 @@
+#include "kernels/common/with_type.h"
 #include "kernels/policy/advantages_general_sm80.cuh"
 #include "kernels/policy/advantages_sm80.cuh"
 #include "kernels/policy/group_entropy_sm80.cuh"
@@ -26,11 +27,7 @@ const char* launch_of_type(const AdvantageParams& params, Stream stream) {
 }  // namespace
 
 const char* launch_group_advantages(DataType type, const AdvantageParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_of_type<float>(params, stream);
-    case DataType::f64: return launch_of_type<double>(params, stream);
-    default: return "group_advantages: rewards of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_of_type<decltype(value)>(params, stream); });
 }
 
 const char* launch_group_entropy(const EntropyParams& params, Stream stream) {

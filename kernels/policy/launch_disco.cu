@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/disco_sm80.cuh"
 
 namespace pykern {
@@ -20,11 +21,7 @@ const char* launch_loss(const DiscoParams& p, Stream stream) {
 }  // namespace
 
 const char* launch_disco_loss(DataType type, const DiscoParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_loss<float>(params, stream);
-    case DataType::f64: return launch_loss<double>(params, stream);
-    default: return "disco_loss: log-probabilities of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_loss<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern

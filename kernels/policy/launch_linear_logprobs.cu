@@ -1,5 +1,6 @@
 // Picks the kernels of a request for token log-probabilities from hidden states.
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/linear_logprobs_sm80.cuh"
 
 namespace pykern {
@@ -55,13 +56,9 @@ const char* launch_linear_logprobs_join(const LinearLogprobsJoin& params, Stream
 }
 
 const char* launch_linear_logprobs_gradient(const LinearLogprobsGradient& params, Stream stream) {
-  switch (params.gradient_type) {
-    case DataType::f32: return gradient<float>(params, stream);
-    case DataType::f64: return gradient<double>(params, stream);
-    case DataType::bf16: return gradient<bf16>(params, stream);
-    case DataType::f16: return gradient<f16>(params, stream);
-  }
-  return "unknown type of hidden states";
+  return with_any_type(params.gradient_type, [&](auto value) {
+    return gradient<decltype(value)>(params, stream);
+  });
 }
 
 const char* launch_linear_logprobs_bias(const LinearLogprobsBias& params, Stream stream) {
@@ -72,13 +69,9 @@ const char* launch_linear_logprobs_bias(const LinearLogprobsBias& params, Stream
 }
 
 const char* launch_linear_logprobs_accumulate(const LinearLogprobsAccumulate& params, Stream stream) {
-  switch (params.result_type) {
-    case DataType::f32: return accumulate<float>(params, stream);
-    case DataType::f64: return accumulate<double>(params, stream);
-    case DataType::bf16: return accumulate<bf16>(params, stream);
-    case DataType::f16: return accumulate<f16>(params, stream);
-  }
-  return "unknown type of hidden states";
+  return with_any_type(params.result_type, [&](auto value) {
+    return accumulate<decltype(value)>(params, stream);
+  });
 }
 
 const char* launch_linear_logprobs_hidden(const LinearLogprobsHidden& params, Stream stream) {

@@ -1,5 +1,6 @@
 // Picks the kernel of a request for token log-probabilities.
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/logprobs_sm80.cuh"
 
 namespace pykern {
@@ -32,23 +33,13 @@ const char* backward(const TokenLogprobsBackwardParams& params, Stream stream) {
 }  // namespace
 
 const char* launch_token_logprobs(const TokenLogprobsParams& params, Stream stream) {
-  switch (params.rows.type) {
-    case DataType::f32: return forward<float>(params, stream);
-    case DataType::f64: return forward<double>(params, stream);
-    case DataType::bf16: return forward<bf16>(params, stream);
-    case DataType::f16: return forward<f16>(params, stream);
-  }
-  return "unknown type of logits";
+  return with_any_type(params.rows.type, [&](auto value) { return forward<decltype(value)>(params, stream); });
 }
 
 const char* launch_token_logprobs_backward(const TokenLogprobsBackwardParams& params, Stream stream) {
-  switch (params.rows.type) {
-    case DataType::f32: return backward<float>(params, stream);
-    case DataType::f64: return backward<double>(params, stream);
-    case DataType::bf16: return backward<bf16>(params, stream);
-    case DataType::f16: return backward<f16>(params, stream);
-  }
-  return "unknown type of logits";
+  return with_any_type(params.rows.type, [&](auto value) {
+    return backward<decltype(value)>(params, stream);
+  });
 }
 
 }  // namespace pykern

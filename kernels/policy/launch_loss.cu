@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/loss_composed_sm80.cuh"
 #include "kernels/policy/loss_count_sm80.cuh"
 #include "kernels/policy/loss_ratio_sm80.cuh"
@@ -196,27 +197,17 @@ LossGrid loss_grid(DataType type, const LossParams& p) {
 }
 
 const char* launch_policy_loss(DataType type, const LossParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_loss<float>(params, stream);
-    case DataType::f64: return launch_loss<double>(params, stream);
-    default: return "policy_loss: log-probabilities of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_loss<decltype(value)>(params, stream); });
 }
 
 const char* launch_policy_loss_gradient(DataType type, const LossGradientParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_gradient<float>(params, stream);
-    case DataType::f64: return launch_gradient<double>(params, stream);
-    default: return "policy_loss_backward: a gradient of this dtype has no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_gradient<decltype(value)>(params, stream); });
 }
 
 const char* launch_policy_loss_token_weights(DataType type, const LossParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_token_weights<float>(params, stream);
-    case DataType::f64: return launch_token_weights<double>(params, stream);
-    default: return "policy_loss_token_weights: weights of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) {
+    return launch_token_weights<decltype(value)>(params, stream);
+  });
 }
 
 }  // namespace pykern

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/returns_sm80.cuh"
 
 namespace pykern {
@@ -38,11 +39,7 @@ int64_t discounted_scan_parts(const DiscountedScanParams& p) {
 }
 
 const char* launch_discounted_scan(DataType type, const DiscountedScanParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_scan<float>(params, stream);
-    case DataType::f64: return launch_scan<double>(params, stream);
-    default: return "discounted_scan: rewards of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_scan<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern

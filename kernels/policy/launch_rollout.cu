@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/rollout_sm80.cuh"
 
 namespace pykern {
@@ -20,11 +21,7 @@ const char* launch_correction(const RolloutParams& p, Stream stream) {
 }  // namespace
 
 const char* launch_rollout_correction(DataType type, const RolloutParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_correction<float>(params, stream);
-    case DataType::f64: return launch_correction<double>(params, stream);
-    default: return "rollout_correction: log-probabilities of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_correction<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern

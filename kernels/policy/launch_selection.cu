@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/selection_sm80.cuh"
 
 namespace pykern {
@@ -56,28 +57,18 @@ int64_t selection_blocks(int64_t tokens) { return blocks_of(tokens, int64_t{mult
 int64_t moments_blocks(int64_t tokens) { return tokens > 0 ? blocks_of(tokens, int64_t{multiprocessors()} * 8) : 1; }
 
 const char* launch_select_share(DataType type, const SelectionParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_share_of<float>(params, stream);
-    case DataType::f64: return launch_share_of<double>(params, stream);
-    default: return "masked_select_share: values of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_share_of<decltype(value)>(params, stream); });
 }
 
 const char* launch_quantile(DataType type, const SelectionParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_quantile_of<float>(params, stream);
-    case DataType::f64: return launch_quantile_of<double>(params, stream);
-    default: return "masked_quantile: values of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_quantile_of<decltype(value)>(params, stream); });
 }
 
 const char* launch_moments(DataType type, const MomentsParams& params, Stream stream) {
   const Grid grid = grid_of(moments_blocks(params.tokens));
-  switch (type) {
-    case DataType::f32: return launch(masked_moments_kernel<float>, grid, stream, params);
-    case DataType::f64: return launch(masked_moments_kernel<double>, grid, stream, params);
-    default: return "masked_moments: values of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) {
+    return launch(masked_moments_kernel<decltype(value)>, grid, stream, params);
+  });
 }
 
 }  // namespace pykern

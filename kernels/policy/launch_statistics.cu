@@ -1,3 +1,4 @@
+#include "kernels/common/with_type.h"
 #include "kernels/policy/group_grid.h"
 #include "kernels/policy/statistics_sm80.cuh"
 
@@ -5,11 +6,9 @@ namespace pykern {
 
 const char* launch_group_statistics(DataType type, const StatisticsParams& params, Stream stream) {
   const Grid grid = group_grid(params.groups.rows, kStatisticsThreads, kAdvantageRowBytes);
-  switch (type) {
-    case DataType::f32: return launch(group_statistics_kernel<float>, grid, stream, params);
-    case DataType::f64: return launch(group_statistics_kernel<double>, grid, stream, params);
-    default: return "group_statistics: values of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) {
+    return launch(group_statistics_kernel<decltype(value)>, grid, stream, params);
+  });
 }
 
 }  // namespace pykern

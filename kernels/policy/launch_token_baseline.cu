@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/token_baseline_sm80.cuh"
 
 namespace pykern {
@@ -22,11 +23,7 @@ const char* launch_baseline(const TokenBaselineParams& p, Stream stream) {
 }  // namespace
 
 const char* launch_token_baseline(DataType type, const TokenBaselineParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_baseline<float>(params, stream);
-    case DataType::f64: return launch_baseline<double>(params, stream);
-    default: return "optimal_token_baseline: returns of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_baseline<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern

@@ -1,4 +1,5 @@
 #include "kernels/common/launch.h"
+#include "kernels/common/with_type.h"
 #include "kernels/policy/whiten_sm80.cuh"
 
 namespace pykern {
@@ -26,11 +27,7 @@ int64_t whiten_blocks(const WhitenParams& p) {
 }
 
 const char* launch_masked_whiten(DataType type, const WhitenParams& params, Stream stream) {
-  switch (type) {
-    case DataType::f32: return launch_whiten<float>(params, stream);
-    case DataType::f64: return launch_whiten<double>(params, stream);
-    default: return "masked_whiten: values of this dtype have no kernel";
-  }
+  return with_wide_type(type, [&](auto value) { return launch_whiten<decltype(value)>(params, stream); });
 }
 
 }  // namespace pykern
