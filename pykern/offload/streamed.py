@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .engine import Engine
 from .host_arena import GROWTH, GrowingArena, HostArena, PlannedArena, Slot, later_ends
+from .ordering import Ordering
 from .staging import aligned
 from .streamed_items import Item, check_parts, runs_of
-from .streams import Point, Stream, StreamDevice
+from .streams import StreamDevice
 
 PACKED_BELOW = 1 << 20
 """Bytes that a copy moves in the time in which it starts, about; larger parts are not worth a copy on the device."""
@@ -52,6 +53,8 @@ class StreamedEngine:
     Not for use from within itself; calls from many threads are taken one at a time.
     """
 
+    ordering = Ordering
+
     def __init__(
         self,
         device: StreamDevice,
@@ -64,6 +67,7 @@ class StreamedEngine:
         file: Engine | None = None,
     ) -> None:
         self._device, self._packed_below = device, packed_below
+        self._order = self.ordering(device)
         self._arena: HostArena
         if slot_bytes is None:
             self._arena = GrowingArena(device, capacity, growth)
@@ -81,7 +85,7 @@ class StreamedEngine:
         self._released: deque[int] = deque()
         # Taken without waiting by `release`, which a garbage collection may call in the midst of anything.
         self._lock = threading.Lock()
-        self._next_item = self._next_point = 0
+        self._next_item = 0
         self._failure = ""
         self.tiers = ("host",) if file is None else ("host", "file")
         self._can_spill = file is not None
@@ -152,7 +156,7 @@ class StreamedEngine:
     def _store_nothing(self) -> int:
         self._next_item += 1
         item = self._items[self._next_item] = Item(self._next_item, 0, None, self._device.compute_stream())
-        item.block, item.block_home, item.arrived = self._device.allocate(0), item.home, self._point(item.home)
+        item.block, item.block_home, item.arrived = self._device.allocate(0), item.home, self._order.point(item.home)
         return item.number
 
     def settle(self, item: int) -> bool:
@@ -174,25 +178,18 @@ class StreamedEngine:
             staging = device.allocate(aligned(size))
             item.held.append((begin, staging[:size]))
             device.pack([part for _, part in neighbours], [offset - begin for offset, _ in neighbours], staging)
-        item.ready = self._point(item.home)
-        self._order_copy_out(item)
+        item.ready = self._order.point(item.home)
+        self._order.copy_out(item)
         memory = self._memory(item)
         for begin, source in item.held:
             device.copy(device.out_stream, memory[begin : begin + source.numel()], source)
-        item.written = self._point(device.out_stream)
+        item.written = self._order.point(device.out_stream)
         item.ends = {device.out_stream: item.written}
-
-    def _order_copy_out(self, item: Item) -> None:
-        stream = self._device.out_stream
-        self._device.wait(stream, item.ready.event)
-        for end in item.slot.ends.values():
-            if end.stream != stream:
-                self._device.wait(stream, end.event)
 
     def _give_up_copy_out(self, item: Item, parts: Sequence[Tensor]) -> None:
         """Copies that were started may still read the parts, which the caller keeps, and write the slot."""
-        item.written = self._point(self._device.out_stream)
-        self._order_drop_of_sources(item)
+        item.written = self._order.point(self._device.out_stream)
+        self._order.drop_sources(item)
         kept = {id(part) for part in parts}
         for _, source in item.held:
             if id(source) not in kept:
@@ -210,13 +207,10 @@ class StreamedEngine:
 
     def _drop_sources(self, item: Item) -> None:
         if item.held:
-            self._order_drop_of_sources(item)
+            self._order.drop_sources(item)
         for _, source in item.held:
             self._device.free(source, item.home)
         item.held = []
-
-    def _order_drop_of_sources(self, item: Item) -> None:
-        self._device.wait(item.home, item.written.event, measured=True)
 
     # --- back ---------------------------------------------------------------------------------------
 
@@ -254,7 +248,7 @@ class StreamedEngine:
             found = self._find(item)
             self._bring_back(found)
             stream = self._device.compute_stream()
-            self._order_use(found, stream)
+            self._order.use(found, stream)
             found.users[stream] = None
             return found.block
 
@@ -271,27 +265,18 @@ class StreamedEngine:
         block = device.allocate(item.nbytes)
         item.block, item.block_home = block, device.compute_stream()
         try:
-            self._order_copy_in(item, self._point(item.block_home))
+            self._order.copy_in(item, self._order.point(item.block_home))
             device.copy(device.back_stream, block, source)
         except BaseException as error:
-            item.arrived = self._point(device.back_stream)
+            item.arrived = self._order.point(device.back_stream)
             self._drop_block(item)
             if isinstance(error, RuntimeError):
                 message = f"ActivationOffload: copying back to {device.name} failed: {error}; the bytes are not lost"
                 raise RuntimeError(message) from error
             raise
-        item.arrived = self._point(device.back_stream)
+        item.arrived = self._order.point(device.back_stream)
         item.ends = later_ends(item.ends, {device.back_stream: item.arrived})
         self._counts.update(reloads=1, reloaded_bytes=item.nbytes)
-
-    def _order_copy_in(self, item: Item, allocated: Point) -> None:
-        stream = self._device.back_stream
-        self._device.wait(stream, allocated.event)
-        if item.written.stream != stream:
-            self._device.wait(stream, item.written.event)
-
-    def _order_use(self, item: Item, stream: Stream) -> None:
-        self._device.wait(stream, item.arrived.event, measured=item.arrived.stream == self._device.back_stream)
 
     def _forward(self, item: Item) -> None:
         """What has not gone yet serves as the block, or is put together on the device."""
@@ -304,7 +289,7 @@ class StreamedEngine:
             device.wait(compute, item.ready.event)
             block = device.allocate(aligned(item.nbytes))
             device.pack([source for _, source in item.held], [begin for begin, _ in item.held], block)
-            item.block, item.block_home, item.arrived = block[: item.nbytes], compute, self._point(compute)
+            item.block, item.block_home, item.arrived = block[: item.nbytes], compute, self._order.point(compute)
             if compute != item.home:
                 # The sources return there, once they are also read.
                 device.wait(item.home, item.arrived.event)
@@ -314,7 +299,7 @@ class StreamedEngine:
         """The block's memory returns to the stream it came from, after the copy into it and all that used it."""
         if item.block is None:
             return
-        self._order_drop_of_block(item)
+        self._order.drop_block(item)
         if item.landing is not None:
             self._device.synchronize(item.arrived.event)
         # A forwarded source is let go as a source: after it was copied out, too.
@@ -324,14 +309,6 @@ class StreamedEngine:
         item.users = {}
         if item.held and item not in self._writing:
             self._drop_sources(item)
-
-    def _order_drop_of_block(self, item: Item) -> None:
-        home = item.block_home
-        if home not in item.users:
-            self._device.wait(home, item.arrived.event)
-        for stream in item.users:
-            if stream != home:
-                self._device.wait(home, self._point(stream).event)
 
     def release(self, item: int) -> None:
         """The item is not needed any more. May be called from anywhere, also from a garbage collection."""
@@ -452,7 +429,7 @@ class StreamedEngine:
             return True
         if not self._can_spill or item.slot is None:
             return False
-        self._order_host_read(item)
+        self._order.host_read(item)
         item.goes_to_file = False
         self._settle(item)
         memory = self._memory(item)[: item.nbytes]
@@ -464,9 +441,6 @@ class StreamedEngine:
         item.file_item = number
         self._counts.update(spills=1, spilled_bytes=item.nbytes)
         return True
-
-    def _order_host_read(self, item: Item) -> None:
-        self._device.synchronize(item.written.event)
 
     def _evict(self, item: Item) -> bool:
         """Waits until the item is in the file, and gives its slot away."""
@@ -498,15 +472,11 @@ class StreamedEngine:
         if slot is None:
             item.landing = data
             return
-        self._order_host_write(slot)
+        self._order.host_write(slot)
         memory = slot.memory[: item.nbytes]
         self._device.touch_host(memory, writes=True)
         memory.copy_(data)
         slot.owner, item.slot, item.generation, item.ends = item, slot, slot.generation, {}
-
-    def _order_host_write(self, slot: Slot) -> None:
-        for end in slot.ends.values():
-            self._device.synchronize(end.event)
 
     # --- all of it ----------------------------------------------------------------------------------
 
@@ -587,10 +557,6 @@ class StreamedEngine:
         if item is None:
             raise RuntimeError("ActivationOffload: the saved tensor was released before its use")
         return item
-
-    def _point(self, stream: Stream) -> Point:
-        self._next_point += 1
-        return Point(stream, self._next_point, self._device.record(stream))
 
 
 def _close(process: int, device: StreamDevice, arena: HostArena, file: Engine | None) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from pykern.offload.engine import Engine
 from pykern.offload.hunting import HuntingDevice, Race
+from pykern.offload.ordering import Ordering
 from pykern.offload.streamed import StreamedEngine
 
 from .programs import Program
@@ -29,53 +30,53 @@ def test_a_file_behind_the_slots_is_clean(tmp_path):
 # --- planted races: the engine as it is, but for one thing ------------------------------------------------------------
 
 
-class LateReadyEvent(StreamedEngine):
+class LateReadyEvent(Ordering):
     """Copies out without waiting for the work that makes the parts."""
 
-    def _order_copy_out(self, item):
+    def copy_out(self, item):
         for end in item.slot.ends.values():
             self._device.wait(self._device.out_stream, end.event)
 
 
-class SlotReusedBeforeItsCopyEnded(StreamedEngine):
+class SlotReusedBeforeItsCopyEnded(Ordering):
     """Copies into a slot while the bytes of its last owner are still on their way back."""
 
-    def _order_copy_out(self, item):
+    def copy_out(self, item):
         self._device.wait(self._device.out_stream, item.ready.event)
 
 
-class SourcesDroppedEarly(StreamedEngine):
+class SourcesDroppedEarly(Ordering):
     """Lets the parts go while they are being copied."""
 
-    def _order_drop_of_sources(self, item):
+    def drop_sources(self, item):
         pass
 
 
-class HandedOutEarly(StreamedEngine):
+class HandedOutEarly(Ordering):
     """Gives the block to whoever wants it before it is back."""
 
-    def _order_use(self, item, stream):
+    def use(self, item, stream):
         pass
 
 
-class CopiedBackIntoMemoryInUse(StreamedEngine):
+class CopiedBackIntoMemoryInUse(Ordering):
     """Copies back before the stream that allocates the block has come to that point."""
 
-    def _order_copy_in(self, item, allocated):
+    def copy_in(self, item, allocated):
         self._device.wait(self._device.back_stream, item.written.event)
 
 
-class CopiedBackBeforeItWasOut(StreamedEngine):
+class CopiedBackBeforeItWasOut(Ordering):
     """Copies back while the copy out still runs; one stream for both directions would hide it."""
 
-    def _order_copy_in(self, item, allocated):
+    def copy_in(self, item, allocated):
         self._device.wait(self._device.back_stream, allocated.event)
 
 
-class BlockDroppedEarly(StreamedEngine):
+class BlockDroppedEarly(Ordering):
     """Lets a block go whose copy back, or whose use in another stream, has not ended."""
 
-    def _order_drop_of_block(self, item):
+    def drop_block(self, item):
         pass
 
 
@@ -95,17 +96,17 @@ class SlotGivenAwayUnnoticed(SlotGivenAwayTooEarly):
         pass
 
 
-class SpilledEarly(StreamedEngine):
+class SpilledEarly(Ordering):
     """Writes a slot to the file while the copy into it still runs."""
 
-    def _order_host_read(self, item):
+    def host_read(self, item):
         pass
 
 
-class ReadIntoASlotInUse(StreamedEngine):
+class ReadIntoASlotInUse(Ordering):
     """Reads from the file into a slot from which another block is still being copied back."""
 
-    def _order_host_write(self, slot):
+    def host_write(self, slot):
         pass
 
 
@@ -148,9 +149,11 @@ RACES = [
 ]
 
 
-def first_failure(seeds, file=lambda: None, **program):
+def first_failure(seeds, engine=StreamedEngine, file=lambda: None, **program):
+    if issubclass(engine, Ordering):
+        engine = type(engine.__name__, (StreamedEngine,), {"ordering": engine})
     for seed in range(seeds):
-        running = Program(seed, file=file(), **program)
+        running = Program(seed, engine_class=engine, file=file(), **program)
         try:
             running.run()
         except (AssertionError, RuntimeError) as error:
@@ -163,7 +166,7 @@ def first_failure(seeds, file=lambda: None, **program):
 @pytest.mark.parametrize("engine, directions, message", RACES, ids=[f"{r[0].__name__}-{r[1]}" for r in RACES])
 def test_a_planted_race_is_found(engine, directions, message):
     with pytest.raises(Race, match=message):
-        raise first_failure(20, engine_class=engine, directions=directions)
+        raise first_failure(20, engine, directions=directions)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_a_planted_race_is_found(engine, directions, message):
 )
 def test_a_race_with_the_host_is_found(tmp_path, engine, message):
     with pytest.raises(Race, match=message):
-        raise first_failure(40, engine_class=engine, file=lambda: Engine(str(tmp_path), capacity=1 << 18, threads=1))
+        raise first_failure(40, engine, file=lambda: Engine(str(tmp_path), capacity=1 << 18, threads=1))
 
 
 def test_a_cached_stream_is_found():
@@ -193,12 +196,12 @@ def test_memory_that_does_not_wait_for_who_let_it_go_is_found():
 
 def test_a_stale_key_is_found():
     with pytest.raises(AssertionError, match=r"item \d+ was released, and is handed out again"):
-        raise first_failure(20, engine_class=StaleKey)
+        raise first_failure(20, StaleKey)
 
 
 def test_a_slot_of_another_generation_is_refused():
     with pytest.raises(RuntimeError, match=r"the slot of item \d+ was given away: it is of generation -?\d+, the item"):
-        raise first_failure(20, engine_class=SlotGivenAwayTooEarly)
+        raise first_failure(20, SlotGivenAwayTooEarly)
 
 
 # --- the device itself ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import pykern
 from pykern.offload.hunting import HuntingDevice
 from pykern.offload.simulated import SimulatedDevice
-from pykern.offload.streamed import StreamedEngine
+from pykern.offload.ordering import Ordering
 
 from .support import MODELS, assert_bit_equal, bytes_of, gradients, loss_of, make
 from .test_pipeline import Rank, assert_same
@@ -80,13 +80,13 @@ def test_every_stream_that_uses_a_block_of_a_pipeline_waits_for_it(monkeypatch):
             super().backward(kind, *place)
             device.current = device.streams[0]
 
-    order_use = StreamedEngine._order_use
+    use = Ordering.use
 
-    def note(engine, item, stream):
+    def note(ordering, item, stream):
         users.setdefault(item.number, set()).add(stream.name)
-        order_use(engine, item, stream)
+        use(ordering, item, stream)
 
-    monkeypatch.setattr(StreamedEngine, "_order_use", note)
+    monkeypatch.setattr(Ordering, "use", note)
     rank = InTwoStreams("feedforward", "pinned", True, device=device)
     assert_same(rank)
     assert len(users) == len(rank.offload.plan.copies[0])
