@@ -7,11 +7,29 @@
 namespace pykern::PYKERN_SIMD {
 namespace {
 
+using lowrank::PartMatrix;
 using lowrank::ProjectPart;
 
 constexpr int64_t kPiece = 1024;  // elements of a line at a time
 // Where picked rows lie across the lines: lines at a time, and of a task.
 constexpr int64_t kLines = 32, kTaskLines = 256;
+
+// body(line, end) of blocks of lines.
+template <class Body>
+void each_block_of_lines(int64_t lines, const Body& body) {
+  parallel_tasks(ceil_div(lines, kTaskLines), [&](int64_t task, int) {
+    const int64_t end = lesser((task + 1) * kTaskLines, lines);
+    for (int64_t line = task * kTaskLines; line < end; line += kLines) body(line, lesser(line + kLines, end));
+  });
+}
+
+// The next block on its way into the cache: picked elements come in no order that the processor could foresee.
+template <class T>
+Prefetch next_lines(const T* matrix, int64_t line, const PartMatrix& layout, int64_t steps) {
+  constexpr int64_t size = sizeof(T);
+  return Prefetch(matrix + line * layout.stride, lesser(kLines, layout.length - line), layout.stride * size,
+                  layout.n * size, steps);
+}
 
 // --- down -------------------------------------------------------------------------------------------
 
@@ -32,9 +50,7 @@ struct Picked {
   }
 
   void gather(int64_t line0, int64_t end) const {
-    // The picked elements come in no order that the processor could foresee.
-    constexpr int64_t size = sizeof(T);
-    Prefetch next(matrix + end * stride, lesser(kLines, length - end), stride * size, part.matrix.n * size, part.rank);
+    Prefetch next = next_lines(matrix, end, part.matrix, part.rank);
     for (int64_t k = 0; k < part.rank; ++k) {
       const int64_t row = part.rows[k];
       next.step();
@@ -51,10 +67,7 @@ struct Picked {
     if (part.matrix.rows) {
       parallel_tasks(part.rank, [&](int64_t k, int) { copy_row(k); });
     } else {
-      parallel_tasks(ceil_div(length, kTaskLines), [&](int64_t task, int) {
-        const int64_t end = lesser((task + 1) * kTaskLines, length);
-        for (int64_t line = task * kTaskLines; line < end; line += kLines) gather(line, lesser(line + kLines, end));
-      });
+      each_block_of_lines(length, [&](int64_t line, int64_t end) { gather(line, end); });
     }
   }
 };
@@ -98,19 +111,43 @@ struct Spread : Weights<T> {
   bool changes_all() const { return part.grad || part.shrink != 0 || Kind == Rounding::kahan; }
 
   bool run() const {
-    if (!part.param.rows) return run_across();
+    if (changes_all() && !part.param.rows) return change_lines();
     if (changes_all()) {
       parallel_tasks(n, [&](int64_t place, int) { change_row(place, part.places[place]); });
-    } else {
+    } else if (part.param.rows) {
       parallel_tasks(part.rank, [&](int64_t k, int) {
         if (part.rows[k] >= 0) change_row(part.rows[k], k);
       });
+    } else {
+      each_block_of_lines(length, [&](int64_t line, int64_t end) { change_across(line, end); });
     }
     return true;
   }
 
+  // What is picked of some lines, each of which lies along memory.
+  void change_across(int64_t line0, int64_t end) const {
+    T* const weights = static_cast<T*>(part.data);
+    Prefetch next = next_lines(weights, end, part.param, part.rank);
+    for (int64_t k = 0; k < part.rank; ++k) {
+      const int64_t row = part.rows[k];
+      next.step();
+      for (int64_t line = line0; line < end && row >= 0; line += kLanes) {
+        T values[kLanes] = {};
+        Piece<T> piece{};
+        piece.weights = values;
+        piece.update = row_of(part.direction, k) + line;
+        piece.count = lesser(kLanes, end - line);
+        piece.index = row * length + line;
+        piece.index_step = 1;
+        for (int64_t i = 0; i < piece.count; ++i) values[i] = weights[(line + i) * part.param.stride + row];
+        rule.run(piece);
+        for (int64_t i = 0; i < piece.count; ++i) weights[(line + i) * part.param.stride + row] = values[i];
+      }
+    }
+  }
+
   // The columns of the weight lie along memory: the elements of a picked row lie across them.
-  bool run_across() const {
+  bool change_lines() const {
     const Scratch memory(static_cast<size_t>(2 * n * max_threads()) * sizeof(float));
     if (!memory.get<float>()) return false;
     for (int64_t i = 0; i < 2 * n * max_threads(); ++i) memory.get<float>()[i] = 0.0f;
