@@ -38,10 +38,12 @@ def plain_step(params: list[Tensor], picked: list[Tensor]) -> Callable[[], None]
 
 def make_step(shapes: Shapes, rank: int) -> dict[str, Callable]:
     """Grass, the same in plain PyTorch, and GaLore, which multiplies by its basis."""
-    lists = [weights(shapes) for _ in range(3)]
-    for same in zip(*lists, strict=True):
-        for param in same[1:]:
-            param.grad = same[0].grad
+    lists = [weights(shapes)]
+    for _ in range(2):
+        # The same gradients: those of a whole model three times over would leave less room than many a GPU has.
+        lists.append([torch.nn.Parameter(param.detach().clone()) for param in lists[0]])
+        for param, first in zip(lists[-1], lists[0], strict=True):
+            param.grad = first.grad
     options = {"rank": rank, "refresh_every": NEVER}
     grass = pykern.GrassAdamW(lists[0], 1e-6, **options)
     grass.step()

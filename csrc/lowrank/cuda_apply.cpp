@@ -1,6 +1,6 @@
-// The change of the weights on CUDA. bfloat16 and float16 need no temporary of a weight's size; for float32 and float64
-// the vendor's product, with TF32 where torch is told to use it, projects a direction up into one before a kernel of
-// ours changes the weight.
+// The change of the weights on CUDA. bfloat16 and float16 need no temporary of a weight's size, nor do projectors that
+// pick rows; for float32 and float64 the vendor's product, with TF32 where torch is told to use it, projects a
+// direction up into one before a kernel of ours changes the weight.
 #include "common/products.h"
 #include "kernels/lowrank/apply.h"
 #include "lowrank/cuda_parts.h"
@@ -35,7 +35,7 @@ void apply(const Application& given, Stream stream) {
   if (given.param.empty()) return;
   const DataType type = data_type(given.param[0], "param");
   const bool picks = picks_rows(given.projector);
-  const bool wide = (type == DataType::f32 || type == DataType::f64) && !picks;
+  const bool by_vendor = (type == DataType::f32 || type == DataType::f64) && !given.projector.empty() && !picks;
   const double* factors = cuda::input<double>(given.step_factor);
   ApplyParams params{};
   params.type = type;
@@ -74,9 +74,8 @@ void apply(const Application& given, Stream stream) {
     if (!given.projector.empty()) {
       m.projector = cuda::input(given.projector[i]);
       m.rank = checked_size(rank_of(given.projector[i]), "projector");
-      m.picks_rows = picks;
     }
-    if (wide && !given.projector.empty()) {
+    if (by_vendor) {
       // One weight at a time, so that there is one temporary.
       if (param.numel() == 0) continue;
       Tensor direction, low;
@@ -96,7 +95,7 @@ void apply(const Application& given, Stream stream) {
     if (!given.direction.empty()) m.direction = cuda::input(given.direction[i]);
     if (!given.low.empty()) m.low = cuda::input(given.low[i]);
   }
-  if (wide && !given.projector.empty()) return;
+  if (by_vendor) return;
   params.count = static_cast<int64_t>(matrices.size());
   params.matrices = matrices.data();
   cuda::check_launch(picks ? launch_apply_rows(params, stream) : launch_apply(params, stream), "low_rank_apply");

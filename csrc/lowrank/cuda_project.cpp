@@ -1,5 +1,5 @@
-// Gradients into their subspaces on CUDA: kernels of ours for bfloat16 and float16, the vendor's products for float32
-// and float64.
+// Gradients into their subspaces on CUDA: kernels of ours for bfloat16 and float16, and where rows are picked; the
+// vendor's products for float32 and float64.
 #include "common/products.h"
 #include "kernels/lowrank/project.h"
 #include "lowrank/cuda_parts.h"
@@ -25,7 +25,6 @@ Tensor project(const Tensors& matrix, const Tensors& projector, const std::optio
     m.rank = checked_size(rank_of(projector[i]), "projector");
     m.splits = 1;
     m.along_length = layout.along_length;
-    m.picks_rows = picks_rows(projector);
     m.warpgroups = m.narrow = false;
   }
   const DataType type = data_type(matrix[0], "matrix");

@@ -18,8 +18,8 @@ struct ApplyMatrix {
   const void* grad;       // [n, length]
   const void* projector;  // [n, rank], without gaps; or the rows that are picked, int64 [rank]
   // [rank, length], float32 and without gaps, where the weight has sixteen bits; also where rows are picked, and then
-  // float64 for a weight of float64. Else `direction` and `low` are
-  // projected up already: [n, length] of the weight's type, unit stride along the same axis, without gaps.
+  // float64 for a weight of float64. Else projected up already: [n, length] of the weight's type, unit stride along the
+  // same axis, without gaps.
   const void *direction, *low;
   const void* factors;        // [length], float32, or float64 for float64 weights
   const float* step;          // one element; read for stochastic rounding
@@ -28,7 +28,6 @@ struct ApplyMatrix {
   int64_t param_stride, grad_stride;  // along the axis without unit stride
   int32_t n, length, rank;
   bool along_length;  // where the unit stride is; else it is along n
-  bool picks_rows;
 };
 
 struct ApplyRule {

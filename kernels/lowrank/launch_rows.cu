@@ -41,8 +41,9 @@ const char* launch_project_rows(const ProjectParams& params, Stream stream) {
 
 const char* launch_apply_rows(const ApplyParams& params, Stream stream) {
   const int64_t pack = params.type == DataType::f64 ? 2 : params.type == DataType::f32 ? 4 : 8;
-  const bool others_change =
-      params.rule.weight_decay != 0 || params.rule.rounding == WeightRounding::kahan || params.matrices[0].grad;
+  bool others_change = params.rule.weight_decay != 0 || params.rule.rounding == WeightRounding::kahan;
+  // The gradient of an empty weight has no memory: the first one alone does not tell.
+  for (int64_t i = 0; i < params.count; ++i) others_change = others_change || params.matrices[i].grad != nullptr;
   for (const bool along_length : {true, false}) {
     PickedApplyCall call{{}, params.rule, along_length && !others_change};
     const char* error = launch_grouped(

@@ -19,7 +19,6 @@ struct ProjectMatrix {
   int32_t n, length, rank;
   int32_t splits;     // set by plan_project: parts of n that different blocks take
   bool along_length;  // where the unit stride is; else it is along n
-  bool picks_rows;
   // Set by plan_project: whether the kernel for 9.0 takes it, and in narrow tiles.
   bool warpgroups, narrow;
 };

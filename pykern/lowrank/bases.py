@@ -163,7 +163,7 @@ def basis_of(group: dict) -> BasisFormat:
 
 
 def picks_rows(job: Job) -> bool:
-    """Whether P is rows of the identity, all of which lie in this process: the ops take their indices in its place."""
+    """Whether ops take the rows that P picks in its place: its columns are unit vectors, and no row is elsewhere."""
     return isinstance(basis_of(job.group), Coordinates) and not job.partial
 
 

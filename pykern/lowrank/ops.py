@@ -9,7 +9,7 @@ and an op is one call (on CUDA a few launches) for all of them; a list that is n
 float64 element. `grad_scale` and `found_inf` are torch.amp's: one float32 element each, or None; the gradient is
 divided by grad_scale, and where found_inf is not zero no state, count or weight changes. `maximize` turns the
 gradient's sign. On CUDA a float32 or float64 weight takes a temporary of its size, the vendor's product, one weight
-after the other; bfloat16 and float16 take none.
+after the other; bfloat16 and float16 take none, nor do projectors that pick rows.
 
 low_rank_adamw_step(param!, grad, projector, exp_avg!, exp_avg_sq!, step!, residual_norm!, lr, grad_scale, found_inf,
         *, beta1, beta2, eps, corrected_eps, weight_decay, decay_after, scale, residual, removed, growth,
@@ -20,7 +20,8 @@ low_rank_adamw_step(param!, grad, projector, exp_avg!, exp_avg_sq!, step!, resid
 low_rank_project(matrix, projector, grad_scale, low!, squares!, *, maximize)
     low = P^T G; squares = the columns' squared norms (an empty list: not wanted). Here and in low_rank_apply the
     projectors of a list may instead be int64 [rank], without squares: the rows of G that are low's, each once, -1 for
-    a row of zeros. P then has a one in each of its columns or none; on CUDA nobody looks whether a row comes twice.
+    a row of zeros. P then has a one in each of its columns or none. On the CPU other lists are refused; on CUDA what is
+    no row of G counts as -1, and nobody looks whether a row comes twice.
 low_rank_rule(low, exp_avg!, exp_avg_sq!, exp_avg_scale!, exp_avg_sq_scale!, step!, direction!, step_factor!,
         found_inf, *, rule, beta1, beta2, eps, corrected_eps)
     The inner rule: 0 adamw, 1 adabelief, 2 lion, 3 momentum (reference.lowrank_parts.RULES; the last two have no
@@ -40,8 +41,8 @@ low_rank_limit(low, direction!, ratios!, sums, residual_norm!, grad_scale, found
 low_rank_apply(param!, projector, direction, grad, factors, low, compensation!, step, seeds, step_factor, lr,
         grad_scale, found_inf, *, scale, weight_decay, decay_after, sign_scale, rounding, maximize)
     W - lr * step_factor * (scale up(direction) + G factors + sign_scale sign(g - up(low))), decay before or after.
-    With projectors that pick rows, the rounding is all that W is rounded by, and the other rows are left alone unless
-    something but the direction changes them.
+    With projectors that pick rows up(X) is exact, and rows that are not picked change by the decay, G and Kahan's
+    compensation alone.
     projector and direction: empty for APOLLO; grad and factors, low: empty where not used. rounding: 0 nearest; 1
     stochastic (bfloat16 and float16 alone round): by the first word of Philox4x32-10 with key seeds[i] and counter
     (index of the element in [n, length] order, step), so that the bits depend on nothing else; 2 Kahan: compensation

@@ -45,16 +45,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
     Every `refresh_every` steps, beginning with the first, P becomes the leading singular vectors of the
     current gradient; the moments stay. A gradient that is zero or not finite names no subspace: the old P
     is kept (at first: P = 0, so only decay acts), and the next step tries again. The step itself is taken as
-    other optimizers take it, so a NaN in the gradient reaches the weights.
+    other optimizers take it, so a NaN in the gradient reaches the weights; of "rows", "rows_sampled" and "coordinates"
+    one in the rows that are picked, where the residual is "none".
 
     A group without `rank`, and a parameter of fewer than two axes, gets plain AdamW (the same lines with R = G,
     D = N). A weight of more axes, as a convolution has, is a matrix of shape[0] rows. Ranks above min(rows, columns)
     are cut to it. All weights of a group are stepped together: where AdamW, float32 moments, nearest rounding and
     the residuals "none", "fira" or APOLLO's are asked for, by one op (low_rank_adamw_step), else by its parts one
     after the other. On the CPU, and on CUDA for bfloat16 and float16, there is no temporary of a weight's size; on
-    CUDA float32 and float64 have PyTorch's matrix products, under its TF32 setting, and one such temporary. A
-    gradient whose unit stride is along another axis than its weight's is copied. On the CPU results don't depend on
-    the number of threads, and everywhere they repeat bit for bit.
+    CUDA float32 and float64 have PyTorch's matrix products, under its TF32 setting, and one such temporary. Where
+    projectors pick rows the parts take their indices and make no product, but for Fira, APOLLO, 8-bit weights, and
+    shards along the axis that is compressed. A gradient whose unit stride is along another axis than its weight's is
+    copied. On the CPU results don't depend on the number of threads, and everywhere they repeat bit for bit.
 
     On CUDA a step waits for the device only where it chooses P, and when it first reads a loaded state. It can be
     captured in a graph after one ordinary step; in a graph P stays, so step outside it every `refresh_every` steps,

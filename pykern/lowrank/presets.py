@@ -247,9 +247,9 @@ class GrassAdamW(PresetOptimizer):
     """Grass: AdamW on the rows of the gradient with the largest norms (arXiv 2406.17660).
 
     GaLore with P a choice of rows of the identity; a refresh resets the moments. Begins with scale 0.25 (the paper
-    tunes it) and a refresh every 200 steps. A step has no products: it reads and writes what was picked, which is a
-    small part of the memory where rows of the weight are (it has more columns than rows, or side="left"), and most of
-    it where columns are. Takes LowRankOptimizer's other keywords.
+    tunes it) and a refresh every 200 steps. A step has no products: without weight decay it reads and writes
+    what was picked, a small part of the memory where that is rows of the weight (it has more columns than rows, or
+    side="left"), and most of it where that is columns. Takes LowRankOptimizer's other keywords.
     """
 
 

@@ -4,15 +4,17 @@ import pytest
 import torch
 
 import pykern
-from pykern.lowrank import bases, ops, stepping
+from pykern.lowrank import Int8Linear, bases, ops, stepping
 from pykern.reference import lowrank_parts as reference
 from tests.lowrank.parts import DTYPES, low_rank, matrices, one, wide
 from tests.lowrank.test_apply import PARTS, Weights, hold
-from tests.support import check_op, threads
+from tests.support import check_op, poison, threads
 
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
-# Ranks above a slab of picked rows, lines above a piece, rests of each.
-SHAPES = [(17, 33, 5), (80, 1051, 70), (64, 301, 64), (300, 40, 7), (9, 520, 8), (5, 1, 2), (1, 5, 1)]
+# Ranks and lines above a slab of picked rows, and rests of each.
+SHAPES = [(17, 33, 5), (80, 200, 70), (64, 301, 64), (300, 40, 7), (9, 520, 8), (5, 1, 2), (1, 5, 1)]
+# Lines above a piece, along either axis; on CUDA, above a block's part of one.
+LONG = [(7, 2100, 5), (1100, 40, 7)]
 
 
 def picked(device="cpu", shapes=SHAPES):
@@ -53,22 +55,32 @@ class PickedWeights(Weights):
             self.lists["projector"] = given
 
 
+def others(rows, n):
+    """Which of n rows are not picked."""
+    left = torch.ones(n, dtype=torch.bool, device=rows.device)
+    left[rows[rows >= 0]] = False
+    return left
+
+
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale, maximize, gap", [(1.0, False, 0), (2.0, True, 3)])
 def test_projects_what_the_rows_are(device, dtype, right, scale, maximize, gap):
-    grads, rows = matrices(dtype, device, right=right, gap=gap, shapes=SHAPES), picked(device)
-    low = [tensor.fill_(float("nan")) for tensor in low_rank(dtype, device, shapes=SHAPES)]
-    grad_scale = None if scale == 1.0 else one(scale, device)
-    ops.low_rank_project(grads, rows, grad_scale, low, [], maximize=maximize)
-    for grad, own, result in zip(grads, rows, low, strict=True):
-        basis = dense(own, grad.shape[0], wide(dtype))
-        exact, _ = reference.project(grad.to(wide(dtype)).cpu(), basis.cpu(), scale, maximize)
-        assert torch.equal(result.cpu(), exact)
+    shapes = SHAPES + LONG
+    grads, rows = matrices(dtype, device, right=right, gap=gap, shapes=shapes), picked(device, shapes)
+    low = [poison(tensor) for tensor in low_rank(dtype, device, shapes=shapes)]
+    exact = []
+    for grad, own in zip(grads, rows, strict=True):
+        values, basis = grad.to(wide(dtype)).cpu(), dense(own, grad.shape[0], wide(dtype)).cpu()
+        exact.append(reference.project(values, basis, scale, maximize)[0])
+        grad[others(own, grad.shape[0])] = float("nan")
+    ops.low_rank_project(grads, rows, None if scale == 1.0 else one(scale, device), low, [], maximize=maximize)
+    for result, expected in zip(low, exact, strict=True):
+        assert torch.equal(result.cpu(), expected)
 
 
 @SIDES
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("parts", [name for name, lists in PARTS.items() if "projector" in lists])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_applies_what_the_dense_basis_does(device, dtype, right, parts):
     hold(PickedWeights(dtype, device, right=right, parts=parts))
@@ -78,21 +90,26 @@ def test_applies_what_the_dense_basis_does(device, dtype, right, parts):
 @pytest.mark.parametrize("parts", ["up", "up and sign"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_every_instruction_set(cpu_level, dtype, right, parts):
-    hold(PickedWeights(dtype, right=right, parts=parts), weight_decay=0.0)
+    hold(PickedWeights(dtype, right=right, parts=parts, shapes=SHAPES + LONG), weight_decay=0.0)
 
 
 @SIDES
-@pytest.mark.parametrize("options", [{"weight_decay": 0.0}, {"weight_decay": 0.0, "decay_after": True}, {"gap": 3}])
-def test_options(device, options, right):
-    options = dict(options)
-    hold(PickedWeights(torch.bfloat16, device, right=right, parts="up", gap=options.pop("gap", 0)), **options)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_decay(device, dtype, right):
+    hold(PickedWeights(dtype, device, right=right, parts="up", gap=3), weight_decay=0.0)
+
+
+@SIDES
+def test_decay_after(device, right):
+    hold(PickedWeights(torch.bfloat16, device, right=right, parts="up", shapes=SHAPES[2:5]), decay_after=True)
 
 
 @SIDES
 @pytest.mark.parametrize("rounding", [0, 1, 2])
 @pytest.mark.parametrize("parts, weight_decay", [("up", 0.0), ("up", 0.1), ("up and sign", 0.1)])
 def test_rounds_as_with_the_dense_basis(device, right, rounding, parts, weight_decay):
-    both = [PickedWeights(torch.bfloat16, device, right=right, parts=parts, shapes=SHAPES[2:5]) for _ in range(2)]
+    shapes = [SHAPES[0], SHAPES[4]]
+    both = [PickedWeights(torch.bfloat16, device, right=right, parts=parts, shapes=shapes) for _ in range(2)]
     both[1].lists["projector"] = both[1].bases
     for weights in both:
         # What the products of bfloat16 take as it is.
@@ -106,17 +123,15 @@ def test_rounds_as_with_the_dense_basis(device, right, rounding, parts, weight_d
 
 def test_the_other_rows_are_not_touched(device):
     weights = PickedWeights(torch.bfloat16, device, parts="up")
-    for param, rows in zip(weights.param, weights.lists["projector"], strict=True):
-        others = torch.ones(param.shape[0], dtype=torch.bool)
-        others[rows[rows >= 0].cpu()] = False
-        param[others.to(device)] = -0.0
+    lists = [weights.param, weights.lists["projector"], weights.lists["direction"]]
+    for param, rows, direction in zip(*lists, strict=True):
+        param[others(rows, param.shape[0])] = -0.0
+        direction[rows < 0] = float("nan")
     before = [param.clone() for param in weights.param]
     weights.apply(weight_decay=0.0)
-    for old, new, rows in zip(before, weights.param, weights.lists["projector"], strict=True):
+    for old, new, rows in zip(before, *lists[:2], strict=True):
         same = (old.view(torch.int16) == new.view(torch.int16)).all(dim=1)
-        picked_rows = torch.zeros_like(same)
-        picked_rows[rows[rows >= 0]] = True
-        assert torch.equal(same, ~picked_rows)
+        assert torch.equal(same, others(rows, new.shape[0])) and new.isfinite().all()
 
 
 @SIDES
@@ -141,6 +156,11 @@ def test_empty_matrices(device, shape):
     assert not low[0].any() and low[1].any()
 
 
+def test_an_empty_matrix_says_nothing_of_the_next_one(device):
+    """A shard may be empty: it has no gradient in memory, others have, and their other rows take its signs."""
+    hold(PickedWeights(torch.float32, device, parts="up and sign", shapes=[(5, 0, 2), (6, 7, 2)]), weight_decay=0.0)
+
+
 @pytest.mark.parametrize(
     "rows, message", [([1, 17], "below 17 or -1, got 17"), ([-2, 1], "got -2"), ([3, 3], "3 twice")]
 )
@@ -149,7 +169,12 @@ def test_rows_that_are_none_are_refused_before_anything_is_written(rows, message
     low = [torch.full((2, 33), 7.0) for _ in grads]
     with pytest.raises(RuntimeError, match=message):
         ops.low_rank_project(grads, [torch.tensor([0, 1]), torch.tensor(rows)], None, low, [], maximize=False)
-    assert all((matrix == 7).all() for matrix in low)
+    weights = PickedWeights(torch.float32, parts="up", shapes=[(17, 33, 2)] * 2)
+    weights.lists["projector"][1] = torch.tensor(rows)
+    before = weights.param[0].clone()
+    with pytest.raises(RuntimeError, match=message):
+        weights.apply()
+    assert all((matrix == 7).all() for matrix in low) and torch.equal(weights.param[0], before)
 
 
 def test_refused_arguments(device):
@@ -215,9 +240,42 @@ def test_without_a_basis_nothing_changes(device, right):
     assert not torch.equal(weight, before)
 
 
-def test_measured_residuals_have_a_dense_basis(device):
-    weight = torch.nn.Parameter(torch.randn(40, 70, device=device))
-    weight.grad = torch.randn_like(weight)
-    optimizer = pykern.FiraAdamW([weight], 1e-2, rank=5, projector="rows")
-    optimizer.step()
-    assert weight.isfinite().all()
+def largest_rows(grad, rank, right):
+    """What the projector "rows" picks, as a matrix."""
+    norms = grad.norm(dim=0 if right else 1)
+    return dense(norms.sort(descending=True, stable=True).indices[:rank], len(norms), grad.dtype)
+
+
+@pytest.mark.parametrize("residual", ["fira", "apollo_channel", "none"])
+def test_what_takes_more_than_rows_has_a_dense_basis(device, residual):
+    """Fira, APOLLO, and for "none" weights in 8 bits."""
+    layers = []
+    for projector in ("rows", largest_rows):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(70, 40, bias=False).to(device)
+        if residual == "none":
+            layer = Int8Linear.from_linear(layer)
+        optimizer = pykern.LowRankOptimizer(layer.parameters(), 1e-2, rank=5, projector=projector, residual=residual)
+        for i in range(3):
+            layer.weight.grad = matrices(torch.float32, device, seed=i, shapes=[(40, 70, 5)])[0]
+            optimizer.step()
+        layers.append(layer)
+    states = [list(layer.state_dict().values()) for layer in layers]
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_projected_gradients_step_as_gradients_do(device):
+    weights = [torch.nn.Parameter(matrices(torch.bfloat16, device, shapes=[(40, 70, 5)])[0]) for _ in range(2)]
+    optimizers = [pykern.GrassAdamW([weight], 1e-2, rank=5, maximize=True) for weight in weights]
+    for i in range(2):
+        for weight in weights:
+            weight.grad = matrices(torch.bfloat16, device, seed=i, shapes=[(40, 70, 5)])[0]
+        if i == 0:
+            optimizers[0].step()
+        else:
+            low = optimizers[0].project(weights[0])
+            assert torch.equal(low, -weights[0].grad[optimizers[0].state[weights[0]]["projector_indices"]].float())
+            optimizers[0].step_projected({weights[0]: low})
+        optimizers[1].step()
+    assert torch.equal(*weights)

@@ -23,6 +23,7 @@ CASES = {
     "adafactor": {"rule": "adafactor"},
     "newton-schulz": {"rule": "newton_schulz", "residual": "error_feedback"},
     "dct": {"projector": "dct", "moments": "rotate"},
+    "picked rows": {"projector": "rows", "residual": "sign"},
     "svd": {"projector": "svd", "refresh": "staggered"},
     "ldadam": {"projector": "power", "moments": "rotate_variance", "refresh_every": 1, "projector_memory": 0.9,
                "residual": "error_feedback", "feedback_momentum": True},
