@@ -173,7 +173,7 @@ def group_advantages(
             )
         baseline_rewards = baseline_rewards.detach().to(dtype).contiguous()
     longest, buffer, factor = _overlong(overlong)
-    low, high = window
+    low, high = _numbers(window, 2, "window", "(low, high)")
     response_lengths = _lengths(lengths, mask, cu_seqlens, size)
     by_length = (
         baseline == "length_weighted"
@@ -207,9 +207,16 @@ def group_advantages(
         columns = gathered.gather(columns)
     elif max_rows is not None:
         raise ValueError("max_rows: expected None without process_group")
-    advantages, keep, counts = _compute(
-        *columns,
+    values, ids, response_lengths, baseline_rewards, answer_ids = columns
+    if answer_ids is not None:
+        values = _weighed_by_agreement(values, ids if gathered is None else gathered.apart(ids), answer_ids)
+        baseline_rewards = None if baseline_rewards is None else baseline_rewards.double()
+    advantages, keep, counts = torch.ops.pykern.group_advantages.default(
+        values,
         weights,
+        ids,
+        response_lengths,
+        baseline_rewards,
         row.decompose if decompose is None else decompose,
         TRANSFORMS.index(transform),
         BASELINES.index(baseline),
@@ -220,6 +227,7 @@ def group_advantages(
         singleton == "self",
         [eps, finish_eps, k, longest, buffer, factor, relative_length, fallback, low, high],
     )
+    advantages = advantages.to(dtype)
     if gathered is not None:
         advantages, keep, counts = gathered.own(advantages), gathered.own(keep), gathered.without_padding(counts)
     results = (advantages,)
@@ -230,17 +238,11 @@ def group_advantages(
     return results if len(results) > 1 else advantages
 
 
-def _compute(values, ids, lengths, baseline_rewards, answer_ids, weights, *parts) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = values.dtype
-    if answer_ids is not None:
-        entropy, sizes = torch.ops.pykern.group_entropy.default(ids, answer_ids.to(torch.int64).contiguous())
-        largest = torch.where(sizes > 1, sizes.double().log2() * sizes / (sizes - 1), 1.0)
-        values = values.double() * (1 - entropy / largest).unsqueeze(1)
-        baseline_rewards = None if baseline_rewards is None else baseline_rewards.double()
-    advantages, keep, counts = torch.ops.pykern.group_advantages.default(
-        values, weights, ids, lengths, baseline_rewards, *parts
-    )
-    return advantages.to(dtype), keep, counts
+def _weighed_by_agreement(values: Tensor, ids: Tensor, answer_ids: Tensor) -> Tensor:
+    """The rewards, float64, times 1 - H (1 - 1/n) / log2 n."""
+    entropy, sizes = torch.ops.pykern.group_entropy.default(ids, answer_ids.to(torch.int64).contiguous())
+    largest = torch.where(sizes > 1, sizes.double().log2() * sizes / (sizes - 1), 1.0)
+    return values.double() * (1 - entropy / largest).unsqueeze(1)
 
 
 def group_entropy(group_ids: Tensor, answer_ids: Tensor) -> Tensor:
@@ -320,10 +322,20 @@ def _check_ids(ids: Tensor, name: str, size: int) -> None:
         raise ValueError(f"{name}: expected one id per reward, [{size}], got {list(ids.shape)}")
 
 
+def _numbers(given: Sequence[float], count: int, name: str, meaning: str) -> list[float]:
+    try:
+        numbers = [float(number) for number in given]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or any(math.isnan(number) for number in numbers):
+        raise ValueError(f"{name}: expected {count} numbers, {meaning}, got {given!r}")
+    return numbers
+
+
 def _overlong(overlong: tuple[float, float, float] | None) -> tuple[float, float, float]:
     if overlong is None:
         return 0.0, 0.0, 0.0
-    longest, buffer, factor = overlong
+    longest, buffer, factor = _numbers(overlong, 3, "overlong", "(longest, buffer, factor)")
     if not buffer > 0:
         raise ValueError(f"overlong: expected (longest, buffer, factor) with a buffer above 0, got {overlong!r}")
     return longest, buffer, factor
@@ -339,12 +351,14 @@ def _lengths(lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | N
     if len(given) > 1:
         raise ValueError(f"{given[1]}: expected one of lengths, mask and cu_seqlens, got also {given[0]}")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a tensor, got {_kind(mask)}")
         if mask.dim() != 2 or mask.shape[0] != size:
             raise ValueError(f"mask: expected one row per sample, [{size}, T], got {list(mask.shape)}")
         return (mask != 0).sum(dim=1)
     name, value, entries = ("lengths", lengths, size) if lengths is not None else ("cu_seqlens", cu_seqlens, size + 1)
-    if value.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected a tensor of integers, got {_kind(value)}")
     if list(value.shape) != [entries]:
         raise ValueError(f"{name}: expected [{entries}], got {list(value.shape)}")
     value = value.to(torch.int64)

@@ -363,7 +363,11 @@ def test_compiles_whole(name):
         ({"estimator": "opo"}, ValueError, "lengths: estimator 'opo' needs them"),
         ({"estimator": "remax"}, ValueError, "baseline_rewards: estimator 'remax' needs"),
         ({"baseline_rewards": torch.ones(4)}, ValueError, "baseline_rewards: estimator 'grpo' takes none"),
-        ({"lengths": torch.ones(4)}, TypeError, "lengths: expected integers"),
+        ({"lengths": torch.ones(4)}, TypeError, "lengths: expected a tensor of integers, got torch.float32"),
+        ({"lengths": [1, 2, 3, 4]}, TypeError, "lengths: expected a tensor of integers, got list"),
+        ({"mask": [[1], [1], [1], [1]]}, TypeError, "mask: expected a tensor, got list"),
+        ({"window": 0.5}, ValueError, r"window: expected 2 numbers, \(low, high\), got 0.5"),
+        ({"overlong": (10, 4)}, ValueError, r"overlong: expected 3 numbers, .* got \(10, 4\)"),
         ({"cu_seqlens": torch.zeros(4, dtype=torch.int64)}, ValueError, r"cu_seqlens: expected \[5\]"),
         ({"mask": torch.ones(3, 7)}, ValueError, r"mask: .* \[4, T\], got \[3, 7\]"),
         (
