@@ -1,5 +1,6 @@
 """policy_loss: any row of LOSSES beside a KL estimate, an entropy bonus and an aggregate, in one pass."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -189,10 +190,7 @@ def policy_loss(
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
         sequences = cu_seqlens.shape[0] - 1
 
-    def values(tensor: Tensor | None, name: str, by_sequence: bool = False) -> Tensor | None:
-        """A checked constant of the type that is computed in."""
-        if tensor is None:
-            return None
+    def check(tensor: Tensor, name: str, by_sequence: bool = False) -> None:
         _check_floats(tensor, name)
         if tensor.shape != shape and not (by_sequence and list(tensor.shape) == [sequences]):
             if by_sequence:
@@ -202,9 +200,13 @@ def policy_loss(
                 )
             raise ValueError(f"{name}: expected the shape of logprobs, {list(shape)}, got {list(tensor.shape)}")
         _check_device(tensor, name, device)
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+
+    def values(tensor: Tensor | None, name: str, by_sequence: bool = False) -> Tensor | None:
+        """A checked constant of the type that is computed in."""
+        if tensor is None:
+            return None
+        check(tensor, name, by_sequence)
+        return _computed(tensor, dtype, False)
 
     def flags(tensor: Tensor | None, name: str) -> Tensor | None:
         if tensor is None:
@@ -360,7 +362,7 @@ def policy_loss(
         ],
     )
     if entropy is not None:
-        values(entropy, "entropy")
+        check(entropy, "entropy")
     differentiable = torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     )
@@ -456,8 +458,10 @@ def _clip(name: str, given: float | Tensor | None, default: float, row: Loss, lo
         raise ValueError(f"{name}: loss {loss!r} clips no ratio")
     if isinstance(given, Tensor):
         return 0.0, given
-    if not given >= 0:
-        raise ValueError(f"{name}: expected a distance from 1 of at least 0, got {given!r}")
+    # A weight's only bound may lie anywhere above 0.
+    least = -1.0 if name == "clip_high" and row.rule == "weight" and row.clip_low == math.inf else 0.0
+    if not given >= least:
+        raise ValueError(f"{name}: expected a distance from 1 of at least {least:g}, got {given!r}")
     return given, None
 
 

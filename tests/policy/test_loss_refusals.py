@@ -23,6 +23,8 @@ import pykern
         ({"kl_coef": 0.1}, ValueError, "kl: expected one of k1, k2, k3, abs beside"),
         ({"clip_low": -0.1}, ValueError, "clip_low: .* got -0.1"),
         ({"clip_high": float("nan")}, ValueError, "clip_high: .* got nan"),
+        ({"clip_high": -0.1}, ValueError, "clip_high: .* at least 0, got -0.1"),
+        ({"clip_high": -1.1, "loss": "cispo"}, ValueError, "clip_high: .* at least -1, got -1.1"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip: expected a ratio above 1"),
         ({"kl": "k3", "ref_logprobs": torch.zeros(2, 3), "kl_gradient": "k2"}, ValueError, "kl_gradient: .* got 'k2'"),
         ({"dual_clip": 3.0, "loss": "cispo"}, ValueError, "dual_clip: loss 'cispo' has no place for it"),
