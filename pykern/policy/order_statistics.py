@@ -114,7 +114,8 @@ def masked_moments(values: Tensor, mask: Tensor | None = None, *, centre: Tensor
     flags = _flags(mask, values, "mask")
     if centre is not None:
         if not isinstance(centre, Tensor) or centre.numel() != 1:
-            raise ValueError(f"centre: expected a tensor of one element, got {_kind(centre)}")
+            got = list(centre.shape) if isinstance(centre, Tensor) else _kind(centre)
+            raise ValueError(f"centre: expected a tensor of one element, got {got}")
         centre = centre.detach().to(torch.float64)
     _native.require_kernels(values, "values", "masked_moments")
     return torch.ops.pykern.masked_moments.default(_prepare(values), flags, centre)

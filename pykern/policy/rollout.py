@@ -264,7 +264,9 @@ def _correct(
                 f"{list(old_logprobs.shape)}; padded log-probabilities take a mask instead"
             )
         if cu_seqlens.device != old_logprobs.device:
-            raise ValueError(f"cu_seqlens: expected the device of {name}, got {cu_seqlens.device}")
+            raise ValueError(
+                f"cu_seqlens: expected the device of {name}, {old_logprobs.device}, got {cu_seqlens.device}"
+            )
     if rollout_logprobs.shape != old_logprobs.shape:
         raise ValueError(
             f"rollout_logprobs: expected the shape of {name}, {list(old_logprobs.shape)}, "

@@ -295,7 +295,11 @@ def aepo_rows(
     fits = regulariser_advantages.detach() > threshold
     first = torch.argsort((~fits).to(torch.uint8), stable=True)  # those that fit, in their order
     count = fits.sum().clamp(max=samples)
-    count = torch.where(torch.as_tensor(entropy, device=advantages.device) > target, count // 2, count).reshape(())
+    high = entropy > target
+    if isinstance(high, Tensor):
+        count = torch.where(high.to(advantages.device).reshape(()), count // 2, count)
+    elif high:
+        count = count // 2
     replaced = place < count
     rows = torch.where(replaced, first[place.clamp(max=resampled - 1)], resampled + place)
     return rows, torch.where(replaced, 1.0, advantages.detach())
@@ -309,11 +313,15 @@ def _check_tokens(logprobs: Tensor, mask: Tensor | None, **others: Tensor) -> Te
             raise ValueError(
                 f"{name}: expected the shape of logprobs, {list(logprobs.shape)}, got {list(tensor.shape)}"
             )
+        if tensor.device != logprobs.device:
+            raise ValueError(f"{name}: expected the device of logprobs, {logprobs.device}, got {tensor.device}")
     return _flags(mask, logprobs, "mask")
 
 
 def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
     _check_values(advantages, "advantages")
+    if advantages.device != logprobs.device:
+        raise ValueError(f"advantages: expected the device of logprobs, {logprobs.device}, got {advantages.device}")
     if advantages.shape == logprobs.shape:
         return advantages.detach()
     if logprobs.dim() == 2 and advantages.shape == logprobs.shape[:1]:

@@ -220,6 +220,8 @@ def test_sizes(name, shape):
         (lambda l, a: pykern.aepo_rows(l, a, entropy=0, target=0, samples=1), ValueError, r"advantages: .* \[2, 3\]"),
         (lambda l, a: pykern.aepo_rows(a, a, entropy=0, target=0, samples=-1), ValueError, "samples: .* got -1"),
         (lambda l, a: pykern.hapo_modulation(l, l, l, pivot=3), ValueError, "q: .* got 3"),
+        (lambda l, a: pykern.clip_cov_mask(l, l.to("meta"), a), ValueError, "old_logprobs: .* cpu, got meta"),
+        (lambda l, a: pykern.kl_cov_mask(l, a.to("meta")), ValueError, "advantages: .* cpu, got meta"),
     ],
 )
 def test_refuses(call, error, message):
