@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _FLOATS, _INTEGERS, _kind, _lookup
+from .checks import check_device, check_floats, check_like, checked_flags, checked_offsets, constant, lookup
 from .loss_ops import PolicyLoss
 from .losses import (
     AGGREGATES,
@@ -165,41 +165,28 @@ def policy_loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    row = _lookup(LOSSES, loss, "loss")
+    row = lookup(LOSSES, loss, "loss")
     if ratio is not None:
         row = _with_ratio(row, loss, ratio)
-    limits = _lookup(PRESETS, preset, "preset")
+    limits = lookup(PRESETS, preset, "preset")
     limits = limits.losses.get(loss, limits)
 
-    _check_floats(logprobs, "logprobs")
-    shape, device = logprobs.shape, logprobs.device
+    check_floats(logprobs, "logprobs")
+    shape = logprobs.shape
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    if cu_seqlens is None:
-        if len(shape) != 2:
-            raise ValueError(f"logprobs: expected [B, T], got {list(shape)}; packed tokens [N] need cu_seqlens")
-        sequences = shape[0]
-    else:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-        if len(shape) != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(
-                f"cu_seqlens: expected [B + 1] beside logprobs [N], got {list(cu_seqlens.shape)} beside "
-                f"{list(shape)}; padded log-probabilities take a mask instead"
-            )
-        _check_device(cu_seqlens, "cu_seqlens", device)
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-        sequences = cu_seqlens.shape[0] - 1
+    cu_seqlens, sequences = checked_offsets(cu_seqlens, logprobs, "logprobs")
 
     def check(tensor: Tensor, name: str, by_sequence: bool = False) -> None:
-        _check_floats(tensor, name)
-        if tensor.shape != shape and not (by_sequence and list(tensor.shape) == [sequences]):
-            if by_sequence:
+        check_floats(tensor, name)
+        if by_sequence and tensor.shape != shape:
+            if list(tensor.shape) != [sequences]:
                 raise ValueError(
                     f"{name}: expected one per sequence, [{sequences}], or per token, {list(shape)}, "
                     f"got {list(tensor.shape)}"
                 )
-            raise ValueError(f"{name}: expected the shape of logprobs, {list(shape)}, got {list(tensor.shape)}")
-        _check_device(tensor, name, device)
+            check_device(tensor, name, logprobs, "logprobs")
+        else:
+            check_like(tensor, name, logprobs, "logprobs")
 
     def values(tensor: Tensor | None, name: str, by_sequence: bool = False) -> Tensor | None:
         """A checked constant of the type that is computed in."""
@@ -209,14 +196,7 @@ def policy_loss(
         return _computed(tensor, dtype, False)
 
     def flags(tensor: Tensor | None, name: str) -> Tensor | None:
-        if tensor is None:
-            return None
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected the shape of logprobs, {list(shape)}, got {list(tensor.shape)}")
-        _check_device(tensor, name, device)
-        return (tensor if tensor.dtype == torch.bool else tensor != 0).contiguous()
+        return checked_flags(tensor, name, logprobs, "logprobs")
 
     if row.needs:
         given = {
@@ -399,29 +379,14 @@ def policy_loss_token_weights(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_floats(logprobs, "logprobs")
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    if (logprobs.dim() == 2) != (cu_seqlens is None) or logprobs.dim() not in (1, 2):
-        raise ValueError(f"logprobs: expected [B, T], or [N] beside cu_seqlens, got {list(logprobs.shape)}")
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens: expected [B + 1], got {list(cu_seqlens.shape)}")
-        _check_device(cu_seqlens, "cu_seqlens", logprobs.device)
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a tensor, got {_kind(mask)}")
-        if mask.shape != logprobs.shape:
-            raise ValueError(f"mask: expected the shape of logprobs, {list(logprobs.shape)}, got {list(mask.shape)}")
-        _check_device(mask, "mask", logprobs.device)
-        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    check_floats(logprobs, "logprobs")
+    cu_seqlens, _ = checked_offsets(cu_seqlens, logprobs, "logprobs")
+    mask = checked_flags(mask, "mask", logprobs, "logprobs")
     columns = None if cu_seqlens is not None else logprobs.shape[1]
     index, count, horizon = check_aggregate(aggregate, denominator, horizon, columns)
     _native.require_kernels(logprobs, "logprobs", "policy_loss_token_weights")
     return torch.ops.pykern.policy_loss_token_weights.default(
-        _computed(logprobs, dtype, False), mask, cu_seqlens, index, count_empty, count, horizon
+        constant(logprobs), mask, cu_seqlens, index, count_empty, count, horizon
     )
 
 
@@ -508,13 +473,3 @@ def _shapes(temperatures, taper, row: Loss, loss: str) -> tuple[float, float, fl
             raise ValueError(f"taper: expected two pairs (power, rate) of at least 0, got {taper!r}")
         return tuple(float(value) for pair in taper for value in pair)
     return 0.0, 0.0, 0.0, 0.0
-
-
-def _check_floats(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}")
-
-
-def _check_device(tensor: Tensor, name: str, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected the device of logprobs, {device}, got {tensor.device}")

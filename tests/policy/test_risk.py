@@ -254,7 +254,7 @@ def test_tracker_refuses():
         pykern.QuantileTracker(lr=0)
     with pytest.raises(TypeError, match="scores: expected a floating-point tensor, got list"):
         pykern.QuantileTracker().update([1.0])
-    with pytest.raises(ValueError, match="scores: expected the tracker's device, cpu, got meta"):
+    with pytest.raises(ValueError, match="scores: expected the device of the tracker, cpu, got meta"):
         pykern.QuantileTracker().update(torch.ones(3, device="meta"))
     with pytest.raises(ValueError, match=r"state: expected 19 values, got \[2\]"):
         pykern.QuantileTracker().load_state_dict({"values": torch.ones(2)})
