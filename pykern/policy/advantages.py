@@ -1,13 +1,13 @@
 """Advantages of grouped samples: parts from the tables of estimators.py, computed by one op."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, distributed
 
 from .. import _native
-from .checks import INTEGERS, check_device, check_floats, check_group_ids, kind, lookup
+from .checks import INTEGERS, check_device, check_floats, check_group_ids, checked_numbers, kind, lookup
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, METRICS, PRESETS, SCALES, TRANSFORMS
 from .gather import GatheredRows
 
@@ -159,7 +159,8 @@ def group_advantages(
     if component_weights is None:
         weights = [1.0 / components if row.average else 1.0] * components
     else:
-        weights = [float(weight) for weight in component_weights]
+        given = component_weights if isinstance(component_weights, Iterable) else [component_weights]
+        weights = [float(weight) for weight in given]
         if len(weights) != components or not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"component_weights: expected {components} finite numbers, got {component_weights!r}")
     if (baseline_rewards is not None) != (baseline == "given"):
@@ -174,7 +175,7 @@ def group_advantages(
             )
         baseline_rewards = baseline_rewards.detach().to(dtype).contiguous()
     longest, buffer, factor = _overlong(overlong)
-    low, high = _numbers(window, 2, "window", "(low, high)")
+    low, high = checked_numbers(window, "window", "low", "high")
     response_lengths = _lengths(lengths, mask, cu_seqlens, size)
     by_length = (
         baseline == "length_weighted"
@@ -204,6 +205,10 @@ def group_advantages(
     columns = [values, group_ids.to(torch.int64).contiguous(), response_lengths, baseline_rewards, answer_ids]
     gathered = None
     if process_group is not None:
+        if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
+            raise TypeError(
+                f"process_group: expected a torch.distributed.ProcessGroup or None, got {kind(process_group)}"
+            )
         gathered = GatheredRows(size, process_group, max_rows)
         columns = gathered.gather(columns)
     elif max_rows is not None:
@@ -224,7 +229,7 @@ def group_advantages(
         SCALES.index(scale),
         FINISHES.index(finish),
         FILTERS.index(filter),
-        ddof,
+        int(ddof),
         singleton == "self",
         [eps, finish_eps, k, longest, buffer, factor, relative_length, fallback, low, high],
     )
@@ -298,20 +303,10 @@ def _first(*values):
     return next(value for value in values if value is not None)
 
 
-def _numbers(given: Sequence[float], count: int, name: str, meaning: str) -> list[float]:
-    try:
-        numbers = [float(number) for number in given]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or any(math.isnan(number) for number in numbers):
-        raise ValueError(f"{name}: expected {count} numbers, {meaning}, got {given!r}")
-    return numbers
-
-
 def _overlong(overlong: tuple[float, float, float] | None) -> tuple[float, float, float]:
     if overlong is None:
         return 0.0, 0.0, 0.0
-    longest, buffer, factor = _numbers(overlong, 3, "overlong", "(longest, buffer, factor)")
+    longest, buffer, factor = checked_numbers(overlong, "overlong", "longest", "buffer", "factor")
     if not buffer > 0:
         raise ValueError(f"overlong: expected (longest, buffer, factor) with a buffer above 0, got {overlong!r}")
     return longest, buffer, factor

@@ -1,4 +1,7 @@
-"""What the functions of this family check of tensors alike, and the form in which ops take them."""
+"""What the functions of this family check alike, and the form in which ops take tensors."""
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +18,17 @@ def lookup(table: dict, name: object, argument: str):
     if name not in table:
         raise ValueError(f"{argument}: expected one of {', '.join(str(key) for key in table)}, got {name!r}")
     return table[name]
+
+
+def checked_numbers(given: Sequence[float], name: str, *meaning: str) -> list[float]:
+    """As many numbers as there are words for them."""
+    try:
+        numbers = [float(number) for number in given]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != len(meaning) or any(math.isnan(number) for number in numbers):
+        raise ValueError(f"{name}: expected {len(meaning)} numbers, ({', '.join(meaning)}), got {given!r}")
+    return numbers
 
 
 def check_floats(tensor: Tensor, name: str) -> None:

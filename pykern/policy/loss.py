@@ -1,13 +1,23 @@
 """policy_loss: any row of LOSSES beside a KL estimate, an entropy bonus and an aggregate, in one pass."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_device, check_floats, check_like, checked_flags, checked_offsets, constant, lookup
+from .checks import (
+    check_device,
+    check_floats,
+    check_like,
+    checked_flags,
+    checked_numbers,
+    checked_offsets,
+    constant,
+    lookup,
+)
 from .loss_ops import PolicyLoss
 from .losses import (
     AGGREGATES,
@@ -465,11 +475,15 @@ def _shapes(temperatures, taper, row: Loss, loss: str) -> tuple[float, float, fl
     temperatures = _number("temperatures", temperatures, row.temperatures, row, loss, ("gate",))
     taper = _number("taper", taper, row.taper, row, loss, ("taper",))
     if row.rule == "gate":
-        if len(temperatures) != 2 or not all(value > 0 for value in temperatures):
+        positive, others = checked_numbers(temperatures, "temperatures", "where A > 0", "elsewhere")
+        if not (positive > 0 and others > 0):
             raise ValueError(f"temperatures: expected two positive numbers, got {temperatures!r}")
-        return float(temperatures[0]), float(temperatures[1]), 0.0, 0.0
+        return positive, others, 0.0, 0.0
     if row.rule == "taper":
-        if len(taper) != 2 or any(len(pair) != 2 or not all(value >= 0 for value in pair) for pair in taper):
+        if not isinstance(taper, Sequence) or len(taper) != 2:
             raise ValueError(f"taper: expected two pairs (power, rate) of at least 0, got {taper!r}")
-        return tuple(float(value) for pair in taper for value in pair)
+        numbers = [number for pair in taper for number in checked_numbers(pair, "taper", "power", "rate")]
+        if not all(number >= 0 for number in numbers):
+            raise ValueError(f"taper: expected two pairs (power, rate) of at least 0, got {taper!r}")
+        return tuple(numbers)
     return 0.0, 0.0, 0.0, 0.0

@@ -38,6 +38,8 @@ def masked_quantile(
     flags = checked_flags(mask, "mask", values, "values")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if isinstance(q, Tensor) and q.dim() > 0:
+        raise TypeError(f"q: expected a number or a sequence of numbers, got {kind(q)}; pass q.tolist()")
     single = not isinstance(q, Sequence)
     quantiles = [float(number) for number in ((q,) if single else q)]
     for number in quantiles:

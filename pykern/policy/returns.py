@@ -172,7 +172,7 @@ def masked_whiten(
     if ddof not in (0, 1):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
     _native.require_kernels(values, "values", "masked_whiten")
-    return torch.ops.pykern.masked_whiten.default(constant(values), mask, bool(shift_mean), float(eps), ddof)
+    return torch.ops.pykern.masked_whiten.default(constant(values), mask, bool(shift_mean), float(eps), int(ddof))
 
 
 def _check_share(value: object, name: str) -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_device, check_floats, check_group_ids, constant
+from .checks import check_device, check_floats, check_group_ids, checked_numbers, constant, kind
 
 CREDITS = ("uniform", "score", "std", "sum_mean")
 """What each response of a paper gets of the paper's utility u: u; u / 2 for a positive reward, else 3 u / 2; u over the
@@ -81,6 +81,8 @@ class QuantileTracker:
 
         Raises ValueError, naming the argument.
         """
+        if "values" not in state:
+            raise ValueError(f"state: expected that of a QuantileTracker, got the keys {', '.join(state) or 'none'}")
         values = state["values"]
         if values.shape != self.values.shape:
             raise ValueError(f"state: expected {len(self.levels)} values, got {list(values.shape)}")
@@ -147,7 +149,7 @@ def risk_advantages(
     for name, ids in (("group_ids", group_ids), ("bundle_ids", bundle_ids)):
         check_group_ids(ids, name, len(rewards), "reward")
         check_device(ids, name, rewards, "rewards")
-    low_level, high_level = levels
+    low_level, high_level = checked_numbers(levels, "levels", "a", "b")
     if not 0 <= low_level < high_level <= 1:
         raise ValueError(f"levels: expected two numbers, 0 <= a < b <= 1, got {levels!r}")
     for name, weight in (("mix", mix), ("upper_tail", upper_tail)):
@@ -161,7 +163,9 @@ def risk_advantages(
         raise ValueError(f"credit: expected one of {', '.join(CREDITS)}, got {credit!r}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
-    tracked = None if tracker is None else tracker.quantiles(levels)
+    if tracker is not None and not isinstance(tracker, QuantileTracker):
+        raise TypeError(f"tracker: expected a QuantileTracker or None, got {kind(tracker)}")
+    tracked = None if tracker is None else tracker.quantiles((low_level, high_level))
     if tracked is not None:
         check_device(tracked, "tracker", rewards, "rewards")
     _native.require_kernels(rewards, "rewards", "risk_advantages")

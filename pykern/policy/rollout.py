@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .checks import check_floats, check_like, checked_flags, checked_offsets, constant, lookup
+from .checks import check_floats, check_like, checked_flags, checked_numbers, checked_offsets, constant, lookup
 
 WEIGHTS = ("token", "sequence", "geometric")
 """The ratio that a weight is: of the token, of the sequence (a product), or the geometric mean over the sequence."""
@@ -210,7 +210,8 @@ def rollout_correction(
     unscored = row.unscored if unscored is ... else unscored
     if weight is not None and weight not in WEIGHTS:
         raise ValueError(f"weight: expected None or one of {', '.join(WEIGHTS)}, got {weight!r}")
-    if not 0 <= weight_clip[0] <= weight_clip[1] or not weight_clip[1] > 0:
+    low, high = checked_numbers(weight_clip, "weight_clip", "low", "high")
+    if not 0 <= low <= high or not high > 0:
         raise ValueError(f"weight_clip: expected 0 <= low <= high and a positive high, got {weight_clip!r}")
     if weight_rule not in ("truncate", "mask"):
         raise ValueError(f'weight_rule: expected "truncate" or "mask", got {weight_rule!r}')
@@ -232,7 +233,7 @@ def rollout_correction(
         for criterion, pair in zip(criteria, bounds)
     }
     weights, keep, metrics = corrected(
-        old_logprobs, rollout_logprobs, mask, cu_seqlens, weight, weight_clip, weight_rule, log_bounds, veto, normalize,
+        old_logprobs, rollout_logprobs, mask, cu_seqlens, weight, (low, high), weight_rule, log_bounds, veto, normalize,
         limit, unscored,
     )  # fmt: skip
     values = metrics.unbind()
@@ -255,7 +256,7 @@ def corrected(
     check_like(rollout_logprobs, "rollout_logprobs", old_logprobs, name)
     flags = checked_flags(mask, "mask", old_logprobs, name)
     _native.require_kernels(old_logprobs, name, "rollout_correction")
-    settings = [float(weight_clip[0]), float(weight_clip[1]), float(limit), 0.0 if veto is None else float(veto)]
+    settings = [*weight_clip, float(limit), 0.0 if veto is None else float(veto)]
     for criterion in CRITERIA:
         settings += log_bounds.get(criterion, (-math.inf, math.inf))
     old = constant(old_logprobs)

@@ -358,6 +358,8 @@ def test_compiles_whole(name):
         ({"answer_ids": torch.ones(4)}, TypeError, "answer_ids: .* got torch.float32"),
         ({"answer_ids": torch.ones(3, dtype=torch.int64)}, ValueError, r"answer_ids: .* \[4\], got \[3\]"),
         ({"singleton": "one"}, ValueError, 'singleton: expected "zero" or "self"'),
+        ({"component_weights": 2.0, "rewards": torch.ones(4, 2)}, ValueError, "component_weights: .* got 2.0"),
+        ({"process_group": "world"}, TypeError, "process_group: expected a torch.distributed.ProcessGroup or None"),
         ({"ddof": 2}, ValueError, "ddof: expected 0 or 1, got 2"),
         ({"eps": -1.0}, ValueError, "eps: .* got -1.0"),
         ({"estimator": "opo"}, ValueError, "lengths: estimator 'opo' needs them"),
