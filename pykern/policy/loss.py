@@ -129,8 +129,10 @@ def policy_loss(
     denominator=num_items_in_batch / processes (each over its accumulation steps).
 
     Masked tokens may hold NaN or infinities in every input: they are selected away, their gradient is exactly 0. A
-    NaN or infinity at an unmasked token shows in the loss. Nothing is clamped unless a preset says so. Results are the
-    same bit for bit on any number of threads. The metrics are tensors on the same device; nothing waits for them.
+    NaN or infinity at an unmasked token shows in the loss. Nothing is clamped unless a preset says so: a ratio that
+    overflows, of a log-ratio above 88 in float32, shows there or in the gradient too, also where its advantage is 0.
+    Results are the same bit for bit on any number of threads. The metrics are tensors on the same device; nothing waits
+    for them.
 
     Args:
         logprobs: log-probability of each taken token under the policy: padded [B, T], or packed [N] with cu_seqlens.
@@ -146,7 +148,7 @@ def policy_loss(
         ratio: replaces the row's level, "token", "sequence" or "product"; clip_low and clip_high are then for you to
             fit to it. Not for rows of a "clipped_sequence".
         clip_low, clip_high: replace the row's; math.inf takes a bound away. A tensor of the shape of logprobs has a
-            distance for each token (hapo).
+            distance for each token (hapo). clip_high may be as low as -1 where it is a weight's only bound (cispo).
         ratio_limit, dual_clip, temperatures, taper, negative_scale, stabilisation_low, stabilisation_high: replace
             the row's; refused where its rule has no place for them.
         keep, anchor_keep: of the shape of logprobs.
