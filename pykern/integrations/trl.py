@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policy import group_advantages, linear_token_logprobs, policy_loss
+from .autocast import under_autocast
 
 try:
     import trl
@@ -55,8 +56,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         loss: a row of pykern.LOSSES, with its own bounds and aggregate; None: what `loss_type` and the other settings
             of GRPOConfig say.
 
-    Logged clip ratios are shares of tokens, also for ratios of sequences; their extremes over sequences,
-    clip_ratio/low_min and clip_ratio/high_max, are not logged.
+    Logged clip ratios are shares of tokens, also for ratios of sequences, and of every loss. TRL's extremes over
+    sequences, clip_ratio/low_min and clip_ratio/high_max, are not logged, nor cispo_clip_ratio and vespo/phi_seq_mean.
 
     Raises:
         ValueError: adaptive entropy control, which TRL keeps within its own loss.
@@ -152,13 +153,16 @@ class GRPOTrainer(trl.GRPOTrainer):
             if mode == "train":
                 count = count * accumulated / self.args.steps_per_generation
             loss = loss / count
+            logged = loss.detach()
         else:
+            logged = loss.detach()
             loss = loss / accumulated
         if self._entropy_bonus_enabled:
             acting = mask != 0 if entropy_mask is None else (mask != 0) & entropy_mask
             mean = torch.where(acting, entropies, 0.0).sum() / acting.sum().clamp(min=1)
-            self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss.detach()).nanmean().item())
-            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+            self._metrics[mode]["policy_loss"].append(self.accelerator.gather(logged).nanmean().item())
+            if mode == "train" and self.accelerator.sync_gradients:
+                self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
             loss = loss - self.entropy_coef * mean / accumulated
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
@@ -234,12 +238,13 @@ def add_linear_head(model: nn.Module, temperature: float = 1.0, cast_lm_head_to_
     """Gives a causal language model TRL's interface of a fused head, computed by pykern.linear_token_logprobs.
 
     `model(..., labels=labels, fused_lm_head=True)` then returns log-probabilities and entropies [batch, tokens - 1] of
-    the next tokens, 0 where a label is -100; without `fused_lm_head` the model's forward is what it was.
+    the next tokens, 0 where a label is -100; without `fused_lm_head` the model's forward is what it was. The products
+    are taken in the type of torch.autocast where that is on, else in that of the head.
 
     Args:
         model: a causal language model of transformers; before it is wrapped with PEFT.
         temperature: the logits are divided by it.
-        cast_lm_head_to_fp32: hidden states and head take part in float32.
+        cast_lm_head_to_fp32: hidden states and head take part in float32, under autocast too.
     """
     plain = model.forward
     config = model.config.get_text_config()
@@ -264,6 +269,8 @@ def add_linear_head(model: nn.Module, temperature: float = 1.0, cast_lm_head_to_
         hidden, labels = hidden.to(weight.device), labels.to(weight.device)
         if cast_lm_head_to_fp32:
             hidden, weight = hidden.float(), weight.float()
+        else:
+            hidden, weight = under_autocast(hidden, weight)
         # (s z) capped at c, over T, is z capped at c / s, over T / s.
         logprobs, entropy = linear_token_logprobs(
             hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype),

@@ -41,6 +41,7 @@ from ..policy import (
     policy_loss_token_weights,
     rollout_correction,
 )
+from .autocast import under_autocast
 
 try:
     from verl import DataProto
@@ -56,8 +57,10 @@ except ImportError as error:
 
 def _ids(index: Iterable[Hashable], device: torch.device) -> Tensor:
     """verl's group labels, objects of any kind, as integers."""
+    # The elements of a tensor are all different keys, and those of an array slow ones.
+    labels = index.tolist() if isinstance(index, (Tensor, np.ndarray)) else index
     numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in index], dtype=torch.int64, device=device)
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels], dtype=torch.int64, device=device)
 
 
 def _spread(advantages: Tensor, token_level_rewards: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,6 +289,11 @@ _KEYWORDS: dict[str, Callable[[Any], dict[str, Any]]] = {
 """What verl's settings of each of its losses mean to policy_loss."""
 
 
+def _share(total: int | Tensor, ranks: int) -> float:
+    """Of a rank in a count of the global batch. Where nothing is left of a batch its loss is 0, not a NaN."""
+    return max(float(total), 1.0) / ranks
+
+
 def _whole_batch(aggregate: str, config: Any) -> tuple[dict[str, float], float]:
     """What verl tells of the global batch, as keywords of policy_loss, and a factor on its result."""
     batch = dict(config.global_batch_info or {})
@@ -295,7 +303,7 @@ def _whole_batch(aggregate: str, config: Any) -> tuple[dict[str, float], float]:
     if aggregate == "token-sum":
         return keywords, ranks
     if total is not None:
-        keywords["denominator"] = float(total) / ranks
+        keywords["denominator"] = _share(total, ranks)
     elif ranks > 1:
         raise ValueError(f"global_batch_info: expected the count of the global batch with dp_size {ranks}, got none")
     if aggregate == "seq-mean-token-sum-norm" and batch.get("loss_scale_factor") is not None:
@@ -338,6 +346,8 @@ def policy_losses(name: str, **parts) -> Callable[..., tuple[Tensor, dict[str, f
                 covariance_high=_picked(config, "clip_cov_ub", 5.0),
                 clip_low=keywords["clip_low"],
                 clip_high=keywords["clip_high"],
+                # Another draw at each call, from the generator that verl draws from.
+                seed=int(torch.randint(2**62, (), device="cpu")),
             )
         elif name == "kl_cov":
             share = _picked(config, "kl_cov_ratio", 2e-4)
@@ -394,7 +404,7 @@ def agg_loss(
         loss_mat.detach(),
         mask=loss_mask,
         aggregate=loss_agg_mode,
-        denominator=None if total is None or loss_agg_mode == "token-sum" else float(total) / dp_size,
+        denominator=None if total is None or loss_agg_mode == "token-sum" else _share(total, dp_size),
         horizon=None if loss_scale_factor is None else float(loss_scale_factor),
     )
     loss = torch.where(loss_mask != 0, loss_mat * weights, 0.0).sum()
@@ -530,11 +540,13 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl.utils.kernel.linear_cross_entropy: log-probabilities and entropies, float32, of labels' shape.
 
-    hidden [..., H]; weight [V, H], or with a process group this rank's rows of it; labels [...], of the whole
-    vocabulary. reduction "none" alone: "sum" and "mean" of the log-probabilities are the caller's.
+    hidden [..., H]; weight [V, H], or with a process group this rank's rows of it; both are taken in the type of
+    torch.autocast where that is on. labels [...], of the whole vocabulary. reduction "none" alone: "sum" and "mean" of
+    the log-probabilities are the caller's.
     """
     if reduction != "none":
         raise ValueError(f'reduction: expected "none", got {reduction!r}; reduce what is returned')
+    hidden, weight = under_autocast(hidden, weight)
     logprobs, entropy = linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

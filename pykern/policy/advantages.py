@@ -1,12 +1,13 @@
 """Advantages of grouped samples: parts from the tables of estimators.py, computed by one op."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, distributed
 
 from .. import _native
+from .checks import INTEGERS, check_device, check_floats, check_group_ids, checked_numbers, kind, lookup
 from .estimators import BASELINES, ESTIMATORS, FILTERS, FINISHES, METRICS, PRESETS, SCALES, TRANSFORMS
 from .gather import GatheredRows
 
@@ -124,8 +125,8 @@ def group_advantages(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    row = _lookup(ESTIMATORS, estimator, "estimator")
-    numbers = _lookup(PRESETS, preset, "preset")
+    row = lookup(ESTIMATORS, estimator, "estimator")
+    numbers = lookup(PRESETS, preset, "preset")
     row = numbers.estimators.get(estimator, row)
     transform = _part(TRANSFORMS, transform, row.transform, "transform")
     baseline = _part(BASELINES, baseline, row.baseline, "baseline")
@@ -147,18 +148,19 @@ def group_advantages(
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
 
-    _check_floats(rewards, "rewards")
+    check_floats(rewards, "rewards")
     if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and not 1 <= rewards.shape[1] <= MAX_COMPONENTS):
         raise ValueError(
             f"rewards: expected one value per sample, [N], or up to {MAX_COMPONENTS} components, [N, K], "
             f"got {list(rewards.shape)}"
         )
     size, components = rewards.shape[0], 1 if rewards.dim() == 1 else rewards.shape[1]
-    _check_ids(group_ids, "group_ids", size)
+    check_group_ids(group_ids, "group_ids", size, "reward")
     if component_weights is None:
         weights = [1.0 / components if row.average else 1.0] * components
     else:
-        weights = [float(weight) for weight in component_weights]
+        given = component_weights if isinstance(component_weights, Iterable) else [component_weights]
+        weights = [float(weight) for weight in given]
         if len(weights) != components or not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"component_weights: expected {components} finite numbers, got {component_weights!r}")
     if (baseline_rewards is not None) != (baseline == "given"):
@@ -166,14 +168,14 @@ def group_advantages(
         raise ValueError(f"baseline_rewards: estimator {estimator!r} {need}")
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     if baseline_rewards is not None:
-        _check_floats(baseline_rewards, "baseline_rewards")
+        check_floats(baseline_rewards, "baseline_rewards")
         if list(baseline_rewards.shape) != [size]:
             raise ValueError(
                 f"baseline_rewards: expected one value per sample, [{size}], got {list(baseline_rewards.shape)}"
             )
         baseline_rewards = baseline_rewards.detach().to(dtype).contiguous()
     longest, buffer, factor = _overlong(overlong)
-    low, high = window
+    low, high = checked_numbers(window, "window", "low", "high")
     response_lengths = _lengths(lengths, mask, cu_seqlens, size)
     by_length = (
         baseline == "length_weighted"
@@ -187,15 +189,15 @@ def group_advantages(
         user = f"estimator {estimator!r}" if by_length else "overlong"
         raise ValueError(f"lengths: {user} needs them; pass lengths, mask or cu_seqlens")
     if answer_ids is not None:
-        _check_ids(answer_ids, "answer_ids", size)
+        check_group_ids(answer_ids, "answer_ids", size, "reward")
     for name, tensor in (
         ("group_ids", group_ids),
         ("lengths", response_lengths),
         ("baseline_rewards", baseline_rewards),
         ("answer_ids", answer_ids),
     ):
-        if tensor is not None and tensor.device != rewards.device:
-            raise ValueError(f"{name}: expected the device of rewards, {rewards.device}, got {tensor.device}")
+        if tensor is not None:
+            check_device(tensor, name, rewards, "rewards")
     _native.require_kernels(rewards, "rewards", "group_advantages")
 
     values = rewards.detach().to(dtype).contiguous()
@@ -203,23 +205,35 @@ def group_advantages(
     columns = [values, group_ids.to(torch.int64).contiguous(), response_lengths, baseline_rewards, answer_ids]
     gathered = None
     if process_group is not None:
+        if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
+            raise TypeError(
+                f"process_group: expected a torch.distributed.ProcessGroup or None, got {kind(process_group)}"
+            )
         gathered = GatheredRows(size, process_group, max_rows)
         columns = gathered.gather(columns)
     elif max_rows is not None:
         raise ValueError("max_rows: expected None without process_group")
-    advantages, keep, counts = _compute(
-        *columns,
+    values, ids, response_lengths, baseline_rewards, answer_ids = columns
+    if answer_ids is not None:
+        values = _weighed_by_agreement(values, ids if gathered is None else gathered.apart(ids), answer_ids)
+        baseline_rewards = None if baseline_rewards is None else baseline_rewards.double()
+    advantages, keep, counts = torch.ops.pykern.group_advantages.default(
+        values,
         weights,
+        ids,
+        response_lengths,
+        baseline_rewards,
         row.decompose if decompose is None else decompose,
         TRANSFORMS.index(transform),
         BASELINES.index(baseline),
         SCALES.index(scale),
         FINISHES.index(finish),
         FILTERS.index(filter),
-        ddof,
+        int(ddof),
         singleton == "self",
         [eps, finish_eps, k, longest, buffer, factor, relative_length, fallback, low, high],
     )
+    advantages = advantages.to(dtype)
     if gathered is not None:
         advantages, keep, counts = gathered.own(advantages), gathered.own(keep), gathered.without_padding(counts)
     results = (advantages,)
@@ -230,17 +244,11 @@ def group_advantages(
     return results if len(results) > 1 else advantages
 
 
-def _compute(values, ids, lengths, baseline_rewards, answer_ids, weights, *parts) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = values.dtype
-    if answer_ids is not None:
-        entropy, sizes = torch.ops.pykern.group_entropy.default(ids, answer_ids.to(torch.int64).contiguous())
-        largest = torch.where(sizes > 1, sizes.double().log2() * sizes / (sizes - 1), 1.0)
-        values = values.double() * (1 - entropy / largest).unsqueeze(1)
-        baseline_rewards = None if baseline_rewards is None else baseline_rewards.double()
-    advantages, keep, counts = torch.ops.pykern.group_advantages.default(
-        values, weights, ids, lengths, baseline_rewards, *parts
-    )
-    return advantages.to(dtype), keep, counts
+def _weighed_by_agreement(values: Tensor, ids: Tensor, answer_ids: Tensor) -> Tensor:
+    """The rewards, float64, times 1 - H (1 - 1/n) / log2 n."""
+    entropy, sizes = torch.ops.pykern.group_entropy.default(ids, answer_ids.to(torch.int64).contiguous())
+    largest = torch.where(sizes > 1, sizes.double().log2() * sizes / (sizes - 1), 1.0)
+    return values.double() * (1 - entropy / largest).unsqueeze(1)
 
 
 def group_entropy(group_ids: Tensor, answer_ids: Tensor) -> Tensor:
@@ -254,10 +262,9 @@ def group_entropy(group_ids: Tensor, answer_ids: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_ids(group_ids, "group_ids", group_ids.numel() if isinstance(group_ids, Tensor) else 0)
-    _check_ids(answer_ids, "answer_ids", group_ids.shape[0])
-    if answer_ids.device != group_ids.device:
-        raise ValueError(f"answer_ids: expected the device of group_ids, {group_ids.device}, got {answer_ids.device}")
+    check_group_ids(group_ids, "group_ids", group_ids.numel() if isinstance(group_ids, Tensor) else 0, "row")
+    check_group_ids(answer_ids, "answer_ids", group_ids.shape[0], "row")
+    check_device(answer_ids, "answer_ids", group_ids, "group_ids")
     _native.require_kernels(group_ids, "group_ids", "group_entropy")
     ids, answers = (values.to(torch.int64).contiguous() for values in (group_ids, answer_ids))
     return torch.ops.pykern.group_entropy.default(ids, answers)[0]
@@ -282,18 +289,6 @@ def _group_entropy_fake(group_ids, answer_ids):
 
 
 MAX_COMPONENTS = 16
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _lookup(table: dict, name: object, argument: str):
-    if name not in table:
-        raise ValueError(f"{argument}: expected one of {', '.join(str(key) for key in table)}, got {name!r}")
-    return table[name]
 
 
 def _part(names: tuple[str, ...], name: str | None, default: str, argument: str) -> str:
@@ -308,22 +303,10 @@ def _first(*values):
     return next(value for value in values if value is not None)
 
 
-def _check_floats(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}; convert it with .float()")
-
-
-def _check_ids(ids: Tensor, name: str, size: int) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected a tensor of integers, got {_kind(ids)}; number the groups")
-    if list(ids.shape) != [size]:
-        raise ValueError(f"{name}: expected one id per reward, [{size}], got {list(ids.shape)}")
-
-
 def _overlong(overlong: tuple[float, float, float] | None) -> tuple[float, float, float]:
     if overlong is None:
         return 0.0, 0.0, 0.0
-    longest, buffer, factor = overlong
+    longest, buffer, factor = checked_numbers(overlong, "overlong", "longest", "buffer", "factor")
     if not buffer > 0:
         raise ValueError(f"overlong: expected (longest, buffer, factor) with a buffer above 0, got {overlong!r}")
     return longest, buffer, factor
@@ -339,12 +322,14 @@ def _lengths(lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | N
     if len(given) > 1:
         raise ValueError(f"{given[1]}: expected one of lengths, mask and cu_seqlens, got also {given[0]}")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a tensor, got {kind(mask)}")
         if mask.dim() != 2 or mask.shape[0] != size:
             raise ValueError(f"mask: expected one row per sample, [{size}, T], got {list(mask.shape)}")
         return (mask != 0).sum(dim=1)
     name, value, entries = ("lengths", lengths, size) if lengths is not None else ("cu_seqlens", cu_seqlens, size + 1)
-    if value.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected a tensor of integers, got {kind(value)}")
     if list(value.shape) != [entries]:
         raise ValueError(f"{name}: expected [{entries}], got {list(value.shape)}")
     value = value.to(torch.int64)

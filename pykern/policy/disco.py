@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _INTEGERS, _kind, _lookup
-from .order_statistics import _check_values, _flags, _prepare
+from .checks import (
+    check_device,
+    check_floats,
+    check_group_ids,
+    check_like,
+    checked_flags,
+    checked_offsets,
+    constant,
+    lookup,
+)
 
 SCORES = ("ratio", "log")
 """A sequence's score, the mean over its tokens of exp(logprob - old_logprob), or of logprob."""
@@ -119,7 +127,7 @@ def disco_loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    row = _lookup(DISCO_LOSSES, loss, "loss")
+    row = lookup(DISCO_LOSSES, loss, "loss")
     score = row.score if score is None else score
     negatives = row.negatives if negatives is None else negatives
     positives = row.positives if positives is None else positives
@@ -141,31 +149,25 @@ def disco_loss(
     for name, number in (("beta", beta), ("delta", delta)):
         if not number >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {number!r}")
-    sequences = _check_sequences(logprobs, cu_seqlens)
+    check_floats(logprobs, "logprobs")
+    cu_seqlens, sequences = checked_offsets(cu_seqlens, logprobs, "logprobs")
     if old_logprobs is None:
         old_logprobs = logprobs
-    _check_values(old_logprobs, "old_logprobs")
-    if old_logprobs.shape != logprobs.shape:
-        raise ValueError(
-            f"old_logprobs: expected the shape of logprobs, {list(logprobs.shape)}, got {list(old_logprobs.shape)}"
-        )
-    _check_values(rewards, "rewards")
-    if not isinstance(group_ids, Tensor) or group_ids.dtype not in _INTEGERS:
-        raise TypeError(f"group_ids: expected a tensor of integers, got {_kind(group_ids)}; number the groups")
-    for name, tensor in (("rewards", rewards), ("group_ids", group_ids)):
-        if list(tensor.shape) != [sequences]:
-            raise ValueError(f"{name}: expected one per sequence, [{sequences}], got {list(tensor.shape)}")
+    check_floats(old_logprobs, "old_logprobs")
+    check_like(old_logprobs, "old_logprobs", logprobs, "logprobs")
+    check_floats(rewards, "rewards")
+    if list(rewards.shape) != [sequences]:
+        raise ValueError(f"rewards: expected one per sequence, [{sequences}], got {list(rewards.shape)}")
+    check_device(rewards, "rewards", logprobs, "logprobs")
+    check_group_ids(group_ids, "group_ids", sequences, "sequence")
+    check_device(group_ids, "group_ids", logprobs, "logprobs")
     if max_length is None:
         if cu_seqlens is not None and positives == "length":
             raise ValueError("max_length: positives='length' of packed sequences needs the longest response allowed")
         max_length = max(logprobs.shape[-1], 1)
     if not max_length > 0:
         raise ValueError(f"max_length: expected a positive number of tokens, got {max_length!r}")
-    tensors = {"old_logprobs": old_logprobs, "rewards": rewards, "group_ids": group_ids, "cu_seqlens": cu_seqlens}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != logprobs.device:
-            raise ValueError(f"{name}: expected the device of logprobs, {logprobs.device}, got {tensor.device}")
-    flags = _flags(mask, logprobs, "mask")
+    flags = checked_flags(mask, "mask", logprobs, "logprobs")
     _native.require_kernels(logprobs, "logprobs", "disco_loss_forward")
 
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
@@ -174,7 +176,7 @@ def disco_loss(
         rewards.detach().to(dtype).contiguous(),
         group_ids.to(torch.int64).contiguous(),
         flags,
-        None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+        cu_seqlens,
         SCORES.index(score),
         NEGATIVES.index(negatives),
         POSITIVES.index(positives),
@@ -185,7 +187,7 @@ def disco_loss(
     if torch.is_grad_enabled() and logprobs.requires_grad:
         value, metrics = _DiscoLoss.apply(logprobs.to(dtype).contiguous(), *constants)
     else:
-        value, _, metrics = torch.ops.pykern.disco_loss_forward.default(_prepare(logprobs), *constants, False)
+        value, _, metrics = torch.ops.pykern.disco_loss_forward.default(constant(logprobs), *constants, False)
     return value, dict(zip(METRICS, metrics.unbind()))
 
 
@@ -212,20 +214,3 @@ def _disco_loss_forward_fake(
 ):  # fmt: skip
     coefficient = torch.empty_like(logprobs) if with_gradient else logprobs.new_empty(0)
     return logprobs.new_empty(()), coefficient, logprobs.new_empty(len(METRICS))
-
-
-def _check_sequences(logprobs: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Checks log-probabilities and the bounds of packed sequences; returns how many sequences there are."""
-    _check_values(logprobs, "logprobs")
-    if cu_seqlens is None:
-        if logprobs.dim() != 2:
-            raise ValueError(f"logprobs: expected [B, T], got {list(logprobs.shape)}; packed [N] need cu_seqlens")
-        return logprobs.shape[0]
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-        raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-    if logprobs.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"cu_seqlens: expected [B + 1] beside logprobs [N], got {list(cu_seqlens.shape)} beside "
-            f"{list(logprobs.shape)}; padded log-probabilities take a mask instead"
-        )
-    return cu_seqlens.shape[0] - 1

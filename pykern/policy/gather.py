@@ -53,8 +53,9 @@ class GatheredRows:
                 results.append(None)
                 continue
             last = first + whole.shape[1] * whole.element_size()
-            part = gathered[:, :, first:last].reshape(self.ranks * self.block, last - first)
-            values = part.contiguous().view(whole.dtype)
+            # A copy, also where the slice is in one piece: of a single row, where it may begin between two numbers.
+            part = gathered[:, :, first:last].clone(memory_format=torch.contiguous_format)
+            values = part.view(whole.dtype).flatten(0, 1)
             results.append(self._without_padding(values if column.dim() == 2 else values.squeeze(1)))
             first = last
         return results
@@ -67,6 +68,14 @@ class GatheredRows:
             return values.masked_fill(~valid, math.nan)
         some_row = self.valid.to(torch.int8).argmax().view(1)
         return torch.where(valid, values, values.index_select(0, some_row))
+
+    def apart(self, ids: Tensor) -> Tensor:
+        """The ids, with one for the padding that no row has: for what counts rows whatever their rewards are."""
+        if self.valid is None or len(ids) == 0:
+            return ids
+        low, high = ids.aminmax()
+        unused = torch.where(low > torch.iinfo(ids.dtype).min, low - 1, high + 1)
+        return torch.where(self.valid, ids, unused)
 
     def own(self, values: Tensor) -> Tensor:
         """This rank's rows of a result."""

@@ -86,8 +86,6 @@ def linear_policy_loss(
         raise ValueError(f"{name}: workspace_bytes: expected an integer of at least 0, got {workspace_bytes!r}")
     shape = hidden.shape[:-1]
     targets = prepared_targets(name, targets, hidden, "hidden", shape)
-    row_temperature, temperature = prepared_temperature(name, temperature, targets)
-    row_temperature = None if row_temperature is None else row_temperature.flatten()
     hidden = hidden.flatten(0, -2)
     check_head(name, hidden, weight, bias, softcap, *_CHUNK_OPS)
     shard = shard_of(name, process_group, vocabulary_start, weight.shape[0])
@@ -97,7 +95,10 @@ def linear_policy_loss(
             got = list(mask.shape) if isinstance(mask, Tensor) else described(mask)
             raise ValueError(f"{name}: mask: expected a tensor of the shape of targets, {list(shape)}, got {got}")
         active = active & (mask != 0)
-    targets = targets.masked_fill(~active, -100).flatten()
+    targets = targets.masked_fill(~active, -100)
+    row_temperature, temperature = prepared_temperature(name, temperature, targets)
+    row_temperature = None if row_temperature is None else row_temperature.flatten()
+    targets = targets.flatten()
     if process_group is None:
         check_targets(name, targets, weight.shape[0])
 

@@ -28,7 +28,7 @@ def token_logprobs(
         targets: int64 or int32 [...]. A negative target (-100 by custom) ignores its row: results 0,
             gradient 0, logits not read.
         temperature: a positive number, or a tensor of positive numbers broadcastable to `targets`
-            (no gradient flows into it).
+            (no gradient flows into it; those of ignored rows are not read).
         entropy: also return the entropy.
         sum_p2: also return the sum of squared probabilities.
         backward_in_place: the gradient is written over the logits, which are lost; saves a [..., V] buffer.
@@ -46,8 +46,9 @@ def token_logprobs(
     number of threads and of other rows; on CUDA, while a row's place modulo 16 bytes stays the same. Memory
     beyond results and gradient: two numbers per row.
 
-    A target past the vocabulary is refused on the CPU. On CUDA, where looking would wait for the device, it is
-    not read, and its log-probability and the gradient of its row are NaN.
+    A target past the vocabulary, or a temperature in a tensor that is not positive, is refused on the CPU. On CUDA,
+    where looking would wait for the device, such a target is not read, and its log-probability and the gradient of its
+    row are NaN.
 
     Raises:
         TypeError, ValueError: an argument of unexpected type, shape or value.

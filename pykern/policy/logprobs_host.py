@@ -63,7 +63,15 @@ def prepared_temperature(function: str, temperature: float | Tensor, targets: Te
                 f"{function}: temperature: expected a shape that broadcasts to {list(targets.shape)}, "
                 f"got {list(temperature.shape)}"
             ) from None
-        return expanded.to(device=targets.device, dtype=torch.float64).contiguous(), 1.0
+        expanded = expanded.to(device=targets.device, dtype=torch.float64).contiguous()
+        if can_look_at(targets):
+            refused = expanded[(targets >= 0) & ~((expanded > 0) & (expanded < math.inf))]
+            if refused.numel() > 0:
+                raise ValueError(
+                    f"{function}: temperature: expected positive finite numbers, got {refused[0].item()}; use a "
+                    "negative target for rows to ignore"
+                )
+        return expanded, 1.0
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"{function}: temperature: expected a positive finite number or a tensor, got {temperature!r}")
     return None, float(temperature)

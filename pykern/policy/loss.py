@@ -1,12 +1,23 @@
 """policy_loss: any row of LOSSES beside a KL estimate, an entropy bonus and an aggregate, in one pass."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _FLOATS, _INTEGERS, _kind, _lookup
+from .checks import (
+    check_device,
+    check_floats,
+    check_like,
+    checked_flags,
+    checked_numbers,
+    checked_offsets,
+    constant,
+    lookup,
+)
 from .loss_ops import PolicyLoss
 from .losses import (
     AGGREGATES,
@@ -118,8 +129,10 @@ def policy_loss(
     denominator=num_items_in_batch / processes (each over its accumulation steps).
 
     Masked tokens may hold NaN or infinities in every input: they are selected away, their gradient is exactly 0. A
-    NaN or infinity at an unmasked token shows in the loss. Nothing is clamped unless a preset says so. Results are the
-    same bit for bit on any number of threads. The metrics are tensors on the same device; nothing waits for them.
+    NaN or infinity at an unmasked token shows in the loss. Nothing is clamped unless a preset says so: a ratio that
+    overflows, of a log-ratio above 88 in float32, shows there or in the gradient too, also where its advantage is 0.
+    Results are the same bit for bit on any number of threads. The metrics are tensors on the same device; nothing waits
+    for them.
 
     Args:
         logprobs: log-probability of each taken token under the policy: padded [B, T], or packed [N] with cu_seqlens.
@@ -135,7 +148,7 @@ def policy_loss(
         ratio: replaces the row's level, "token", "sequence" or "product"; clip_low and clip_high are then for you to
             fit to it. Not for rows of a "clipped_sequence".
         clip_low, clip_high: replace the row's; math.inf takes a bound away. A tensor of the shape of logprobs has a
-            distance for each token (hapo).
+            distance for each token (hapo). clip_high may be as low as -1 where it is a weight's only bound (cispo).
         ratio_limit, dual_clip, temperatures, taper, negative_scale, stabilisation_low, stabilisation_high: replace
             the row's; refused where its rule has no place for them.
         keep, anchor_keep: of the shape of logprobs.
@@ -164,57 +177,38 @@ def policy_loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    row = _lookup(LOSSES, loss, "loss")
+    row = lookup(LOSSES, loss, "loss")
     if ratio is not None:
         row = _with_ratio(row, loss, ratio)
-    limits = _lookup(PRESETS, preset, "preset")
+    limits = lookup(PRESETS, preset, "preset")
     limits = limits.losses.get(loss, limits)
 
-    _check_floats(logprobs, "logprobs")
-    shape, device = logprobs.shape, logprobs.device
+    check_floats(logprobs, "logprobs")
+    shape = logprobs.shape
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    if cu_seqlens is None:
-        if len(shape) != 2:
-            raise ValueError(f"logprobs: expected [B, T], got {list(shape)}; packed tokens [N] need cu_seqlens")
-        sequences = shape[0]
-    else:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-        if len(shape) != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(
-                f"cu_seqlens: expected [B + 1] beside logprobs [N], got {list(cu_seqlens.shape)} beside "
-                f"{list(shape)}; padded log-probabilities take a mask instead"
-            )
-        _check_device(cu_seqlens, "cu_seqlens", device)
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-        sequences = cu_seqlens.shape[0] - 1
+    cu_seqlens, sequences = checked_offsets(cu_seqlens, logprobs, "logprobs")
+
+    def check(tensor: Tensor, name: str, by_sequence: bool = False) -> None:
+        check_floats(tensor, name)
+        if by_sequence and tensor.shape != shape:
+            if list(tensor.shape) != [sequences]:
+                raise ValueError(
+                    f"{name}: expected one per sequence, [{sequences}], or per token, {list(shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+            check_device(tensor, name, logprobs, "logprobs")
+        else:
+            check_like(tensor, name, logprobs, "logprobs")
 
     def values(tensor: Tensor | None, name: str, by_sequence: bool = False) -> Tensor | None:
         """A checked constant of the type that is computed in."""
         if tensor is None:
             return None
-        _check_floats(tensor, name)
-        if tensor.shape != shape and not (by_sequence and list(tensor.shape) == [sequences]):
-            if by_sequence:
-                raise ValueError(
-                    f"{name}: expected one per sequence, [{sequences}], or per token, {list(shape)}, "
-                    f"got {list(tensor.shape)}"
-                )
-            raise ValueError(f"{name}: expected the shape of logprobs, {list(shape)}, got {list(tensor.shape)}")
-        _check_device(tensor, name, device)
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+        check(tensor, name, by_sequence)
+        return _computed(tensor, dtype, False)
 
     def flags(tensor: Tensor | None, name: str) -> Tensor | None:
-        if tensor is None:
-            return None
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected the shape of logprobs, {list(shape)}, got {list(tensor.shape)}")
-        _check_device(tensor, name, device)
-        return (tensor if tensor.dtype == torch.bool else tensor != 0).contiguous()
+        return checked_flags(tensor, name, logprobs, "logprobs")
 
     if row.needs:
         given = {
@@ -360,7 +354,7 @@ def policy_loss(
         ],
     )
     if entropy is not None:
-        values(entropy, "entropy")
+        check(entropy, "entropy")
     differentiable = torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     )
@@ -397,29 +391,14 @@ def policy_loss_token_weights(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_floats(logprobs, "logprobs")
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    if (logprobs.dim() == 2) != (cu_seqlens is None) or logprobs.dim() not in (1, 2):
-        raise ValueError(f"logprobs: expected [B, T], or [N] beside cu_seqlens, got {list(logprobs.shape)}")
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens: expected [B + 1], got {list(cu_seqlens.shape)}")
-        _check_device(cu_seqlens, "cu_seqlens", logprobs.device)
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a tensor, got {_kind(mask)}")
-        if mask.shape != logprobs.shape:
-            raise ValueError(f"mask: expected the shape of logprobs, {list(logprobs.shape)}, got {list(mask.shape)}")
-        _check_device(mask, "mask", logprobs.device)
-        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    check_floats(logprobs, "logprobs")
+    cu_seqlens, _ = checked_offsets(cu_seqlens, logprobs, "logprobs")
+    mask = checked_flags(mask, "mask", logprobs, "logprobs")
     columns = None if cu_seqlens is not None else logprobs.shape[1]
     index, count, horizon = check_aggregate(aggregate, denominator, horizon, columns)
     _native.require_kernels(logprobs, "logprobs", "policy_loss_token_weights")
     return torch.ops.pykern.policy_loss_token_weights.default(
-        _computed(logprobs, dtype, False), mask, cu_seqlens, index, count_empty, count, horizon
+        constant(logprobs), mask, cu_seqlens, index, count_empty, count, horizon
     )
 
 
@@ -456,8 +435,10 @@ def _clip(name: str, given: float | Tensor | None, default: float, row: Loss, lo
         raise ValueError(f"{name}: loss {loss!r} clips no ratio")
     if isinstance(given, Tensor):
         return 0.0, given
-    if not given >= 0:
-        raise ValueError(f"{name}: expected a distance from 1 of at least 0, got {given!r}")
+    # A weight's only bound may lie anywhere above 0.
+    least = -1.0 if name == "clip_high" and row.rule == "weight" and row.clip_low == math.inf else 0.0
+    if not given >= least:
+        raise ValueError(f"{name}: expected a distance from 1 of at least {least:g}, got {given!r}")
     return given, None
 
 
@@ -496,21 +477,15 @@ def _shapes(temperatures, taper, row: Loss, loss: str) -> tuple[float, float, fl
     temperatures = _number("temperatures", temperatures, row.temperatures, row, loss, ("gate",))
     taper = _number("taper", taper, row.taper, row, loss, ("taper",))
     if row.rule == "gate":
-        if len(temperatures) != 2 or not all(value > 0 for value in temperatures):
+        positive, others = checked_numbers(temperatures, "temperatures", "where A > 0", "elsewhere")
+        if not (positive > 0 and others > 0):
             raise ValueError(f"temperatures: expected two positive numbers, got {temperatures!r}")
-        return float(temperatures[0]), float(temperatures[1]), 0.0, 0.0
+        return positive, others, 0.0, 0.0
     if row.rule == "taper":
-        if len(taper) != 2 or any(len(pair) != 2 or not all(value >= 0 for value in pair) for pair in taper):
+        if not isinstance(taper, Sequence) or len(taper) != 2:
             raise ValueError(f"taper: expected two pairs (power, rate) of at least 0, got {taper!r}")
-        return tuple(float(value) for pair in taper for value in pair)
+        numbers = [number for pair in taper for number in checked_numbers(pair, "taper", "power", "rate")]
+        if not all(number >= 0 for number in numbers):
+            raise ValueError(f"taper: expected two pairs (power, rate) of at least 0, got {taper!r}")
+        return tuple(numbers)
     return 0.0, 0.0, 0.0, 0.0
-
-
-def _check_floats(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}")
-
-
-def _check_device(tensor: Tensor, name: str, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected the device of logprobs, {device}, got {tensor.device}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .advantages import _FLOATS, _kind
+from .checks import check_floats, check_like
 
 
 def copo_weights(entropies: Tensor, *, b: float = 0.5, k: float = 1.0, advantages: Tensor | None = None) -> Tensor:
@@ -23,13 +23,10 @@ def copo_weights(entropies: Tensor, *, b: float = 0.5, k: float = 1.0, advantage
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    for name, tensor in (("entropies", entropies), ("advantages", advantages)):
-        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS):
-            raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}")
-    if advantages is not None and advantages.shape != entropies.shape:
-        raise ValueError(
-            f"advantages: expected the shape of entropies, {list(entropies.shape)}, got {list(advantages.shape)}"
-        )
+    check_floats(entropies, "entropies")
+    if advantages is not None:
+        check_floats(advantages, "advantages")
+        check_like(advantages, "advantages", entropies, "entropies")
     weights = torch.sigmoid(k * (entropies.detach() - b))
     return weights if advantages is None else torch.where(advantages == 0, 0.0, weights)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _FLOATS, _kind
+from .checks import check_floats, checked_flags, constant, kind
 
 ORDERS = ("largest", "smallest", "random")
 """Which tokens of a share are selected: those of the largest or smallest values, or any, by a seed."""
@@ -34,10 +34,12 @@ def masked_quantile(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_values(values, "values")
-    flags = _flags(mask, values, "mask")
+    check_floats(values, "values")
+    flags = checked_flags(mask, "mask", values, "values")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if isinstance(q, Tensor) and q.dim() > 0:
+        raise TypeError(f"q: expected a number or a sequence of numbers, got {kind(q)}; pass q.tolist()")
     single = not isinstance(q, Sequence)
     quantiles = [float(number) for number in ((q,) if single else q)]
     for number in quantiles:
@@ -45,7 +47,7 @@ def masked_quantile(
             raise ValueError(f"q: expected numbers from 0 to 1, got {number!r}")
     _native.require_kernels(values, "values", "masked_quantile")
     result = torch.ops.pykern.masked_quantile.default(
-        _prepare(values), flags, quantiles, INTERPOLATIONS.index(interpolation)
+        constant(values), flags, quantiles, INTERPOLATIONS.index(interpolation)
     )
     return result[0] if single else result
 
@@ -81,9 +83,9 @@ def share_mask(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_values(values, "values")
-    flags = _flags(mask, values, "mask")
-    allowed = _flags(candidates, values, "candidates")
+    check_floats(values, "values")
+    flags = checked_flags(mask, "mask", values, "values")
+    allowed = checked_flags(candidates, "candidates", values, "values")
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
     if not 0 <= share <= 1:
@@ -92,7 +94,7 @@ def share_mask(
         raise ValueError(f"minimum: expected a count of at least 0, got {minimum!r}")
     _native.require_kernels(values, "values", "masked_select_share")
     selected, counts = torch.ops.pykern.masked_select_share.default(
-        _prepare(values), flags, allowed, ORDERS.index(order), float(share), minimum, seed
+        constant(values), flags, allowed, ORDERS.index(order), float(share), minimum, seed
     )
     return (selected, counts) if return_counts else selected
 
@@ -110,14 +112,15 @@ def masked_moments(values: Tensor, mask: Tensor | None = None, *, centre: Tensor
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_values(values, "values")
-    flags = _flags(mask, values, "mask")
+    check_floats(values, "values")
+    flags = checked_flags(mask, "mask", values, "values")
     if centre is not None:
         if not isinstance(centre, Tensor) or centre.numel() != 1:
-            raise ValueError(f"centre: expected a tensor of one element, got {_kind(centre)}")
+            got = list(centre.shape) if isinstance(centre, Tensor) else kind(centre)
+            raise ValueError(f"centre: expected a tensor of one element, got {got}")
         centre = centre.detach().to(torch.float64)
     _native.require_kernels(values, "values", "masked_moments")
-    return torch.ops.pykern.masked_moments.default(_prepare(values), flags, centre)
+    return torch.ops.pykern.masked_moments.default(constant(values), flags, centre)
 
 
 @torch.library.register_fake("pykern::masked_quantile")
@@ -133,26 +136,3 @@ def _masked_select_share_fake(values, mask, candidates, order, share, minimum, s
 @torch.library.register_fake("pykern::masked_moments")
 def _masked_moments_fake(values, mask, centre):
     return values.new_empty(5, dtype=torch.float64)
-
-
-def _check_values(values: Tensor, name: str) -> None:
-    if not isinstance(values, Tensor) or values.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(values)}")
-
-
-def _prepare(values: Tensor) -> Tensor:
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return values.detach().to(dtype).contiguous()
-
-
-def _flags(flags: Tensor | None, like: Tensor, name: str) -> Tensor | None:
-    """A mask as bool, checked against the tensor that it is a mask of."""
-    if flags is None:
-        return None
-    if not isinstance(flags, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_kind(flags)}")
-    if flags.shape != like.shape:
-        raise ValueError(f"{name}: expected the shape of the tokens, {list(like.shape)}, got {list(flags.shape)}")
-    if flags.device != like.device:
-        raise ValueError(f"{name}: expected the device of the tokens, {like.device}, got {flags.device}")
-    return (flags if flags.dtype == torch.bool else flags != 0).contiguous()

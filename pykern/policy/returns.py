@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _FLOATS, _INTEGERS, _kind
+from .checks import (
+    FLOATS,
+    check_device,
+    check_floats,
+    check_integers,
+    check_like,
+    checked_flags,
+    checked_offsets,
+    constant,
+    kind,
+)
 
 CARRIES = ("through", "decay")
 """What a masked token does to the running value that passes it from the right: nothing; what a token with reward 0 and
@@ -93,25 +103,21 @@ def gae(
     Paper: arXiv 1506.02438.
     """
     arguments = _check(rewards, gamma, mask, cu_seqlens, carry)
-    if not isinstance(values, Tensor) or values.dtype not in _FLOATS:
-        raise TypeError(f"values: expected a floating-point tensor, got {_kind(values)}; convert it with .float()")
-    if values.shape != rewards.shape:
-        raise ValueError(f"values: expected the shape of rewards, {list(rewards.shape)}, got {list(values.shape)}")
+    check_floats(values, "values")
+    check_like(values, "values", rewards, "rewards")
     lambdas, number = None, 1.0
     if isinstance(lam, Tensor) and lam.dim() > 0:
         sequences = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if lam.dtype not in _FLOATS:
-            raise TypeError(f"lam: expected a number or a floating-point tensor, got {_kind(lam)}")
+        if lam.dtype not in FLOATS:
+            raise TypeError(f"lam: expected a number or a floating-point tensor, got {kind(lam)}")
         if list(lam.shape) != [sequences]:
             raise ValueError(f"lam: expected one per sequence, [{sequences}], got {list(lam.shape)}")
+        check_device(lam, "lam", rewards, "rewards")
         lambdas = lam.detach().double().contiguous()
     elif isinstance(lam, Tensor):
         raise ValueError("lam: expected a number or one per sequence, [B], got a tensor without dimensions")
     else:
         number = _check_share(lam, "lam")
-    for name, tensor in (("values", values), ("lam", lambdas)):
-        if tensor is not None and tensor.device != rewards.device:
-            raise ValueError(f"{name}: expected the device of rewards, {rewards.device}, got {tensor.device}")
     advantages, returns = _scan(values, lambdas, number, *arguments)
     if whiten:
         advantages = masked_whiten(advantages, mask)
@@ -130,8 +136,7 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
 
     Paper: VAPO, arXiv 2504.05118.
     """
-    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
-        raise TypeError(f"lengths: expected a tensor of integers, got {_kind(lengths)}")
+    check_integers(lengths, "lengths")
     if lengths.dim() != 1:
         raise ValueError(f"lengths: expected one per sequence, [B], got {list(lengths.shape)}")
     if not alpha > 0:
@@ -160,18 +165,14 @@ def masked_whiten(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not isinstance(values, Tensor) or values.dtype not in _FLOATS:
-        raise TypeError(f"values: expected a floating-point tensor, got {_kind(values)}; convert it with .float()")
-    mask = _check_mask(mask, values, "values")
+    check_floats(values, "values")
+    mask = checked_flags(mask, "mask", values, "values")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
     if ddof not in (0, 1):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
     _native.require_kernels(values, "values", "masked_whiten")
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return torch.ops.pykern.masked_whiten.default(
-        values.detach().to(dtype).contiguous(), mask, bool(shift_mean), float(eps), ddof
-    )
+    return torch.ops.pykern.masked_whiten.default(constant(values), mask, bool(shift_mean), float(eps), int(ddof))
 
 
 def _check_share(value: object, name: str) -> float:
@@ -180,40 +181,13 @@ def _check_share(value: object, name: str) -> float:
     return float(value)
 
 
-def _check_mask(mask: Tensor | None, tokens: Tensor, name: str) -> Tensor | None:
-    """The mask as contiguous bool."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor, got {_kind(mask)}")
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask: expected the shape of {name}, {list(tokens.shape)}, got {list(mask.shape)}")
-    if mask.device != tokens.device:
-        raise ValueError(f"mask: expected the device of {name}, {tokens.device}, got {mask.device}")
-    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
-
-
 def _check(rewards: Tensor, gamma: float, mask: Tensor | None, cu_seqlens: Tensor | None, carry: str) -> tuple:
     """What both scans take, ready for the op."""
-    if not isinstance(rewards, Tensor) or rewards.dtype not in _FLOATS:
-        raise TypeError(f"rewards: expected a floating-point tensor, got {_kind(rewards)}; convert it with .float()")
-    if cu_seqlens is None:
-        if rewards.dim() != 2:
-            raise ValueError(f"rewards: expected [B, T], got {list(rewards.shape)}; packed tokens [N] need cu_seqlens")
-    else:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-        if rewards.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(
-                f"cu_seqlens: expected [B + 1] beside rewards [N], got {list(cu_seqlens.shape)} beside "
-                f"{list(rewards.shape)}; padded rewards take a mask instead"
-            )
-        if cu_seqlens.device != rewards.device:
-            raise ValueError(f"cu_seqlens: expected the device of rewards, {rewards.device}, got {cu_seqlens.device}")
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+    check_floats(rewards, "rewards")
+    cu_seqlens, _ = checked_offsets(cu_seqlens, rewards, "rewards")
     if carry not in CARRIES:
         raise ValueError(f"carry: expected one of {', '.join(CARRIES)}, got {carry!r}")
-    return rewards, _check_share(gamma, "gamma"), _check_mask(mask, rewards, "rewards"), cu_seqlens, carry
+    return rewards, _check_share(gamma, "gamma"), checked_flags(mask, "mask", rewards, "rewards"), cu_seqlens, carry
 
 
 def _scan(values, lambdas, lam, rewards, gamma, mask, cu_seqlens, carry) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _FLOATS, _INTEGERS, _kind
+from .checks import check_device, check_floats, check_group_ids, checked_numbers, constant, kind
 
 CREDITS = ("uniform", "score", "std", "sum_mean")
 """What each response of a paper gets of the paper's utility u: u; u / 2 for a positive reward, else 3 u / 2; u over the
@@ -50,10 +50,8 @@ class QuantileTracker:
 
         Raises TypeError or ValueError, naming the argument.
         """
-        if not isinstance(scores, Tensor) or scores.dtype not in _FLOATS:
-            raise TypeError(f"scores: expected a floating-point tensor, got {_kind(scores)}")
-        if scores.device != self.values.device:
-            raise ValueError(f"scores: expected the tracker's device, {self.values.device}, got {scores.device}")
+        check_floats(scores, "scores")
+        check_device(scores, "scores", self.values, "the tracker")
         if scores.numel() == 0:
             return
         ordered = scores.detach().double().flatten().sort().values  # NaN last
@@ -83,6 +81,8 @@ class QuantileTracker:
 
         Raises ValueError, naming the argument.
         """
+        if "values" not in state:
+            raise ValueError(f"state: expected that of a QuantileTracker, got the keys {', '.join(state) or 'none'}")
         values = state["values"]
         if values.shape != self.values.shape:
             raise ValueError(f"state: expected {len(self.levels)} values, got {list(values.shape)}")
@@ -143,18 +143,13 @@ def risk_advantages(
 
     Paper: RiskPO, arXiv 2510.00911, as its published code computes it.
     """
-    if not isinstance(rewards, Tensor) or rewards.dtype not in _FLOATS:
-        raise TypeError(f"rewards: expected a floating-point tensor, got {_kind(rewards)}; convert it with .float()")
+    check_floats(rewards, "rewards")
     if rewards.dim() != 1:
         raise ValueError(f"rewards: expected one value per sample, [N], got {list(rewards.shape)}")
     for name, ids in (("group_ids", group_ids), ("bundle_ids", bundle_ids)):
-        if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS:
-            raise TypeError(f"{name}: expected a tensor of integers, got {_kind(ids)}")
-        if ids.shape != rewards.shape:
-            raise ValueError(f"{name}: expected one id per reward, [{len(rewards)}], got {list(ids.shape)}")
-        if ids.device != rewards.device:
-            raise ValueError(f"{name}: expected the device of rewards, {rewards.device}, got {ids.device}")
-    low_level, high_level = levels
+        check_group_ids(ids, name, len(rewards), "reward")
+        check_device(ids, name, rewards, "rewards")
+    low_level, high_level = checked_numbers(levels, "levels", "a", "b")
     if not 0 <= low_level < high_level <= 1:
         raise ValueError(f"levels: expected two numbers, 0 <= a < b <= 1, got {levels!r}")
     for name, weight in (("mix", mix), ("upper_tail", upper_tail)):
@@ -168,14 +163,15 @@ def risk_advantages(
         raise ValueError(f"credit: expected one of {', '.join(CREDITS)}, got {credit!r}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
-    tracked = None if tracker is None else tracker.quantiles(levels)
-    if tracked is not None and tracked.device != rewards.device:
-        raise ValueError(f"tracker: expected the device of rewards, {rewards.device}, got {tracked.device}")
+    if tracker is not None and not isinstance(tracker, QuantileTracker):
+        raise TypeError(f"tracker: expected a QuantileTracker or None, got {kind(tracker)}")
+    tracked = None if tracker is None else tracker.quantiles((low_level, high_level))
+    if tracked is not None:
+        check_device(tracked, "tracker", rewards, "rewards")
     _native.require_kernels(rewards, "rewards", "risk_advantages")
 
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     advantages, scores, counts = torch.ops.pykern.risk_advantages.default(
-        rewards.detach().to(dtype).contiguous(),
+        constant(rewards),
         group_ids.to(torch.int64).contiguous(),
         bundle_ids.to(torch.int64).contiguous(),
         tracked,

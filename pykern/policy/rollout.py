@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _INTEGERS, _kind, _lookup
-from .order_statistics import _check_values, _flags, _prepare
+from .checks import check_floats, check_like, checked_flags, checked_numbers, checked_offsets, constant, lookup
 
 WEIGHTS = ("token", "sequence", "geometric")
 """The ratio that a weight is: of the token, of the sequence (a product), or the geometric mean over the sequence."""
@@ -201,7 +200,7 @@ def rollout_correction(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    row = _lookup(ROLLOUT_CORRECTIONS, correction, "correction")
+    row = lookup(ROLLOUT_CORRECTIONS, correction, "correction")
     weight = row.weight if weight is ... else weight
     weight_clip = row.weight_clip if weight_clip is ... else weight_clip
     weight_rule = row.weight_rule if weight_rule is ... else weight_rule
@@ -211,7 +210,8 @@ def rollout_correction(
     unscored = row.unscored if unscored is ... else unscored
     if weight is not None and weight not in WEIGHTS:
         raise ValueError(f"weight: expected None or one of {', '.join(WEIGHTS)}, got {weight!r}")
-    if not 0 <= weight_clip[0] <= weight_clip[1] or not weight_clip[1] > 0:
+    low, high = checked_numbers(weight_clip, "weight_clip", "low", "high")
+    if not 0 <= low <= high or not high > 0:
         raise ValueError(f"weight_clip: expected 0 <= low <= high and a positive high, got {weight_clip!r}")
     if weight_rule not in ("truncate", "mask"):
         raise ValueError(f'weight_rule: expected "truncate" or "mask", got {weight_rule!r}')
@@ -232,8 +232,8 @@ def rollout_correction(
         criterion: tuple(_log(bound) for bound in pair) if criterion.endswith("k1") else pair
         for criterion, pair in zip(criteria, bounds)
     }
-    weights, keep, metrics = _correct(
-        old_logprobs, rollout_logprobs, mask, cu_seqlens, weight, weight_clip, weight_rule, log_bounds, veto, normalize,
+    weights, keep, metrics = corrected(
+        old_logprobs, rollout_logprobs, mask, cu_seqlens, weight, (low, high), weight_rule, log_bounds, veto, normalize,
         limit, unscored,
     )  # fmt: skip
     values = metrics.unbind()
@@ -245,46 +245,26 @@ def rollout_correction(
     return None if weight is None else weights, keep, named
 
 
-def _correct(
+def corrected(
     old_logprobs, rollout_logprobs, mask, cu_seqlens, weight, weight_clip, weight_rule, log_bounds, veto, normalize,
     limit, unscored, name="old_logprobs",
 ):  # fmt: skip
     """The op, behind the checks of its tensors. `log_bounds` are of k1 itself; `name` is of the first argument."""
-    _check_values(old_logprobs, name)
-    _check_values(rollout_logprobs, "rollout_logprobs")
-    if cu_seqlens is None:
-        if old_logprobs.dim() != 2:
-            raise ValueError(f"{name}: expected [B, T], got {list(old_logprobs.shape)}; packed [N] need cu_seqlens")
-    else:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INTEGERS:
-            raise TypeError(f"cu_seqlens: expected a tensor of integers, got {_kind(cu_seqlens)}")
-        if old_logprobs.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(
-                f"cu_seqlens: expected [B + 1] beside {name} [N], got {list(cu_seqlens.shape)} beside "
-                f"{list(old_logprobs.shape)}; padded log-probabilities take a mask instead"
-            )
-        if cu_seqlens.device != old_logprobs.device:
-            raise ValueError(f"cu_seqlens: expected the device of {name}, got {cu_seqlens.device}")
-    if rollout_logprobs.shape != old_logprobs.shape:
-        raise ValueError(
-            f"rollout_logprobs: expected the shape of {name}, {list(old_logprobs.shape)}, "
-            f"got {list(rollout_logprobs.shape)}"
-        )
-    if rollout_logprobs.device != old_logprobs.device:
-        raise ValueError(
-            f"rollout_logprobs: expected the device of {name}, {old_logprobs.device}, got {rollout_logprobs.device}"
-        )
-    flags = _flags(mask, old_logprobs, "mask")
+    check_floats(old_logprobs, name)
+    check_floats(rollout_logprobs, "rollout_logprobs")
+    cu_seqlens, _ = checked_offsets(cu_seqlens, old_logprobs, name)
+    check_like(rollout_logprobs, "rollout_logprobs", old_logprobs, name)
+    flags = checked_flags(mask, "mask", old_logprobs, name)
     _native.require_kernels(old_logprobs, name, "rollout_correction")
-    settings = [float(weight_clip[0]), float(weight_clip[1]), float(limit), 0.0 if veto is None else float(veto)]
+    settings = [*weight_clip, float(limit), 0.0 if veto is None else float(veto)]
     for criterion in CRITERIA:
         settings += log_bounds.get(criterion, (-math.inf, math.inf))
-    old = _prepare(old_logprobs)
+    old = constant(old_logprobs)
     return torch.ops.pykern.rollout_correction.default(
         old,
         rollout_logprobs.detach().to(old.dtype).contiguous(),
         flags,
-        None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+        cu_seqlens,
         0 if weight is None else 1 + WEIGHTS.index(weight),
         weight_rule == "mask",
         sum(1 << CRITERIA.index(criterion) for criterion in log_bounds),

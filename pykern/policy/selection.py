@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from .order_statistics import _check_values, _flags, _prepare, masked_moments, masked_quantile, share_mask
-from .rollout import _correct
+from .checks import check_device, check_floats, check_like, checked_flags, constant
+from .order_statistics import masked_moments, masked_quantile, share_mask
+from .rollout import corrected
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor | None = None, *, share: float = 0.2) -> Tensor:
@@ -29,8 +30,8 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor | None = None, *, share: floa
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_values(entropy, "entropy")
-    flags = _flags(mask, entropy, "mask")
+    check_floats(entropy, "entropy")
+    flags = checked_flags(mask, "mask", entropy, "entropy")
     if not 0 <= share <= 1:
         raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
     high = entropy.detach() >= masked_quantile(entropy, 1.0 - share, flags)
@@ -72,8 +73,8 @@ def clip_cov_mask(
         TypeError, ValueError: naming the argument.
     """
     flags = _check_tokens(logprobs, mask, old_logprobs=old_logprobs)
-    per_token = _prepare(_per_token(advantages, logprobs))
-    ratio = (_prepare(logprobs) - _prepare(old_logprobs)).exp()
+    per_token = constant(_per_token(advantages, logprobs))
+    ratio = (constant(logprobs) - constant(old_logprobs)).exp()
     clipped = -per_token * ratio.clamp(1 - clip_low, 1 + clip_high) > -per_token * ratio
     covariance = _covariance(logprobs, per_token, flags)
     candidates = (covariance > covariance_low) & (covariance < covariance_high) & ~clipped
@@ -195,7 +196,7 @@ def hapo_modulation(
     h = torch.where(steady, 0.0, h)
     low = clip_low * torch.where(h <= 0, 1 - clip_strength * h, 1.0)
     high = clip_high * torch.where(h > 0, 1 + clip_strength * h, 1.0)
-    ratio = (_prepare(logprobs) - _prepare(old_logprobs)).exp()
+    ratio = (constant(logprobs) - constant(old_logprobs)).exp()
     inside = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
     factor = torch.where((h > 0) == inside, 1.0, 1 + advantage_strength * h)
     return low, high, factor
@@ -229,14 +230,14 @@ def opsm_mask(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _, near, _ = _correct(
+    _, near, _ = corrected(
         logprobs, rollout_logprobs, mask, cu_seqlens, None, (0.0, math.inf), "truncate",
         {"seq_mean_k1": (-math.inf, float(delta))}, None, False, math.inf, "one", name="logprobs",
     )  # fmt: skip
     if cu_seqlens is None:
         per_token = _per_token(advantages, logprobs)
     else:
-        _check_values(advantages, "advantages")
+        check_floats(advantages, "advantages")
         per_token, sequences = advantages.detach(), cu_seqlens.shape[0] - 1
         if list(advantages.shape) == [sequences]:
             per_token = per_token.repeat_interleave(cu_seqlens.diff(), output_size=logprobs.shape[0])
@@ -283,7 +284,7 @@ def aepo_rows(
         TypeError, ValueError: naming the argument.
     """
     for name, tensor in (("advantages", advantages), ("regulariser_advantages", regulariser_advantages)):
-        _check_values(tensor, name)
+        check_floats(tensor, name)
         if tensor.dim() != 1:
             raise ValueError(f"{name}: expected one per response, got {list(tensor.shape)}")
     if samples < 0:
@@ -295,25 +296,27 @@ def aepo_rows(
     fits = regulariser_advantages.detach() > threshold
     first = torch.argsort((~fits).to(torch.uint8), stable=True)  # those that fit, in their order
     count = fits.sum().clamp(max=samples)
-    count = torch.where(torch.as_tensor(entropy, device=advantages.device) > target, count // 2, count).reshape(())
+    high = entropy > target
+    if isinstance(high, Tensor):
+        count = torch.where(high.to(advantages.device).reshape(()), count // 2, count)
+    elif high:
+        count = count // 2
     replaced = place < count
     rows = torch.where(replaced, first[place.clamp(max=resampled - 1)], resampled + place)
     return rows, torch.where(replaced, 1.0, advantages.detach())
 
 
 def _check_tokens(logprobs: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor | None:
-    _check_values(logprobs, "logprobs")
+    check_floats(logprobs, "logprobs")
     for name, tensor in others.items():
-        _check_values(tensor, name)
-        if tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"{name}: expected the shape of logprobs, {list(logprobs.shape)}, got {list(tensor.shape)}"
-            )
-    return _flags(mask, logprobs, "mask")
+        check_floats(tensor, name)
+        check_like(tensor, name, logprobs, "logprobs")
+    return checked_flags(mask, "mask", logprobs, "logprobs")
 
 
 def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
-    _check_values(advantages, "advantages")
+    check_floats(advantages, "advantages")
+    check_device(advantages, "advantages", logprobs, "logprobs")
     if advantages.shape == logprobs.shape:
         return advantages.detach()
     if logprobs.dim() == 2 and advantages.shape == logprobs.shape[:1]:
@@ -328,7 +331,7 @@ def _covariance(logprobs: Tensor, advantages: Tensor, flags: Tensor | None) -> T
     """(A - mean A)(l - mean l) of each token."""
 
     def centred(tensor: Tensor) -> Tensor:
-        values = _prepare(tensor)
+        values = constant(tensor)
         return values - masked_moments(values, flags)[1].to(values.dtype)
 
     return centred(advantages) * centred(logprobs)

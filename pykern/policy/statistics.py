@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _INTEGERS, _check_floats, _kind
+from .checks import check_device, check_floats, check_group_ids, constant
 
 
 def group_statistics(values: Tensor, group_ids: Tensor, *, ddof: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,22 +30,17 @@ def group_statistics(values: Tensor, group_ids: Tensor, *, ddof: int = 1) -> tup
 
     Paper: the statistics that normalise GRPO's rewards, arXiv 2402.03300.
     """
-    _check_floats(values, "values")
+    check_floats(values, "values")
     if values.dim() != 1:
         raise ValueError(f"values: expected one per row, [N], got {list(values.shape)}; flatten them")
-    if not isinstance(group_ids, Tensor) or group_ids.dtype not in _INTEGERS:
-        raise TypeError(f"group_ids: expected a tensor of integers, got {_kind(group_ids)}; number the groups")
-    if group_ids.shape != values.shape:
-        raise ValueError(f"group_ids: expected one id per value, [{len(values)}], got {list(group_ids.shape)}")
-    if group_ids.device != values.device:
-        raise ValueError(f"group_ids: expected the device of values, {values.device}, got {group_ids.device}")
+    check_group_ids(group_ids, "group_ids", len(values), "value")
+    check_device(group_ids, "group_ids", values, "values")
     if ddof not in (0, 1):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
     _native.require_kernels(values, "values", "group_statistics")
 
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     return torch.ops.pykern.group_statistics.default(
-        values.detach().to(dtype).contiguous(), group_ids.to(torch.int64).contiguous(), int(ddof)
+        constant(values), group_ids.to(torch.int64).contiguous(), int(ddof)
     )
 
 

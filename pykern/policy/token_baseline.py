@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .advantages import _FLOATS, _INTEGERS, _kind
-from .returns import _check_mask
+from .checks import check_device, check_floats, check_group_ids, check_like, checked_flags
 
 ALIGNMENTS = ("position", "token")
 """What makes tokens of two responses the same step: their column; their number among the unmasked tokens of their
@@ -72,21 +71,13 @@ def optimal_token_baseline(
     for name, tensor in tokens.items():
         if tensor is None and name == "importance_weights":
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected a floating-point tensor, got {_kind(tensor)}; convert it with .float()")
+        check_floats(tensor, name)
         if name == "returns" and tensor.dim() != 2:
             raise ValueError(f"returns: expected one per token, [B, T], got {list(tensor.shape)}")
-        if tensor.shape != returns.shape:
-            raise ValueError(f"{name}: expected the shape of returns, {list(returns.shape)}, got {list(tensor.shape)}")
-        if tensor.device != returns.device:
-            raise ValueError(f"{name}: expected the device of returns, {returns.device}, got {tensor.device}")
-    if not isinstance(group_ids, Tensor) or group_ids.dtype not in _INTEGERS:
-        raise TypeError(f"group_ids: expected a tensor of integers, got {_kind(group_ids)}; number the groups")
-    if group_ids.shape != returns.shape[:1]:
-        raise ValueError(f"group_ids: expected one per response, [{len(returns)}], got {list(group_ids.shape)}")
-    if group_ids.device != returns.device:
-        raise ValueError(f"group_ids: expected the device of returns, {returns.device}, got {group_ids.device}")
-    mask = _check_mask(mask, returns, "returns")
+        check_like(tensor, name, returns, "returns")
+    check_group_ids(group_ids, "group_ids", len(returns), "response")
+    check_device(group_ids, "group_ids", returns, "returns")
+    mask = checked_flags(mask, "mask", returns, "returns")
     if align not in ALIGNMENTS:
         raise ValueError(f"align: expected one of {', '.join(ALIGNMENTS)}, got {align!r}")
     if singleton not in ("zero", "self"):

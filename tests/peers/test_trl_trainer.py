@@ -73,13 +73,13 @@ CASES = {
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-3, "epsilon_high": 4e-3},
     "bnpo": {"loss_type": "bnpo", "scale_rewards": "batch"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.05},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 0.999},
     "sapo": {"loss_type": "sapo"},
     "vespo": {"loss_type": "vespo"},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "delta": {"loss_type": "dapo", "delta": 1.1, "reward_weights": [1.0, 0.3]},
     "gdpo": {"loss_type": "dapo", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.3]},
-    "entropy": {"loss_type": "dapo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5},
+    "entropy": {"loss_type": "grpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5},
     "off policy": {"loss_type": "dapo", "off_policy_mask_threshold": 1e-4},
 }
 
@@ -91,7 +91,7 @@ def test_same_training(case, tmp_path):
     torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(theirs[1]), rtol=1e-5, atol=1e-5)
     assert len(ours[0]) == len(theirs[0]) == 2
     for own, other in zip(ours[0], theirs[0]):
-        for name in ("loss", "grad_norm", "entropy", "reward", "kl"):
+        for name in ("loss", "grad_norm", "entropy", "reward", "kl", "policy_loss", "entropy_coef"):
             if name in other:
                 assert own[name] == pytest.approx(other[name], rel=2e-4, abs=2e-6), name
         # Of sequences TRL logs the share of sequences, and with delta it looks at the bounded ratio.
@@ -127,6 +127,23 @@ def test_the_head_scales_and_caps_logits():
     for own, other in zip(*results):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_the_head_follows_autocast(in_float32):
+    """Mixed precision keeps the weights in float32, and TRL multiplies in bfloat16."""
+    one = model()
+    add_linear_head(one, temperature=0.7, cast_lm_head_to_fp32=in_float32)
+    ids = torch.randint(2, len(WORDS), (3, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = one(input_ids=ids, labels=ids, fused_lm_head=True)
+        hidden = one.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    weight = one.lm_head.weight
+    hidden, weight = (hidden.float(), weight) if in_float32 else (hidden.bfloat16(), weight.bfloat16())
+    want = pykern.linear_token_logprobs(hidden, weight, ids[:, 1:].flatten(), temperature=0.7)
+    assert torch.equal(output.log_probs.flatten(), want)
+    output.log_probs.sum().backward()
+    assert one.lm_head.weight.grad.dtype == torch.float32
 
 
 def test_adaptive_entropy_is_refused(tmp_path):

@@ -60,6 +60,15 @@ def test_outcome_estimators(name, dtype):
     close(ours[1], theirs[1].to(dtype), dtype)
 
 
+def test_labels_that_are_a_tensor():
+    """Whose elements are all different objects."""
+    arguments = samples()
+    numbers = np.unique(arguments["index"], return_inverse=True)[1]
+    want = adapter.ADVANTAGES["grpo"](**arguments)[0]
+    for index in (torch.from_numpy(numbers), numbers, numbers.tolist()):
+        assert torch.equal(adapter.ADVANTAGES["grpo"](**(arguments | {"index": index}))[0], want)
+
+
 def test_grpo_without_scale():
     ours, theirs = both("grpo", samples() | {"norm_adv_by_std_in_grpo": False})
     close(ours[0], theirs[0])
@@ -275,6 +284,35 @@ def test_clip_cov_where_nothing_is_picked_and_where_all_are():
         close(results[0][1], results[1][1])
 
 
+def test_clip_cov_draws_anew():
+    old, logprobs, advantages, mask = tokens()
+    config = settings()
+    picked = PolicyLossConfig(clip_cov_ratio=0.05, clip_cov_lb=0.0, clip_cov_ub=60.0)
+    object.__setattr__(config, "policy_loss", picked)
+
+    def gradient():
+        loss, _ = adapter.LOSS_FUNCTIONS["clip_cov"](old, logprobs, advantages, mask, "token-sum", config, None)
+        return torch.autograd.grad(loss, logprobs)[0]
+
+    torch.manual_seed(1)
+    first, second = gradient(), gradient()
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(gradient(), first)
+
+
+@pytest.mark.parametrize("aggregate", ["token-mean", "seq-mean-token-mean"])
+def test_a_global_batch_with_nothing_left(aggregate):
+    old, logprobs, advantages, mask = tokens()
+    config = settings()
+    counts = {"dp_size": 2, "batch_num_tokens": 0, "global_batch_size": 0}
+    config.global_batch_info.update(counts)
+    nothing = torch.zeros_like(mask)
+    loss, _ = adapter.LOSS_FUNCTIONS["vanilla"](old, logprobs, advantages, nothing, aggregate, config, None)
+    assert loss == 0 and not torch.autograd.grad(loss, logprobs)[0].any()
+    assert adapter.agg_loss(logprobs, nothing, aggregate, **counts) == 0
+
+
 @pytest.mark.parametrize("aggregate", pykern.AGGREGATES)
 @pytest.mark.parametrize("name", ["vanilla", "dro", "kl_cov"])
 def test_a_share_of_the_global_batch(name, aggregate):
@@ -347,6 +385,13 @@ def test_fused_linear(temperature):
     for own, other in zip(*results):
         # Of two float32 products, each with roundings of its own.
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+def test_fused_linear_follows_autocast():
+    hidden, weight, labels = torch.randn(9, 16).bfloat16(), torch.randn(50, 16), torch.randint(0, 50, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = adapter.FusedLinearForPPO()(hidden, weight, labels)
+    assert torch.equal(logprobs, pykern.linear_token_logprobs(hidden, weight.bfloat16(), labels))
 
 
 # --- registration -----------------------------------------------------------------------------------------------

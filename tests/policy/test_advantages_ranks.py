@@ -21,6 +21,11 @@ def batch(name: str, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, 
     return rewards, ids, extras(name, rows, rewards.dtype)
 
 
+def answers(rows: int) -> torch.Tensor:
+    """Several in a group: the entropy of their shares changes with every row that is counted."""
+    return torch.arange(rows) // 2 % 3
+
+
 # Rows of each rank, by their number, and max_rows.
 def splits(ranks: int) -> list[tuple[list[int], int | None]]:
     return [
@@ -42,7 +47,7 @@ def on_one_rank() -> list:
             rewards, ids, keywords = batch(name, sum(counts), case)
             keywords = by_row(keywords, mine)
             if name == "copo_global":
-                keywords["answer_ids"] = (ids % 3)[mine]
+                keywords["answer_ids"] = answers(len(ids))[mine]
             results.append(
                 pykern.group_advantages(
                     rewards[mine], ids[mine], estimator=name, filter="equal", preset="verl" if case else None,
@@ -61,7 +66,7 @@ def test_bit_equal_to_one_process(ranks):
         for name in ESTIMATORS:
             rewards, ids, keywords = batch(name, sum(counts), case)
             if name == "copo_global":
-                keywords["answer_ids"] = ids % 3
+                keywords["answer_ids"] = answers(len(ids))
             if name == "gdpo":
                 keywords["lengths"] = torch.ones(len(ids), dtype=torch.int64)
             want, want_keep, want_metrics = pykern.group_advantages(
@@ -86,6 +91,8 @@ def refused() -> str:
     gathered = GatheredRows(5, distributed.group.WORLD, None)
     whole = gathered.gather([torch.arange(5.0), None, ids])
     assert torch.equal(whole[0], torch.arange(5.0)) and whole[1] is None and torch.equal(whole[2], ids)
+    alone = GatheredRows(1, distributed.group.WORLD, None).gather([torch.ones(1), ids[:1], ids[:1]])
+    assert torch.equal(alone[0], torch.ones(1)) and torch.equal(alone[1], ids[:1])
     return str(raised.value)
 
 

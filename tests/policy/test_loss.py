@@ -183,6 +183,14 @@ def test_closed_form_of_a_clipped_token():
 
 
 @pytest.mark.usefixtures("everywhere")
+def test_the_only_bound_of_a_weight_may_lie_below_one():
+    tensors = batch(poisoned=False)
+    logprobs, old, advantages, mask = (tensors[name] for name in ("logprobs", "old_logprobs", "advantages", "mask"))
+    loss, _ = pykern.policy_loss(logprobs, old, advantages, mask=mask, loss="cispo", clip_high=-0.1)
+    weights = (logprobs - old).exp().clamp(max=0.9)
+    torch.testing.assert_close(loss, -(weights * advantages[:, None] * logprobs)[mask].mean())
+
+
 def test_small_kl_keeps_its_digits():
     """exp(-d) + d - 1 at d = 1e-4 has no correct digit left in plain float32."""
     logprobs = torch.full((1, 9), -1.0, requires_grad=True)

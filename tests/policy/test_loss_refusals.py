@@ -23,6 +23,8 @@ import pykern
         ({"kl_coef": 0.1}, ValueError, "kl: expected one of k1, k2, k3, abs beside"),
         ({"clip_low": -0.1}, ValueError, "clip_low: .* got -0.1"),
         ({"clip_high": float("nan")}, ValueError, "clip_high: .* got nan"),
+        ({"clip_high": -0.1}, ValueError, "clip_high: .* at least 0, got -0.1"),
+        ({"clip_high": -1.1, "loss": "cispo"}, ValueError, "clip_high: .* at least -1, got -1.1"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip: expected a ratio above 1"),
         ({"kl": "k3", "ref_logprobs": torch.zeros(2, 3), "kl_gradient": "k2"}, ValueError, "kl_gradient: .* got 'k2'"),
         ({"dual_clip": 3.0, "loss": "cispo"}, ValueError, "dual_clip: loss 'cispo' has no place for it"),
@@ -32,7 +34,9 @@ import pykern
         ({"clip_low": torch.zeros(2)}, ValueError, r"clip_low: expected the shape of logprobs, \[2, 3\], got \[2\]"),
         ({"temperatures": (1.0, 1.0)}, ValueError, "temperatures: loss 'grpo' has no place for it"),
         ({"temperatures": (1.0, 0.0), "loss": "sapo"}, ValueError, "temperatures: expected two positive numbers"),
+        ({"temperatures": 1.0, "loss": "sapo"}, ValueError, "temperatures: expected 2 numbers, .* got 1.0"),
         ({"taper": ((1.0, 2.0),), "loss": "vespo"}, ValueError, "taper: expected two pairs"),
+        ({"taper": (1.0, 2.0), "loss": "vespo"}, ValueError, r"taper: expected 2 numbers, \(power, rate\), got 1.0"),
         ({"negative_scale": -1.0}, ValueError, "negative_scale: expected a factor"),
         ({"stabilisation_low": 0.1}, ValueError, "stabilisation_low, stabilisation_high: loss 'grpo' drops no tokens"),
         ({"stabilisation_high": -0.1, "loss": "dppo_tv"}, ValueError, "stabilisation_low, .* expected at least 0"),
@@ -93,11 +97,7 @@ def test_refuses_a_missing_horizon():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (
-            {"logprobs": torch.zeros(3)},
-            ValueError,
-            r"logprobs: expected \[B, T\], or \[N\] beside cu_seqlens, got \[3\]",
-        ),
+        ({"logprobs": torch.zeros(3)}, ValueError, r"logprobs: expected \[B, T\], got \[3\]; packed .* cu_seqlens"),
         ({"logprobs": 1.0}, TypeError, "logprobs: expected a floating-point tensor"),
         ({"aggregate": "mean"}, ValueError, "aggregate: expected one of token-mean"),
         ({"mask": torch.ones(2)}, ValueError, "mask: expected the shape of logprobs"),

@@ -190,6 +190,7 @@ def test_compiles_whole():
     [
         (lambda v: pykern.masked_quantile([1.0], 0.5), TypeError, "values: .* got list"),
         (lambda v: pykern.masked_quantile(v.int(), 0.5), TypeError, "values: .* got torch.int32"),
+        (lambda v: pykern.masked_quantile(v, torch.ones(2)), TypeError, "q: .* got torch.float32; pass q.tolist"),
         (lambda v: pykern.masked_quantile(v, 1.5), ValueError, "q: expected numbers from 0 to 1, got 1.5"),
         (lambda v: pykern.masked_quantile(v, 0.5, v[:2]), ValueError, r"mask: .* \[4\], got \[2\]"),
         (lambda v: pykern.masked_quantile(v, 0.5, [1]), TypeError, "mask: expected a tensor, got list"),

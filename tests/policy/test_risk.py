@@ -177,6 +177,8 @@ def test_compiles_whole_and_is_constant():
         ({"group_ids": torch.zeros(4)}, TypeError, "group_ids: .* got torch.float32"),
         ({"bundle_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"bundle_ids: .* \[4\], got \[3\]"),
         ({"bundle_ids": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "bundle_ids: .* got meta"),
+        ({"levels": 0.5}, ValueError, r"levels: expected 2 numbers, \(a, b\), got 0.5"),
+        ({"tracker": torch.ones(2)}, TypeError, "tracker: expected a QuantileTracker or None, got torch.float32"),
         ({"levels": (0.8, 0.2)}, ValueError, r"levels: .* got \(0.8, 0.2\)"),
         ({"mix": 0.0}, ValueError, "mix: expected a positive weight or None, got 0.0"),
         ({"upper_tail": 1.0}, ValueError, "upper_tail: expected one of mix and upper_tail"),
@@ -254,7 +256,9 @@ def test_tracker_refuses():
         pykern.QuantileTracker(lr=0)
     with pytest.raises(TypeError, match="scores: expected a floating-point tensor, got list"):
         pykern.QuantileTracker().update([1.0])
-    with pytest.raises(ValueError, match="scores: expected the tracker's device, cpu, got meta"):
+    with pytest.raises(ValueError, match="scores: expected the device of the tracker, cpu, got meta"):
         pykern.QuantileTracker().update(torch.ones(3, device="meta"))
     with pytest.raises(ValueError, match=r"state: expected 19 values, got \[2\]"):
         pykern.QuantileTracker().load_state_dict({"values": torch.ones(2)})
+    with pytest.raises(ValueError, match="state: expected that of a QuantileTracker, got the keys step"):
+        pykern.QuantileTracker().load_state_dict({"step": torch.ones(2)})

@@ -270,6 +270,7 @@ def test_the_table_holds_what_the_function_takes():
         ({"cu_seqlens": torch.zeros(3, dtype=torch.int64)}, ValueError, "cu_seqlens: .* take a mask instead"),
         ({"correction": "tiz"}, ValueError, "correction: expected one of tis, .* got 'tiz'"),
         ({"weight": "word"}, ValueError, "weight: .* got 'word'"),
+        ({"weight_clip": 2.0}, ValueError, r"weight_clip: expected 2 numbers, \(low, high\), got 2.0"),
         ({"weight_clip": (3.0, 2.0)}, ValueError, r"weight_clip: .* got \(3.0, 2.0\)"),
         ({"weight_rule": "clip"}, ValueError, 'weight_rule: expected "truncate" or "mask"'),
         ({"reject": "seq_max_k1", "reject_bounds": 2.0}, ValueError, "reject: .* got 'seq_max_k1'"),

@@ -210,7 +210,7 @@ def test_sizes(name, shape):
     [
         (lambda l, a: pykern.top_entropy_mask(l, share=2), ValueError, "share: .* got 2"),
         (lambda l, a: pykern.top_entropy_mask(l.long()), TypeError, "entropy: .* got torch.int64"),
-        (lambda l, a: pykern.top_entropy_mask(l, a), ValueError, "mask: expected the shape of the tokens"),
+        (lambda l, a: pykern.top_entropy_mask(l, a), ValueError, "mask: expected the shape of entropy"),
         (lambda l, a: pykern.kl_cov_mask(l, a[:1]), ValueError, r"advantages: .* \[2, 3\].* got \[1\]"),
         (lambda l, a: pykern.clip_cov_mask(l, a, a), ValueError, r"old_logprobs: .* \[2, 3\], got \[2\]"),
         (lambda l, a: pykern.low_probability_mask(l, a, a), ValueError, "proxy_logprobs: expected the shape"),
@@ -220,6 +220,8 @@ def test_sizes(name, shape):
         (lambda l, a: pykern.aepo_rows(l, a, entropy=0, target=0, samples=1), ValueError, r"advantages: .* \[2, 3\]"),
         (lambda l, a: pykern.aepo_rows(a, a, entropy=0, target=0, samples=-1), ValueError, "samples: .* got -1"),
         (lambda l, a: pykern.hapo_modulation(l, l, l, pivot=3), ValueError, "q: .* got 3"),
+        (lambda l, a: pykern.clip_cov_mask(l, l.to("meta"), a), ValueError, "old_logprobs: .* cpu, got meta"),
+        (lambda l, a: pykern.kl_cov_mask(l, a.to("meta")), ValueError, "advantages: .* cpu, got meta"),
     ],
 )
 def test_refuses(call, error, message):

@@ -502,6 +502,8 @@ def test_int32_targets():
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive finite number"),
         ({"temperature": "hot"}, ValueError, "temperature: expected a positive finite number"),
         ({"temperature": torch.ones(3)}, ValueError, "temperature: expected a shape that broadcasts"),
+        ({"temperature": torch.tensor([1.0, 0.0])}, ValueError, "temperature: expected positive finite .* got 0.0"),
+        ({"temperature": torch.tensor(float("nan"))}, ValueError, "temperature: expected positive finite .* got nan"),
         ({"temperature": torch.ones(2, dtype=torch.int64)}, TypeError, "temperature: expected a floating-point tensor"),
         ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, "temperature: expected no requires_grad"),
     ],

@@ -25,8 +25,8 @@ def sample(*shape: int, dtype=torch.float32):
 @pytest.mark.parametrize("keywords", [{}, {"shift_mean": False, "eps": 0.1}, {"ddof": 0}])
 def test_matches_definition(shape, dtype, keywords):
     values, kept = sample(*shape, dtype=dtype)
-    # In float64 nothing is more exact than the definition, whose own sum may be off by some roundings.
-    units = 1.0 if dtype != torch.float64 else 200.0
+    # In float64 nothing is more exact than the definition, whose own sum is off by some roundings, most on one thread.
+    units = 1.0 if dtype != torch.float64 else 400.0
     for mask in (kept, kept.to(torch.uint8)):
         actual = pykern.masked_whiten(values, mask, **keywords)
         assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
