@@ -135,6 +135,12 @@ def prefix_attention(
 
 def _check_score(q: Tensor, scale: float | None, window: int | None, softcap: float | None) -> tuple[float, int, float]:
     """(scale, window, softcap) as the ops take them: 0 for no window and no softcap."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise TypeError(
+                f"{name}: expected a number, got a tensor that requires a gradient and would get none; pass "
+                f"float({name}), or for a learned scale multiply q by it and pass scale=1.0"
+            )
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[2], 1))
     if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
