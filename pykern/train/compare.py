@@ -88,7 +88,8 @@ def _serve(pipe, config: Config) -> None:
     device = torch.device(config.device)
     model = make_model(config, device)
     update = PlainUpdate(config, model, make_optimizer(config, model, config.learning_rate))
-    while (request := pipe.recv_bytes()) != b"":
+    while True:
+        request = pipe.recv_bytes()
         try:
             weights, batch = torch.load(io.BytesIO(request), map_location=device, weights_only=True)
             model.load_state_dict(weights)
@@ -139,10 +140,9 @@ class PlainPyTorch:
         return found
 
     def close(self) -> None:
-        if self._process.is_alive():
-            self._pipe.send_bytes(b"")
-            self._process.join(10)
+        # It has nothing to finish, and may be in the middle of an update that nobody waits for any more.
         self._process.kill()
+        self._process.join()
         self._pipe.close()
 
 

@@ -262,6 +262,7 @@ def test_ctrl_c_passes_over_the_plain_process():
         assert plain.update(trainer.model, groups)["tokens"] > 0
     finally:
         plain.close()
+    assert plain._process.exitcode is not None
 
 
 # Refusals
