@@ -149,6 +149,10 @@ def prepare(arguments: list[str]) -> tuple[Config, data.Dataset, Path | None, di
         rows = data.read_rows(name)
         config = config or settle(data.form_of(name, rows), given)
         dataset = data.file(name, rows, config.shots, config.held_out, config.seed)
+    if state is not None and state["data"] != dataset.digest():
+        raise InputError(
+            f"--resume {resume}: {name} is not as it was when the run began; restore it, or begin another run"
+        )
     if config.estimator == "remax" and dataset.form == "groups":
         raise InputError(
             "--estimator remax: needs the policy's greedy response to each prompt, which given groups lack"

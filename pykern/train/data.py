@@ -1,5 +1,6 @@
 """Prompts, answers and rewards: generated sums, or the rows of a JSON-lines file. Tokens are bytes."""
 
+import hashlib
 import json
 import random
 import re
@@ -63,6 +64,13 @@ class Dataset:
             random.Random(f"order {self.seed} {passes}").shuffle(order)
             self._orders[passes] = order
         return self._orders[passes]
+
+    def digest(self) -> str:
+        """Tells whether a resumed run finds the examples that it began with."""
+        found = hashlib.sha256()
+        for example in (*self.training, *self.held_out):
+            found.update(repr(example).encode())
+        return found.hexdigest()
 
     def reward(self, example: Example, response: list[int]) -> float:
         """1 for a response that has ended and gives the example's answer, else 0."""

@@ -15,7 +15,7 @@ from .config import InputError
 METRICS, CHECKPOINT, REPORT, COMPARISON, SUMMARY = (
     "metrics.jsonl", "checkpoint.pt", "report.png", "comparison.json", "summary.json"
 )  # fmt: skip
-FORMAT = 1
+FORMAT = 2
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

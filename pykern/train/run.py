@@ -61,7 +61,7 @@ class Run:
     """One folder of results, a new one if None is given. `state` continues the run that a checkpoint holds."""
 
     def __init__(self, config: Config, dataset: Dataset, folder: Path | None, state: dict | None = None):
-        self.config, self.dataset = config, dataset
+        self.config, self.dataset, self._data = config, dataset, dataset.digest()
         use_threads(config)
         self.trainer = PipelineTrainer(config, dataset) if config.pipeline else Trainer(config, dataset)
         self.is_main = is_main_process()
@@ -89,6 +89,7 @@ class Run:
             return
         state = {
             "config": asdict(self.config),
+            "data": self._data,
             "trainer": self.trainer.state(),
             "accuracy_before": self.accuracy_before,
             "lines": len(self.metrics.rows),

@@ -280,7 +280,8 @@ def test_ctrl_c_passes_over_the_plain_process():
         (["--key-heads", "3"], "--key-heads: expected a divisor of --heads 4, got 3"),
         (["--loss", "none"], "argument --loss: invalid choice"),
         (["--optimizer", "sgd"], "argument --optimizer: invalid choice"),
-        (["--seed", str(2**64)], "--seed: expected less than 2^62"),
+        (["--seed", str(2**64)], "--seed: expected at most"),
+        (["--threads", str(2**64)], "--threads: expected at most"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--held-out", "1000"], "--shots and --held-out: expected fewer than"),
     ],
@@ -327,6 +328,15 @@ def test_resuming_on_data_that_broke_leaves_the_run_as_it_was(tmp_path, capsys):
     before = contents(tmp_path / "run")
     write_rows(path, [*groups(6), "{"])
     assert "g.jsonl:7: not JSON" in refusal(["--resume", tmp_path / "run", "--steps", 9], capsys)
+    assert contents(tmp_path / "run") == before
+
+
+def test_resuming_on_other_data_leaves_the_run_as_it_was(tmp_path, capsys):
+    path = write_rows(tmp_path / "g.jsonl", groups(6))
+    assert train(tmp_path / "run", "--data", path, "--warmup-steps", 0, "--held-out", 0) == 0
+    before = contents(tmp_path / "run")
+    write_rows(path, groups(7))
+    assert "g.jsonl is not as it was when the run began" in refusal(["--resume", tmp_path / "run"], capsys)
     assert contents(tmp_path / "run") == before
 
 
