@@ -1,6 +1,7 @@
 """Attention over a packed prefix tree."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -198,8 +199,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, ...
     if isinstance(tree, PrefixTree):
         tensors = tree.tensors
     elif isinstance(tree, (tuple, list)) and len(tree) in (2, 4) and all(isinstance(part, Tensor) for part in tree):
-        tensors = tuple(tree)
-        _check_tensors(tensors)
+        _check_tensors(tree)
+        tensors = tuple(part.contiguous() for part in tree)
     else:
         raise TypeError(
             "tree: expected a PrefixTree, its tensors or (subtree_end, position), got "
@@ -212,7 +213,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, ...
     return tensors if len(tensors) == 4 else (*tensors, *tree_tiles(*tensors))
 
 
-def _check_tensors(tensors: tuple[Tensor, ...]) -> None:
+def _check_tensors(tensors: Sequence[Tensor]) -> None:
     tokens = tensors[0].shape[0] if tensors[0].dim() else 0
     tiles, blocks = -(-tokens // TILE_TOKENS), -(-tokens // BLOCK_TOKENS)
     shapes = {"subtree_end": (tokens,), "position": (tokens,), "bounds": (tiles, 4), "order": (2, blocks)}
