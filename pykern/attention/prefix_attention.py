@@ -1,6 +1,7 @@
 """Attention over a packed prefix tree."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -135,6 +136,12 @@ def prefix_attention(
 
 def _check_score(q: Tensor, scale: float | None, window: int | None, softcap: float | None) -> tuple[float, int, float]:
     """(scale, window, softcap) as the ops take them: 0 for no window and no softcap."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise TypeError(
+                f"{name}: expected a number, got a tensor that requires a gradient and would get none; pass "
+                f"float({name}), or for a learned scale multiply q by it and pass scale=1.0"
+            )
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[2], 1))
     if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
@@ -192,8 +199,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, ...
     if isinstance(tree, PrefixTree):
         tensors = tree.tensors
     elif isinstance(tree, (tuple, list)) and len(tree) in (2, 4) and all(isinstance(part, Tensor) for part in tree):
-        tensors = tuple(tree)
-        _check_tensors(tensors)
+        _check_tensors(tree)
+        tensors = tuple(part.contiguous() for part in tree)
     else:
         raise TypeError(
             "tree: expected a PrefixTree, its tensors or (subtree_end, position), got "
@@ -206,7 +213,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree | tuple[Tensor, ...
     return tensors if len(tensors) == 4 else (*tensors, *tree_tiles(*tensors))
 
 
-def _check_tensors(tensors: tuple[Tensor, ...]) -> None:
+def _check_tensors(tensors: Sequence[Tensor]) -> None:
     tokens = tensors[0].shape[0] if tensors[0].dim() else 0
     tiles, blocks = -(-tokens // TILE_TOKENS), -(-tokens // BLOCK_TOKENS)
     shapes = {"subtree_end": (tokens,), "position": (tokens,), "bounds": (tiles, 4), "order": (2, blocks)}

@@ -58,8 +58,8 @@ def gather_rows(source: Tensor, rows: Tensor, *, order: Tensor | None = None, of
     source: [S, C], float32, bfloat16, float16 or float64; any row stride.
     rows: int64 [N], 0 to S - 1. On the CPU others raise ValueError. On a GPU they are not looked at before the launch,
         which would mean waiting for it: such a row of `out` is NaN, and its gradient goes nowhere.
-    order, offsets: int64 [N] and [S + 1], what `invert_rows(rows, S)` returns, for callers that have them already;
-        computed in the backward if left out, by a sort.
+    order, offsets: int64 [N] and [S + 1], what `pykern.attention.rows.invert_rows(rows, S)` returns, for callers that
+        have them already; computed in the backward if left out, by a sort.
 
     Returns [N, C]. Raises TypeError or ValueError for inputs of other shapes, dtypes or devices, and
     NotImplementedError on devices that this build has no kernels for.
@@ -86,7 +86,9 @@ def _check(source: Tensor, rows: Tensor, order: Tensor | None, offsets: Tensor |
     if source.dim() != 2:
         raise ValueError(f"source: expected [rows, columns], got shape {tuple(source.shape)}; flatten other dimensions")
     if (order is None) != (offsets is None):
-        raise ValueError("order, offsets: expected both or none; invert_rows(rows, len(source)) returns both")
+        raise ValueError(
+            "order, offsets: expected both or none; pykern.attention.rows.invert_rows(rows, len(source)) returns both"
+        )
     sizes = {"rows": None, "order": rows, "offsets": source}
     for (name, like), tensor in zip(sizes.items(), (rows, order, offsets), strict=True):
         if tensor is None and name != "rows":

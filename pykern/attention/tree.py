@@ -13,6 +13,7 @@ from .tiles import tree_tiles
 from .trie import SortedSequences, TrieRows
 
 _INT32_MAX = 2**31 - 1
+_FARTHEST = 2**30  # Kernels take differences of positions in int32.
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class PrefixTree:
     subtree_end: Tensor
     position: Tensor = None  # type: ignore[assignment]
 
+    # What is made in inference mode could never be saved for a backward.
+    @torch.inference_mode(False)
     def __post_init__(self):
         ends = _int32_vector(self.subtree_end, "subtree_end")
         host = ends.cpu().numpy().astype(np.int64)
@@ -55,6 +58,12 @@ class PrefixTree:
                     f"position: expected {depth[wrong[0]]} ancestors for token {wrong[0]}, got {given[wrong[0]]}; "
                     "leave it out to have it computed"
                 )
+            far = np.flatnonzero((given != depth) & (np.abs(given.astype(np.int64)) > _FARTHEST))
+            if len(far):
+                raise ValueError(
+                    f"position: expected at most {_FARTHEST} for padding too, got {given[far[0]]} for token {far[0]}; "
+                    "leave it out to have it computed"
+                )
         object.__setattr__(self, "subtree_end", ends)
         object.__setattr__(self, "position", position)
         object.__setattr__(self, "_last_rows", None)
@@ -68,7 +77,6 @@ class PrefixTree:
         if len(ends) > _INT32_MAX:
             raise ValueError(f"tree: expected at most {_INT32_MAX} tokens, got {len(ends)}; split the batch")
         tree = object.__new__(cls)
-        # What is made in inference mode could never be saved for a backward.
         with torch.inference_mode(False):
             object.__setattr__(tree, "subtree_end", torch.from_numpy(ends.astype(np.int32)))
             object.__setattr__(tree, "position", torch.from_numpy(position.astype(np.int32)))
@@ -209,6 +217,7 @@ class PrefixTree:
         return self._sequences[1].to(self.subtree_end.device)
 
     @cached_property
+    @torch.inference_mode(False)
     def _sequences(self) -> tuple[Tensor, Tensor]:
         ends = self.subtree_end.cpu().numpy().astype(np.int64)
         rows = np.arange(len(ends))
@@ -286,7 +295,7 @@ def _int32_vector(tensor: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}; use .to(torch.int32)")
     if tensor.dim() != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {tuple(tensor.shape)}")
-    return tensor.contiguous()
+    return tensor.contiguous().clone() if tensor.is_inference() else tensor.contiguous()
 
 
 def _depth_first(parents: np.ndarray) -> list[int]:

@@ -421,6 +421,8 @@ def _read_options(args: tuple, kwargs: dict) -> tuple[dict, bool, str | None]:
         option = _OPTION_OF.get(name)
         if name == "window_size":
             # Flash Attention's (left, right), the query itself not counted, -1 for no bound.
+            if value is not None and not isinstance(value, (tuple, list)):
+                raise TypeError(f"window_size: expected (left, right) or None, got {type(value).__name__}")
             option, value = "window", None if value is None or value[0] < 0 else value[0] + 1
         if option is not None:
             named = True

@@ -14,7 +14,7 @@ from .. import ESTIMATORS
 from . import data
 from .config import ARITHMETIC, Config, InputError, settle
 from .device import GPU_DEFAULTS, choose, resolve
-from .files import METRICS, load_checkpoint, new_folder
+from .files import METRICS, load_checkpoint
 from .pipeline import SCHEDULES, check_pipeline, is_main_process, process_group
 from .plain import PLAIN_LOSSES
 from .precision import DTYPES
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def prepare(arguments: list[str]) -> tuple[Config, data.Dataset, Path, dict | None]:
+def prepare(arguments: list[str]) -> tuple[Config, data.Dataset, Path | None, dict | None]:
     """Checks all that can be checked before a file is touched: what a Run is made of. Raises InputError."""
     given = vars(parser().parse_args(arguments))
     out, resume = given.pop("out", None), given.pop("resume", None)
@@ -149,44 +149,55 @@ def prepare(arguments: list[str]) -> tuple[Config, data.Dataset, Path, dict | No
         rows = data.read_rows(name)
         config = config or settle(data.form_of(name, rows), given)
         dataset = data.file(name, rows, config.shots, config.held_out, config.seed)
+    if state is not None and state["data"] != dataset.digest():
+        raise InputError(
+            f"--resume {resume}: {name} is not as it was when the run began; restore it, or begin another run"
+        )
     if config.estimator == "remax" and dataset.form == "groups":
         raise InputError(
             "--estimator remax: needs the policy's greedy response to each prompt, which given groups lack"
         )
     check_pipeline(config)
     config = replace(config, device=resolve(config, config.device if resume else device))
-    if out is None:
-        out = new_folder(ARITHMETIC if name == ARITHMETIC else Path(name).stem)
-    elif resume is None and (out / METRICS).exists():
+    if config.warmup_steps and not all(example.solution for example in dataset.training):
+        raise InputError(f"--warmup-steps {config.warmup_steps}: needs an 'answer' in every row; use --warmup-steps 0")
+    if out is not None and resume is None and (out / METRICS).exists():
         raise InputError(f"--out {out}: already holds a run; continue it with --resume {out}, or name another folder")
-    if out.exists() and not out.is_dir():
+    if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
     return config, dataset, out, state
 
 
 def main(arguments: list[str]) -> int:
-    from .run import Run
-
-    threads = torch.get_num_threads()
+    threads, run = torch.get_num_threads(), None
     try:
         config, *rest = prepare(arguments)
+        from .run import Run
+
         with process_group(config):
-            return Run(config, *rest).execute()
+            run = Run(config, *rest)
+            return run.execute()
+    except ModuleNotFoundError as error:
+        if error.name not in ("tqdm", "matplotlib"):
+            raise
+        return _end(f"needs {error.name}, which is not installed; pip install tqdm matplotlib")
     except InputError as error:
-        return _refuse(str(error))
+        return _end(str(error))
     except NotImplementedError as error:
-        return _refuse(str(error))
+        return _end(str(error))
     except OSError as error:
         reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        return _refuse(f"{error.filename}: {reason}" if error.filename else str(error) or reason)
+        return _end(f"{error.filename}: {reason}" if error.filename else str(error) or reason)
     except KeyboardInterrupt:
-        print("pykern train: stopped at once; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
+        if run is None:
+            return _end("stopped before the first step", 130)
+        return _end(f"stopped at once; {run.way_on()}", 130)
     finally:
         torch.set_num_threads(threads)
 
 
-def _refuse(message: str) -> int:
+def _end(message: str, status: int = 2) -> int:
+    """Prints one line, in one process, and returns the exit status."""
     if is_main_process():
         print(f"pykern train: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

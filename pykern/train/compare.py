@@ -84,12 +84,12 @@ def _pickled(content: object) -> bytes:
 
 def _serve(pipe, config: Config) -> None:
     """The process: answers each (weights, batch) with what its update found."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends this process.
     use_threads(config)
     device = torch.device(config.device)
     model = make_model(config, device)
     update = PlainUpdate(config, model, make_optimizer(config, model, config.learning_rate))
-    while (request := pipe.recv_bytes()) != b"":
+    while True:
+        request = pipe.recv_bytes()
         try:
             weights, batch = torch.load(io.BytesIO(request), map_location=device, weights_only=True)
             model.load_state_dict(weights)
@@ -114,15 +114,22 @@ class PlainPyTorch:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, config), daemon=True, name="plain PyTorch")
-        self._process.start()
+        # Ctrl-C reaches the whole group, but the trainer ends this process. It inherits that from its first instant on:
+        # it takes seconds until code of its own could say so.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         other.close()
 
     def update(self, model: Transformer, groups: Groups) -> dict:
         """Runs the update from `model`'s weights and waits for it. Raises RuntimeError if it fails."""
-        self._pipe.send_bytes(_pickled((model.state_dict(), vars(groups))))
+        request = _pickled((model.state_dict(), vars(groups)))
         try:
+            self._pipe.send_bytes(request)
             found = torch.load(io.BytesIO(self._pipe.recv_bytes()), weights_only=True)
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join(10)
             raise RuntimeError(
                 f"the plain PyTorch process ended with status {self._process.exitcode}; if it was killed for memory, "
@@ -133,10 +140,9 @@ class PlainPyTorch:
         return found
 
     def close(self) -> None:
-        if self._process.is_alive():
-            self._pipe.send_bytes(b"")
-            self._process.join(10)
+        # It has nothing to finish, and may be in the middle of an update that nobody waits for any more.
         self._process.kill()
+        self._process.join()
         self._pipe.close()
 
 

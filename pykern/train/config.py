@@ -97,6 +97,9 @@ def settle(form: str, given: dict) -> Config:
     for name, least in at_least.items():
         if getattr(config, name) < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    for name, most in (("seed", 2**62), ("threads", 2**16)):
+        if getattr(config, name) > most:
+            raise InputError(f"--{name}: expected at most {most}, got {getattr(config, name)}")
     for name in ("temperature", "learning_rate", "warmup_learning_rate", "clip_norm"):
         if not 0 < getattr(config, name) < float("inf"):
             raise InputError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(config, name)}")

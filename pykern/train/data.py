@@ -1,9 +1,9 @@
 """Prompts, answers and rewards: generated sums, or the rows of a JSON-lines file. Tokens are bytes."""
 
+import hashlib
 import json
 import random
 import re
-import sys
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -12,6 +12,9 @@ from .config import InputError
 
 BEGIN, END, VOCABULARY = 256, 257, 258
 """The 256 bytes, a token in front of every sequence and one behind every response."""
+
+LARGEST_REWARD = 2**128 - 2**104
+"""The largest float32, which rewards become."""
 
 
 def encode(text: str) -> list[int]:
@@ -61,6 +64,13 @@ class Dataset:
             random.Random(f"order {self.seed} {passes}").shuffle(order)
             self._orders[passes] = order
         return self._orders[passes]
+
+    def digest(self) -> str:
+        """Tells whether a resumed run finds the examples that it began with."""
+        found = hashlib.sha256()
+        for example in (*self.training, *self.held_out):
+            found.update(repr(example).encode())
+        return found.hexdigest()
 
     def reward(self, example: Example, response: list[int]) -> float:
         """1 for a response that has ended and gives the example's answer, else 0."""
@@ -190,8 +200,10 @@ def _group(path: str, number: int, row: dict) -> tuple[tuple[list[int], ...], tu
     if len(responses) != len(rewards):
         raise InputError(f"{path}:{number}: {len(responses)} responses but {len(rewards)} rewards")
     for at, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) <= sys.float_info.max:
-            raise InputError(f"{path}:{number}: reward {at}: expected a finite number, got {_short(reward)}")
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) <= LARGEST_REWARD:
+            raise InputError(
+                f"{path}:{number}: reward {at}: expected a finite number, got {_short(reward)}; it is a float32"
+            )
     tokens = tuple(
         [*_encoded(f"{path}:{number}: response {at}", response), END] for at, response in enumerate(responses)
     )
@@ -224,8 +236,11 @@ def file(path: str, rows: list[tuple[int, dict]], shots: int, held_out: int, see
         examples.append(example)
         if solution:
             solved.append(len(examples) - 1)
-    if len(solved) < shots:
-        raise InputError(f"{path}: --shots {shots} needs as many rows with an 'answer', there are {len(solved)}")
+    if len(solved) < shots + held_out:
+        raise InputError(
+            f"{path}: --shots {shots} and --held-out {held_out} need as many rows with an 'answer', "
+            f"there are {len(solved)}"
+        )
     if shots + held_out >= len(examples):
         raise InputError(
             f"{path}: --shots {shots} and --held-out {held_out} leave none of its {len(examples)} rows to train on"
@@ -233,7 +248,7 @@ def file(path: str, rows: list[tuple[int, dict]], shots: int, held_out: int, see
     draw = random.Random(f"split {seed}")
     shown = draw.sample(solved, shots)
     rest = sorted(set(range(len(examples))) - set(shown))
-    tested = set(draw.sample(rest, held_out))
+    tested = set(draw.sample([at for at in rest if examples[at].solution], held_out))
     text = "".join(f"{decode(examples[at].prompt)}{examples[at].solution}\n\n" for at in shown)
     return Dataset(
         form,

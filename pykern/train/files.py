@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, then moved into it."""
 
+import itertools
 import json
 import os
 import warnings
@@ -14,7 +15,7 @@ from .config import InputError
 METRICS, CHECKPOINT, REPORT, COMPARISON, SUMMARY = (
     "metrics.jsonl", "checkpoint.pt", "report.png", "comparison.json", "summary.json"
 )  # fmt: skip
-FORMAT = 1
+FORMAT = 2
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -36,7 +37,15 @@ def write_json(path: Path, content: object) -> None:
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """`state`: plain values and tensors only, so that it loads with weights_only=True."""
-    write_atomically(folder / CHECKPOINT, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            # What torch's archive says when it is closed after a write that failed hides why that did.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+    write_atomically(folder / CHECKPOINT, write)
 
 
 def load_checkpoint(folder: Path) -> dict:
@@ -69,17 +78,20 @@ class Rows:
 
 
 class MetricsFile(Rows):
-    """One JSON object a line, each on disk before the next step begins."""
+    """One JSON object a line, each written before the next step begins."""
 
     def __init__(self, folder: Path, lines: int):
         """Continues behind the first `lines` lines; what a run wrote after its last checkpoint is dropped."""
         path = folder / METRICS
-        kept = path.read_bytes().split(b"\n")[:lines] if lines else []
+        kept = path.read_bytes().splitlines()[:lines] if lines else []
         if len(kept) < lines:
             raise InputError(
                 f"--resume {folder}: {METRICS} has {len(kept)} lines, the checkpoint was made after {lines}"
             )
-        self.rows = [json.loads(line) for line in kept]
+        try:
+            self.rows = [json.loads(line) for line in kept]
+        except ValueError as error:
+            raise InputError(f"--resume {folder}: {METRICS} has a line that is not JSON: {error}") from error
         write_atomically(path, lambda file: file.write(b"".join(line + b"\n" for line in kept)))
         self._file = path.open("a", encoding="utf-8")
 
@@ -93,8 +105,11 @@ class MetricsFile(Rows):
 
 
 def new_folder(name: str) -> Path:
-    """runs/NAME-1, -2, ...: the first that is not there yet."""
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return folder
+    """Makes runs/NAME-1, -2, ...: the first that is not there yet, another for each run of several begun at once."""
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder

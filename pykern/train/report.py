@@ -61,7 +61,7 @@ def draw(
             f"GRPO on {config.data.rsplit('/', 1)[-1]}: "
             f"{config.layers} layers of width {config.width}, {config.loss} loss, "
             f"{config.optimizer} rank {config.rank}, {config.dtype}, seed {config.seed}",
-            fontsize=10, color="#374151", x=0.01, ha="left",
+            fontsize=10, color="#374151", x=0.01, ha="left", parse_math=False,
         )  # fmt: skip
         figure.savefig(file, format="png")
 

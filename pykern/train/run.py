@@ -13,7 +13,17 @@ from .compare import PlainPyTorch
 from .config import Config
 from .data import Dataset
 from .device import describe
-from .files import COMPARISON, REPORT, SUMMARY, MetricsFile, Rows, save_checkpoint, write_atomically, write_json
+from .files import (
+    COMPARISON,
+    REPORT,
+    SUMMARY,
+    MetricsFile,
+    Rows,
+    new_folder,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from .making import use_threads
 from .pipeline import PipelineTrainer, is_main_process
 from .report import draw
@@ -48,10 +58,10 @@ class Stop:
 
 
 class Run:
-    """One folder of results. `state` continues the run that a checkpoint holds."""
+    """One folder of results, a new one if None is given. `state` continues the run that a checkpoint holds."""
 
-    def __init__(self, config: Config, dataset: Dataset, folder: Path, state: dict | None = None):
-        self.config, self.dataset, self.folder = config, dataset, folder
+    def __init__(self, config: Config, dataset: Dataset, folder: Path | None, state: dict | None = None):
+        self.config, self.dataset, self._data = config, dataset, dataset.digest()
         use_threads(config)
         self.trainer = PipelineTrainer(config, dataset) if config.pipeline else Trainer(config, dataset)
         self.is_main = is_main_process()
@@ -61,16 +71,25 @@ class Run:
             self.trainer.load(state["trainer"])
             self.accuracy_before, lines = state["accuracy_before"], state["lines"]
         if self.is_main:
+            folder = folder or new_folder(Path(config.data).stem)
             folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.metrics = MetricsFile(folder, lines) if self.is_main else Rows(lines)
         self._saved_lines = lines if state is not None else -1
         self._plain: PlainPyTorch | None = None
+
+    def way_on(self) -> str:
+        """How to continue what has been stopped."""
+        if self._saved_lines < 0:
+            return "it has no checkpoint yet, so begin anew"
+        return f"continue with: python -m pykern train --resume {self.folder}"
 
     def save(self) -> None:
         if len(self.metrics.rows) == self._saved_lines:
             return
         state = {
             "config": asdict(self.config),
+            "data": self._data,
             "trainer": self.trainer.state(),
             "accuracy_before": self.accuracy_before,
             "lines": len(self.metrics.rows),
@@ -167,7 +186,7 @@ class Run:
         write_atomically(picture, lambda file: draw(file, self.config, rows, self.accuracy_before, after, given))
         print(summary.table(found))
         if stop:
-            print(f"stopped early; continue with: python -m pykern train --resume {self.folder}")
+            print(f"stopped early; {self.way_on()}")
         print(f"report: {picture}")
 
 

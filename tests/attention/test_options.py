@@ -450,6 +450,12 @@ def test_activation_checkpointing(reentrant):
         ({"softcap": -1.0}, ValueError, "softcap: expected a finite number above 0, got -1.0"),
         ({"softcap": float("nan")}, ValueError, "softcap: expected a finite number above 0, got nan"),
         ({"softcap": float("inf")}, ValueError, "softcap: expected a finite number above 0, got inf"),
+        (
+            {"scale": torch.ones((), requires_grad=True)},
+            TypeError,
+            "scale: expected a number, got a tensor that requires a gradient",
+        ),
+        ({"softcap": torch.ones((), requires_grad=True)}, TypeError, "softcap: expected a number, got a tensor that"),
         ({"sinks": [0.0] * 4}, TypeError, "sinks: expected a tensor, got list"),
         ({"sinks": torch.zeros(4).int()}, TypeError, "sinks: expected a floating dtype, got torch.int32"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks: expected one value per query head, \[4\], got \(2,\)"),

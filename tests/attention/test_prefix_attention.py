@@ -209,6 +209,13 @@ def test_strided_inputs(dtype):
             assert torch.equal(got, expected)
 
 
+def test_bare_tensors_of_any_stride():
+    tree = TREES["groups"]()
+    q, k, v, _ = make_inputs(tree, 4, 2, 16, 16, torch.float32)
+    strided = torch.stack([tree.subtree_end, tree.position], dim=1).unbind(1)
+    assert torch.equal(pykern.prefix_attention(q, k, v, strided), pykern.prefix_attention(q, k, v, tree))
+
+
 def test_expanded_inputs_and_gradient():
     tree = TREES["group"]()
     q, k, v, _ = make_inputs(tree, 4, 4, 16, 16, torch.float32)

@@ -138,6 +138,17 @@ def test_is_frozen():
         random_tree(1).position = None
 
 
+def test_made_in_inference_mode_it_serves_a_backward():
+    with torch.inference_mode():
+        given = PrefixTree(int32([3, 2, 3]))
+        grown = PrefixTree.from_groups([1], [[1, 1]])
+        grown.sequence_rows  # noqa: B018 made when first asked for
+    leaf = torch.ones(3, requires_grad=True)
+    leaf[grown.sequence_rows].square().sum().backward()
+    assert leaf.grad.tolist() == [4, 2, 2]
+    assert not any(tensor.is_inference() for tensor in (*given.tensors, *grown.tensors, grown.cu_seqlens))
+
+
 def int32(values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -154,6 +165,7 @@ def int32(values):
         (lambda: PrefixTree(int32([5, 3, 3, 6, 5, 6])), ValueError, "that of token 3 ends at 6, beyond 5"),
         (lambda: PrefixTree(int32([2, 2]), int32([0])), ValueError, "position: expected shape"),
         (lambda: PrefixTree(int32([2, 2]), int32([0, 5])), ValueError, "expected 1 ancestors for token 1, got 5"),
+        (lambda: PrefixTree(int32([1, 1]), int32([0, -(2**31)])), ValueError, "for padding too, got -2147483648 for"),
         (lambda: PrefixTree.from_groups([1, 2], [[1]]), ValueError, "response_lens: expected a list for each of the 2"),
         (lambda: PrefixTree.from_groups([-1], [[1]]), ValueError, "lengths: expected lengths >= 0, got -1"),
         (lambda: PrefixTree.from_parents([1], [0, 1]), ValueError, "parents: expected one for each of the 1 nodes"),

@@ -418,6 +418,11 @@ REFUSED = [
         "scaling: expected one keyword for the scale, got two",
     ),
     (
+        lambda: make().forward(None, *[torch.zeros(3, 2, 16, 8)] * 3, window_size=4),
+        TypeError,
+        "window_size: expected (left, right) or None, got int",
+    ),
+    (
         lambda: make().group(torch.zeros(3, 11, 2, 8), torch.zeros(6, 8, 2, 8)),
         ValueError,
         "o_suffix: expected [6, 7, ...], the shape of the suffixes, got shape (6, 8, 2, 8)",

@@ -4,15 +4,19 @@ import json
 import os
 import signal
 import struct
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pykern.train import cli
 from pykern.train.cli import main
+from pykern.train.compare import PlainPyTorch
 from pykern.train.config import InputError, settle
-from pykern.train.files import load_checkpoint, write_atomically
+from pykern.train.files import load_checkpoint, new_folder, save_checkpoint, write_atomically
+from pykern.train.report import draw
 
 from .support import TINY_OPTIONS, command, groups, metrics, questions, refusal, tiny_trainer, write_rows
 
@@ -115,11 +119,31 @@ def test_an_update_raises_the_better_response(tmp_path):
     assert ((after - before) * batch.advantages.repeat_interleave(lengths)).sum() > 0
 
 
+def test_a_report_on_a_file_of_any_name(tmp_path):
+    draw(tmp_path / "report.png", replace(settle("groups", {}), data="cost_in_$b_$.jsonl"), [], None, None)
+    assert (tmp_path / "report.png").stat().st_size > 0
+
+
 def test_new_runs_get_new_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert main(TINY_OPTIONS) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["arithmetic-1", "arithmetic-2"]
+
+
+def test_runs_begun_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [new_folder("sums").name for _ in range(3)] == ["sums-1", "sums-2", "sums-3"]
+
+
+@pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
+def test_a_missing_package_is_told(tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("run", "report"):
+        monkeypatch.delitem(sys.modules, f"pykern.train.{module}", raising=False)
+    line = refusal([*TINY_OPTIONS, "--out", tmp_path / "run"], capsys)
+    assert line == f"pykern train: needs {package}, which is not installed; pip install tqdm matplotlib"
+    assert not (tmp_path / "run").exists()
 
 
 # Resume
@@ -145,6 +169,20 @@ def test_resume_drops_what_was_written_after_the_checkpoint(tmp_path):
         file.write('{"phase": "grpo", "step": 4}\n{"phase": "gr')
     assert main(["--resume", str(tmp_path / "halted"), "--steps", "5"]) == 0
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "halted")
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [(7, "has 7 lines, the checkpoint was made after 8"), (7.5, "a line that is not JSON")]
+)
+def test_resume_behind_lost_metrics_is_refused(tmp_path, capsys, kept, message):
+    train(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = int(kept)
+    path.write_bytes(b"".join(lines[:whole]) + (lines[whole][:9] if kept > whole else b""))
+    before = contents(tmp_path / "run")
+    assert message in refusal(["--resume", tmp_path / "run", "--steps", 9], capsys)
+    assert contents(tmp_path / "run") == before
 
 
 def test_resume_refuses_other_options(tmp_path, capsys):
@@ -197,6 +235,36 @@ def test_ctrl_c_ends_with_a_checkpoint_that_continues(tmp_path, phase):
         assert len(metrics(run)) == len(rows) + 1
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_stopped_at_once_it_says_how_to_go_on(tmp_path, monkeypatch, capsys, steps):
+    from pykern.train.run import Run
+
+    def interrupted(run):
+        if steps:
+            run.trainer.supervised_step()
+            run.metrics.append({})
+            run.save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "execute", interrupted)
+    assert train(tmp_path / "run") == 130
+    way_on = f"continue with: python -m pykern train --resume {tmp_path / 'run'}" if steps else "it has no checkpoint"
+    assert f"stopped at once; {way_on}" in capsys.readouterr().err
+
+
+def test_ctrl_c_passes_over_the_plain_process():
+    """It reaches that process too, at first while it still imports PyTorch."""
+    trainer = tiny_trainer(compare=1)
+    groups, _ = trainer.collect()
+    plain = PlainPyTorch(trainer.config)
+    try:
+        os.kill(plain._process.pid, signal.SIGINT)
+        assert plain.update(trainer.model, groups)["tokens"] > 0
+    finally:
+        plain.close()
+    assert plain._process.exitcode is not None
+
+
 # Refusals
 
 
@@ -212,6 +280,8 @@ def test_ctrl_c_ends_with_a_checkpoint_that_continues(tmp_path, phase):
         (["--key-heads", "3"], "--key-heads: expected a divisor of --heads 4, got 3"),
         (["--loss", "none"], "argument --loss: invalid choice"),
         (["--optimizer", "sgd"], "argument --optimizer: invalid choice"),
+        (["--seed", str(2**64)], "--seed: expected at most"),
+        (["--threads", str(2**64)], "--threads: expected at most"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--held-out", "1000"], "--shots and --held-out: expected fewer than"),
     ],
@@ -261,6 +331,15 @@ def test_resuming_on_data_that_broke_leaves_the_run_as_it_was(tmp_path, capsys):
     assert contents(tmp_path / "run") == before
 
 
+def test_resuming_on_other_data_leaves_the_run_as_it_was(tmp_path, capsys):
+    path = write_rows(tmp_path / "g.jsonl", groups(6))
+    assert train(tmp_path / "run", "--data", path, "--warmup-steps", 0, "--held-out", 0) == 0
+    before = contents(tmp_path / "run")
+    write_rows(path, groups(7))
+    assert "g.jsonl is not as it was when the run began" in refusal(["--resume", tmp_path / "run"], capsys)
+    assert contents(tmp_path / "run") == before
+
+
 def test_a_file_as_folder_is_refused(tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert "is a file, expected a folder" in refusal([*TINY_OPTIONS, "--out", tmp_path / "run"], capsys)
@@ -299,6 +378,14 @@ def test_remax_on_given_groups_is_refused(tmp_path, capsys):
     )
 
 
+def test_warming_up_without_answers_is_refused(tmp_path, capsys):
+    rows = groups(6)
+    del rows[2]["answer"]
+    path = write_rows(tmp_path / "g.jsonl", rows)
+    line = refusal(["--data", path, "--warmup-steps", 1], capsys)
+    assert "--warmup-steps 1: needs an 'answer' in every row; use --warmup-steps 0" in line
+
+
 def test_settled_options_have_the_defaults_of_their_form():
     assert settle("groups", {}).warmup_steps == 0
     assert settle("groups", {"shots": 8}).shots == 8
@@ -317,6 +404,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk"):
         write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")
+    save_checkpoint(tmp_path, {"weights": torch.ones(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, {"weights": torch.ones(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert load_checkpoint(tmp_path)["weights"].tolist() == [1, 1, 1] and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 # Comparison

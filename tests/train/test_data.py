@@ -170,6 +170,7 @@ BROKEN_GROUPS = [
     (changed(rewards=[1.0, float("nan"), 0.0]), "3: reward 1: expected a finite number, got nan"),
     (changed(rewards=[1.0, 0.0, float("inf")]), "3: reward 2: expected a finite number, got inf"),
     (json.dumps(changed()).replace("1.0", "1e999"), "3: reward 0: expected a finite number, got inf"),
+    (json.dumps(changed()).replace("1.0", "1e39"), "3: reward 0: expected a finite number, got 1e+39; it is a float32"),
     (changed(rewards=[10**400, 0, 0]), None),
     (changed(rewards=[1.0, None, 0.0]), "3: reward 1: expected a finite number, got None"),
     (changed(rewards=[True, 0.0, 0.0]), "3: reward 0: expected a finite number, got True"),
@@ -226,8 +227,17 @@ def test_more_shots_than_answers_are_refused(tmp_path):
     rows = [{key: value for key, value in row.items() if key != "answer"} for row in groups(4)]
     path = write_rows(tmp_path / "g.jsonl", rows)
     assert len(load(path).training) == 4
-    with pytest.raises(InputError, match="--shots 1 needs as many rows with an 'answer', there are 0"):
-        load(path, shots=1)
+    for shots, held_out in ((1, 0), (0, 1)):
+        with pytest.raises(InputError, match=f"{shots} and --held-out {held_out} need as many rows with an 'answer', "):
+            load(path, shots=shots, held_out=held_out)
+
+
+def test_held_out_rows_have_answers(tmp_path):
+    rows = groups(8)
+    for row in rows[:5]:
+        del row["answer"]
+    loaded = load(write_rows(tmp_path / "g.jsonl", rows), shots=1, held_out=2)
+    assert all(example.solution for example in loaded.held_out)
 
 
 def test_rows_must_remain_to_train_on(tmp_path):
