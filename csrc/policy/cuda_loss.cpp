@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   Tensor coefficient = coefficient_of(with_gradient);
   Tensor entropy_coefficient = coefficient_of(with_gradient && entropy);
   if (logprobs.numel() == 0 || shape.sequences == 0) {
-    return {cuda::new_zeros(logprobs, {}), coefficient, entropy_coefficient,
-            cuda::new_zeros(logprobs, {kLossMetrics})};
+    return {cuda::new_zeros(logprobs, {}), cuda::new_zeros(logprobs, coefficient.sizes()),
+            cuda::new_zeros(logprobs, entropy_coefficient.sizes()), cuda::new_zeros(logprobs, {kLossMetrics})};
   }
   Tensor loss = cuda::empty(logprobs, {}, type);
   Tensor metrics = cuda::empty(logprobs, {kLossMetrics}, type);

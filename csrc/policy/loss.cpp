@@ -125,7 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const LossTensors& tensors, const
     for (int part = 0; part < 4; ++part) parts[part] += weight * of_segment[kPolicySum + part];
     for (int sum = 0; sum < kLossSums; ++sum) totals[sum] += of_segment[sum];
   }
-  parts[1] *= params.kl_coef;
+  // An estimate that is only told may be infinite.
+  parts[1] = params.kl_coef == 0 ? 0 : parts[1] * params.kl_coef;
   parts[2] *= params.anchor_coef;
   parts[3] *= -params.entropy_coef;
   const double share = tasks.tokens > 0 ? 1 / static_cast<double>(tasks.tokens) : 0;

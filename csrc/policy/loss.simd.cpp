@@ -3,6 +3,7 @@
 #include "policy/loss.h"
 
 #include <cmath>
+#include <limits>
 
 #include "common/vector.h"
 #include "policy/loss_terms.h"
@@ -105,7 +106,7 @@ class Segment {
       limited_ = log_ratio_ < low || log_ratio_ > high;
       if (limited_) log_ratio_ = log_ratio_ < low ? low : high;
     }
-    ratio_ = ::exp(log_ratio_);
+    ratio_ = finite(::exp(log_ratio_), log_ratio_, std::numeric_limits<Scalar>::max());
   }
 
   void run_block(int64_t begin, int64_t end) {
@@ -141,7 +142,7 @@ class Segment {
         // The ratio's own clamp has no gradient beyond its limit.
         outside = (raw < -limit) | (raw > limit);
         r.log_ratio = clamp(raw, -limit, limit);
-        r.ratio = K::exponential(r.log_ratio);
+        r.ratio = finite(K::exponential(r.log_ratio), r.log_ratio);
       } else if constexpr (!kPlain) {
         V unused;
         if (clips_logs) log_clipped = clip_log_ratio(token, count, raw, &unused);
@@ -206,7 +207,7 @@ class Segment {
           if (p_.kl_gradient == KlGradient::straight_through) derivative = distance;
           if (p_.kl_gradient == KlGradient::importance && p_.ratio == RatioLevel::product) {
             // A product over the sequence is no weight for a token's estimate: that takes the token's ratio.
-            const V bounded = clamp(raw, -limit, limit), ratio = K::exponential(bounded);
+            const V bounded = clamp(raw, -limit, limit), ratio = finite(K::exponential(bounded), bounded);
             value *= ratio;
             derivative = derivative * ratio + ((raw == bounded) | (raw != raw) ? value : nothing);
           } else if (p_.kl_gradient == KlGradient::importance) {

@@ -2,12 +2,22 @@
 // reads and writes, the rules of LOSSES, the divergences. Include from *.simd.cpp files only.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "common/vector.h"
 #include "policy/loss.h"
 
 namespace pykern::PYKERN_SIMD {
+
+// The exponential `result` of a number is a number: what it is multiplied by may be 0.
+PYKERN_INLINE vfloat finite(vfloat result, vfloat argument) {
+  const vfloat largest = broadcast(FLT_MAX);
+  return (result > largest) & (argument <= largest) ? largest : result;
+}
+PYKERN_INLINE double finite(double result, double argument, double largest = DBL_MAX) {
+  return result > largest && argument <= DBL_MAX ? largest : result;
+}
 
 template <class V>
 struct Kind;
@@ -56,7 +66,7 @@ struct Kind<vfloat> {
   static PYKERN_INLINE double sum(vfloat value) { return sum_lanes(value); }
   // exp(-d) + d - 1 and its derivative 1 - exp(-d). Near zero both cancel, so a series takes over.
   static PYKERN_INLINE void k3(vfloat d, vfloat* value, vfloat* derivative) {
-    const vfloat e = exponential(-d);
+    const vfloat e = finite(exponential(-d), -d);
     const vfloat half = broadcast(0.5f);
     const vint near = (d < half) & (d > -half);
     vfloat p = broadcast(-1.0f / 362880);
@@ -87,7 +97,7 @@ struct Kind<double> {
   static PYKERN_INLINE double logarithm(double value) { return ::log(value); }
   static PYKERN_INLINE double sum(double value) { return value; }
   static PYKERN_INLINE void k3(double d, double* value, double* derivative) {
-    const double less_one = ::expm1(-d);
+    const double less_one = finite(::expm1(-d), -d);
     *value = less_one + d;
     *derivative = -less_one;
   }

@@ -42,6 +42,12 @@ __device__ __forceinline__ TokenBounds token_bounds(const PrefixAttentionProblem
   return bounds;
 }
 
+// Whether a key lies too far before a query. Positions of padding may be any numbers: the difference of two can be too
+// large for an int32, but not for as many bits without a sign.
+__device__ __forceinline__ bool leaves_window(int32_t query, int32_t key, int window) {
+  return query > key && static_cast<uint32_t>(query) - static_cast<uint32_t>(key) >= static_cast<uint32_t>(window);
+}
+
 enum class Visible { none, some, all };
 
 // Whether queries [first_query, stop_query) see the keys [first_key, stop_key). `all` is exact for whole tiles of 64
@@ -50,9 +56,9 @@ __device__ __forceinline__ Visible visible_keys(const TokenBounds& keys, int fir
                                                 const TokenBounds& queries, int first_query, int stop_query,
                                                 int window) {
   if (first_key >= stop_query || keys.last_end <= first_query) return Visible::none;
-  if (window > 0 && queries.least_position - keys.last_position >= window) return Visible::none;
+  if (window > 0 && leaves_window(queries.least_position, keys.last_position, window)) return Visible::none;
   const bool all = stop_key - 1 <= first_query && keys.least_end >= stop_query;
-  const bool in_window = window == 0 || queries.last_position - keys.least_position < window;
+  const bool in_window = window == 0 || !leaves_window(queries.last_position, keys.least_position, window);
   return all && in_window ? Visible::all : Visible::some;
 }
 

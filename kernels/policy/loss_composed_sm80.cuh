@@ -59,7 +59,7 @@ class ComposedLoss {
     sequence_sums(p_, sequence_, sums);
     const SequenceRatio ratio(p_, sums, shares_.length_of(sequence_));
     log_ratio_ = static_cast<T>(ratio.logarithm);
-    ratio_ = static_cast<T>(exp(ratio.logarithm));
+    ratio_ = finite<T>(exp(ratio.logarithm), ratio.logarithm);
     advantage_ = static_cast<T>(ratio.advantage);
   }
 
@@ -141,7 +141,7 @@ class ComposedLoss {
         log_ratios += distance;
       } else {
         ratios.logarithm[i] = clamp(distance, -limit, limit);
-        ratios.value[i] = exponential(ratios.logarithm[i]);
+        ratios.value[i] = finite_exponential(ratios.logarithm[i]);
         log_ratios += ratios.logarithm[i];
         moving |= (distance < -limit || distance > limit ? 0u : 1u) << i;
       }
@@ -249,7 +249,8 @@ class ComposedLoss {
 #pragma unroll
       for (int i = 0; i < kThreadTokens; ++i) {
         const T apart = in.logprob[i] - in.old[i];
-        const T bounded = clamp(apart, -bounds_.log_ratio_limit, bounds_.log_ratio_limit), ratio = exponential(bounded);
+        const T bounded = clamp(apart, -bounds_.log_ratio_limit, bounds_.log_ratio_limit);
+        const T ratio = finite_exponential(bounded);
         value[i] *= ratio;
         derivative[i] = derivative[i] * ratio + (is_wanted(valid, i) && apart == bounded ? value[i] : T(0));
       }

@@ -27,7 +27,7 @@ __device__ __forceinline__ void k3_divergence(const FourTokens<float>& d, FourTo
   if (all_near) return;
 #pragma unroll
   for (int i = 0; i < kThreadTokens; ++i) {
-    const float e = exponential(-d[i]);
+    const float e = finite_exponential(-d[i]);
     const bool near = fabsf(d[i]) < 0.5f;
     value[i] = near ? value[i] : e + (d[i] - 1.0f);
     derivative[i] = near ? derivative[i] : 1.0f - e;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void k3_divergence(const FourTokens<double>& d, FourT
                                               FourTokens<double>& derivative) {
 #pragma unroll
   for (int i = 0; i < kThreadTokens; ++i) {
-    const double less_one = expm1(-d[i]);
+    const double less_one = finite<double>(expm1(-d[i]), -d[i]);
     value[i] = less_one + d[i];
     derivative[i] = -less_one;
   }

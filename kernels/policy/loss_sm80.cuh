@@ -85,7 +85,7 @@ class PolicyLoss {
     const double length = shares_.length_of(sequence_), mean = length > 0 ? sums[kLogRatios] / length : 0;
     const double log_ratio = clamp(mean, p_.bounds.sequence_log_ratio_low, p_.bounds.sequence_log_ratio_high);
     const bool limited = log_ratio < mean || log_ratio > mean;
-    ratio_ = static_cast<T>(exp(log_ratio));
+    ratio_ = finite<T>(exp(log_ratio), log_ratio);
     const T bounded = clamp(ratio_, bounds_.ratio_low, bounds_.ratio_high);
     // What advantages of either sign are multiplied with in the loss, and in its derivative.
     const bool clipped_high = bounded < ratio_, clipped_low = bounded > ratio_;
@@ -193,7 +193,7 @@ class PolicyLoss {
         const bool below = raw < -limit, above = raw > limit;
         const T log_ratio = below ? -limit : above ? limit : raw;
         stopped = below || above;
-        ratio = exponential(log_ratio);
+        ratio = finite_exponential(log_ratio);
         ratios += here ? ratio : T(0);
         log_ratios += log_ratio;
       }

@@ -1,6 +1,7 @@
 // What the kernels of policy_loss share: parts of sequences, masks as bits, four tokens per thread.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "kernels/common/device.h"
@@ -176,6 +177,22 @@ class PartPacks {
 
 __device__ __forceinline__ float exponential(float value) { return expf(value); }
 __device__ __forceinline__ double exponential(double value) { return exp(value); }
+
+template <class T>
+__host__ __device__ constexpr T largest_number() {
+  return static_cast<T>(sizeof(T) == 4 ? FLT_MAX : DBL_MAX);
+}
+
+// The exponential `result` of a number is a number: what it is multiplied by may be 0.
+template <class T>
+__device__ __forceinline__ T finite(double result, double argument) {
+  return result > largest_number<T>() && argument <= DBL_MAX ? largest_number<T>() : static_cast<T>(result);
+}
+template <class T>
+__device__ __forceinline__ T finite_exponential(T value) {
+  const T result = exponential(value);
+  return result > largest_number<T>() && value <= largest_number<T>() ? largest_number<T>() : result;
+}
 
 // A NaN stays NaN in it.
 template <class T>

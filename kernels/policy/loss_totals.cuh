@@ -87,7 +87,9 @@ template <class T, int count>
 __device__ __forceinline__ void write_metrics(const LossArguments<T>& arguments, const double* sums) {
   const LossParams& p = arguments.params;
   const double tokens = LossShares<T>(arguments).tokens(), per_token = tokens > 0 ? 1 / tokens : 0;
-  const double policy = sums[kWeightedPolicy], kl = sums[kWeightedKl] * p.bounds.kl_coef;
+  const double policy = sums[kWeightedPolicy];
+  // An estimate that is only told may be infinite.
+  const double kl = p.bounds.kl_coef == 0 ? 0 : sums[kWeightedKl] * p.bounds.kl_coef;
   const double anchor = sums[kWeightedAnchor] * p.bounds.anchor_coef;
   const double entropy = -sums[kWeightedEntropy] * p.bounds.entropy_coef;
   const double values[kLossMetrics] = {policy,

@@ -130,7 +130,7 @@ def policy_loss(
 
     Masked tokens may hold NaN or infinities in every input: they are selected away, their gradient is exactly 0. A
     NaN or infinity at an unmasked token shows in the loss. Nothing is clamped unless a preset says so: a ratio that
-    overflows, of a log-ratio above 88 in float32, shows there or in the gradient too, also where its advantage is 0.
+    overflows, of a log-ratio above 88 in float32, shows there or in the gradient too, unless its advantage is 0.
     Results are the same bit for bit on any number of threads. The metrics are tensors on the same device; nothing waits
     for them.
 
