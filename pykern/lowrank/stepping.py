@@ -91,6 +91,13 @@ def steps_rows(job: Job) -> bool:
     return picks_rows(job) and not RESIDUALS[job.group["residual"]].measured and int8_weight(job.param) is None
 
 
+def misses_roundings(job: Job) -> bool:
+    """Whether the basis has all of the gradient, so that the signs of what it misses are those of roundings."""
+    group = job.group
+    whole = job.rank == job.compressed and (group["side"] != "full" or job.rank == job.whole_length)
+    return RESIDUALS[group["residual"]].sign and whole and orthonormal(group)
+
+
 def is_fused(job: Job, bases: Bases) -> bool:
     """Whether low_rank_adamw_step has all that the batch of this job asks for."""
     group = job.group
@@ -234,7 +241,9 @@ def _update(
     residual = RESIDUALS[group["residual"]]
     if residual.measured:
         shards = jobs[0].shards
-        low_gram = [] if orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
+        low_gram = []
+        if residual.up and not orthonormal(group):
+            low_gram = [(p.mT.to(r) @ p.to(r)) @ r for p, r in zip(projectors, low, strict=True)]
         factors = measured_factors(
             low, direction, squares, low_gram, [job.state for job in jobs], group, amp.grad_scale, amp.found_inf,
             reduce=None if shards is None else shards.reduce,
@@ -248,7 +257,7 @@ def _update(
         if amp.grad_scale is not None:
             factors = [factor / amp.grad_scale for factor in factors]
         return _Update(direction, 1.0, grads, factors)
-    if residual.sign:
+    if residual.sign and not misses_roundings(jobs[0]):
         return _Update(direction, group["scale"], grads, low=low)
     return _Update(direction, group["scale"])
 
