@@ -53,8 +53,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     the residuals "none", "fira" or APOLLO's are asked for, by one op (low_rank_adamw_step), else by its parts one
     after the other. On the CPU, and on CUDA for bfloat16 and float16, there is no temporary of a weight's size; on
     CUDA float32 and float64 have PyTorch's matrix products, under its TF32 setting, and one such temporary. A
-    gradient whose unit stride is along another axis than its weight's is copied. On the CPU results don't depend on
-    the number of threads, and everywhere they repeat bit for bit.
+    gradient whose unit stride is along another axis than its weight's is copied. Everywhere results repeat bit for
+    bit, and on the CPU they don't depend on the number of threads, but for what is PyTorch's: projector "svd", and
+    "newton_schulz" of ranks below 8.
 
     On CUDA a step waits for the device only where it chooses P, and when it first reads a loaded state. It can be
     captured in a graph after one ordinary step; in a graph P stays, so step outside it every `refresh_every` steps,

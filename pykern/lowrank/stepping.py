@@ -18,6 +18,7 @@ from .quantized import int8_weight
 from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
 from .state import make_state, plain_state, seed_of, wide_dtype
+from .subspace import inner_products, product
 
 _ROUNDING = {"nearest": 0, "stochastic": 1, "kahan": 2}
 
@@ -202,7 +203,7 @@ def _directions(jobs: list[Job], low: list[Tensor], amp: Amp) -> tuple[list[Tens
     group, shards = jobs[0].group, jobs[0].shards
     rule = RULES[group["rule"]]
     others = [job.state["other_projector"] for job in jobs] if group["side"] == "full" else []
-    inner = [matrix @ other for matrix, other in zip(low, others, strict=True)] if others else low
+    inner = [product(matrix, other) for matrix, other in zip(low, others, strict=True)] if others else low
     gathers = shards is not None and not rule.columnwise
     if gathers:
         inner = [shards.gathered(m, shards.along, 1, job.whole_length) for job, m in zip(jobs, inner, strict=True)]
@@ -211,7 +212,7 @@ def _directions(jobs: list[Job], low: list[Tensor], amp: Amp) -> tuple[list[Tens
         direction = [shards.own(matrix, 1, shards.along).contiguous() for matrix in direction]
     if others:
         low, direction = (
-            [matrix @ other.mT for matrix, other in zip(matrices, others, strict=True)]
+            [product(matrix, other.mT) for matrix, other in zip(matrices, others, strict=True)]
             for matrices in (inner, direction)
         )
     return low, direction, step_factor
@@ -243,7 +244,7 @@ def _update(
         shards = jobs[0].shards
         low_gram = []
         if residual.up and not orthonormal(group):
-            low_gram = [(p.mT.to(r) @ p.to(r)) @ r for p, r in zip(projectors, low, strict=True)]
+            low_gram = [product(inner_products(p), r) for p, r in zip(projectors, low, strict=True)]
         factors = measured_factors(
             low, direction, squares, low_gram, [job.state for job in jobs], group, amp.grad_scale, amp.found_inf,
             reduce=None if shards is None else shards.reduce,

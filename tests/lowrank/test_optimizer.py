@@ -364,6 +364,28 @@ def test_bit_equal_for_any_number_of_threads(make):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (pykern.LDAdamW, {}),
+        (pykern.GradNormLoRPAdamW, {}),
+        (pykern.Flora, {"refresh_every": 1}),
+        (pykern.FiraAdamW, {"projector": "random", "state_dtype": "8bit"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("shape", [(60, 100), (9, 20)], ids=str)
+def test_torchs_products_of_short_axes_are_not_used(make, options, shape):
+    """They depend on the number of threads."""
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            param = matrix(*shape)
+            run(make([param], 0.01, rank=5, **options), [param], 3)
+            results.append(param.detach())
+    assert torch.equal(*results)
+
+
 def test_bfloat16_weights_follow_the_definition(device):
     param = matrix(64, 48, torch.bfloat16, device=device)
     start = param.detach().cpu().double()
