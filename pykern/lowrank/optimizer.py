@@ -484,9 +484,9 @@ def join(optimizers: list[LowRankOptimizer]) -> None:
 class LowRankAdamW(LowRankOptimizer):
     """LowRankOptimizer with the inner rule AdamW. Takes LowRankOptimizer's other keywords."""
 
-    def __init__(self, params, lr: float | Tensor = 1e-3, **keywords):
-        if keywords.get("rule", "adamw") != "adamw":
-            raise ValueError(
-                f"rule: LowRankAdamW has 'adamw', got {keywords['rule']!r}; use LowRankOptimizer to choose"
-            )
-        super().__init__(params, lr, **keywords)
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group; see torch.optim.Optimizer.add_param_group."""
+        rule = param_group.get("rule", self.defaults["rule"]) if isinstance(param_group, dict) else "adamw"
+        if rule != "adamw":
+            raise ValueError(f"rule: LowRankAdamW has 'adamw', got {rule!r}; use LowRankOptimizer to choose")
+        super().add_param_group(param_group)

@@ -63,7 +63,9 @@ def reset_moments(optimizer: torch.optim.Optimizer | BackwardStepper, params=Non
 
     Paper: momentum reset, arXiv 2505.22922; after 2501.06842 (SPAM).
     """
-    params = None if params is None else list(params)  # an iterator ends with the first reading
+    if params is not None:
+        # A tensor is iterable too, and an iterator ends with the first reading.
+        params = [params] if isinstance(params, Tensor) else list(params)
     if isinstance(optimizer, (BackwardOptimizer, BackwardStepper)):
         stepper = optimizer if isinstance(optimizer, BackwardStepper) else optimizer.stepper
         return sum(reset_moments(own, params, steps=steps) for own in stepper.optimizers.values())

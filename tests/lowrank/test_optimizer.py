@@ -442,6 +442,9 @@ def test_presets_refuse_what_they_fix(make, other):
         make([matrix()], residual="fira" if make is pykern.GaLoreAdamW else "none")
     with pytest.raises(ValueError, match="rule: .* use LowRankOptimizer to choose"):
         make([{"params": [matrix()], "rule": "lion"}])
+    for keywords, group in (({"rule": "lion"}, {}), ({}, {"rule": "lion"})):
+        with pytest.raises(ValueError, match="rule: LowRankAdamW has 'adamw', got 'lion'"):
+            pykern.LowRankAdamW([{"params": [matrix()], **group}], **keywords)
     optimizer = make([matrix()])
     with pytest.raises(ValueError, match="parity: expected None or"):
         optimizer.add_param_group({"params": [matrix()], "parity": other})

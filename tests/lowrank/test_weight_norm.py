@@ -114,7 +114,7 @@ def test_reset_moments(make, steps):
     for param in params:
         param.grad = torch.randn(6, 4)
     optimizer.step()
-    assert pykern.reset_moments(optimizer, params[:1], steps=steps) == 1
+    assert pykern.reset_moments(optimizer, params[0], steps=steps) == 1
     fresh, kept = (optimizer.state[param] for param in params)
     assert not fresh["exp_avg"].any() and not fresh["exp_avg_sq"].any() and kept["exp_avg"].any()
     assert fresh["step"].item() == (0 if steps else 1) and kept["step"].item() == 1
