@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .distributed import is_distributed
 from .optimizer import LowRankOptimizer, join
+from .state import fitted_states
 
 REFRESH_BY = ("window", "first")
 CLIP_BY = ("parameter", "previous")
@@ -166,6 +167,10 @@ class BackwardStepper:
         missing = self.optimizers.keys() ^ state_dict["optimizers"].keys()
         if missing:
             raise ValueError(f"state_dict: expected the parameters of this model, these differ: {sorted(missing)}")
+        for name, optimizer in self.optimizers.items():
+            if isinstance(optimizer, LowRankOptimizer):
+                # What does not fit is refused before anything is loaded.
+                fitted_states(optimizer, state_dict["optimizers"][name])
         for name, optimizer in self.optimizers.items():
             groups = optimizer.param_groups
             optimizer.load_state_dict(state_dict["optimizers"][name])

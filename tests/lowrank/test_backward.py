@@ -179,6 +179,20 @@ def rates(stepper):
     return {float(group["lr"]) for group in stepper.param_groups}
 
 
+def test_a_checkpoint_that_does_not_fit_changes_nothing():
+    model = Tiny()
+    stepper = pykern.step_in_backward(model, make)
+    loss_of(model, batches(1)[0]).backward()
+    saved = copy.deepcopy(stepper.state_dict())
+    loss_of(model, batches(1)[0]).backward()
+    del list(saved["optimizers"].values())[-1]["state"][0]["exp_avg"]
+    steps = [float(state["step"]) for one in stepper.optimizers.values() for state in one.state.values()]
+    with pytest.raises(ValueError, match="expected the state"):
+        stepper.load_state_dict(saved)
+    assert steps == [float(state["step"]) for one in stepper.optimizers.values() for state in one.state.values()]
+    assert set(steps) == {2.0}
+
+
 @pytest.mark.parametrize("kind", [make, torch.optim.AdamW], ids=["low-rank", "torch"])
 def test_one_tensor_is_the_learning_rate_of_all_also_after_loading(kind):
     rate = torch.tensor(0.1, dtype=torch.float64)
