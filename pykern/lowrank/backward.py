@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .distributed import is_distributed
-from .optimizer import LowRankOptimizer
+from .optimizer import LowRankOptimizer, join
+from .state import fitted_states
 
 REFRESH_BY = ("window", "first")
 CLIP_BY = ("parameter", "previous")
@@ -62,6 +63,7 @@ class BackwardStepper:
             self.optimizers[name] = weight.optimizer
             self._weights.append(weight)
             self._handles.append(param.register_post_accumulate_grad_hook(self._arrival(weight)))
+        join([optimizer for optimizer in self.optimizers.values() if isinstance(optimizer, LowRankOptimizer)])
 
     def _arrival(self, weight: _Weight) -> Callable[[Tensor], None]:
         def arrived(param: Tensor) -> None:
@@ -166,10 +168,17 @@ class BackwardStepper:
         if missing:
             raise ValueError(f"state_dict: expected the parameters of this model, these differ: {sorted(missing)}")
         for name, optimizer in self.optimizers.items():
+            if isinstance(optimizer, LowRankOptimizer):
+                # What does not fit is refused before anything is loaded.
+                fitted_states(optimizer, state_dict["optimizers"][name])
+        for name, optimizer in self.optimizers.items():
             groups = optimizer.param_groups
             optimizer.load_state_dict(state_dict["optimizers"][name])
             for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+                rate = group["lr"]
                 group.update(loaded)
+                if isinstance(rate, Tensor) and isinstance(group["lr"], Tensor):
+                    group["lr"] = rate.copy_(group["lr"])
             optimizer.param_groups = groups
         self._passes = state_dict["passes"]
         previous = state_dict["previous_norm"]
@@ -236,7 +245,9 @@ def step_in_backward(
     R to a buffer and frees its gradient. Elsewhere gradients add up in `.grad`, and live until the last pass reaches
     them. A parameter that has no gradient in the last pass is stepped at its end. Scale the loss by 1 / accumulate
     yourself. Activation checkpointing must be of the non-reentrant kind (use_reentrant=False), or the inner backward
-    passes are counted too.
+    passes are counted too. Torch.amp.GradScaler has no place here, as it would look at gradients before they are used.
+    Processes that share a model average in the step: by process_group=, or as the shards of fully_shard.
+    Optimizers of pykern draw their random numbers and stagger their refreshes as a single one of all parameters does.
 
     Learning rates: give all optimizers one tensor and change that, make a scheduler for BackwardOptimizer(stepper), or
     one for each of `stepper.optimizers`.
@@ -254,8 +265,13 @@ def step_in_backward(
             before, or the parameter's own if that is larger (and at first).
 
     Raises:
-        ValueError: accumulate < 1, max_norm <= 0, an unknown refresh_by or clip_by.
+        ValueError: accumulate < 1, max_norm <= 0, an unknown refresh_by or clip_by; DistributedDataParallel.
     """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model: expected one without DistributedDataParallel, whose averages come after the steps; give "
+            "pykern's optimizers its process_group instead"
+        )
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1 backward pass per step, got {accumulate}")
     for name, value, choices in (("refresh_by", refresh_by, REFRESH_BY), ("clip_by", clip_by, CLIP_BY)):

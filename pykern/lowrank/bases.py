@@ -12,6 +12,7 @@ from . import dct
 from .matrices import Job
 from .projectors import PROJECTORS
 from .quantized import dequantize_groups, parts, quantize_groups, quantized_zeros
+from .subspace import product
 
 PROJECTOR_FORMATS = ("dense", "int8", "int4")
 """What a group may choose for projectors that give vectors; those that give indices have formats of their own."""
@@ -95,7 +96,7 @@ class Grouped:
 def product_of(basis: BasisFormat, job: Job, before: Mapping[str, Tensor]) -> Tensor:
     """The rotation between two bases by their product."""
     wide = torch.promote_types(job.param.dtype, torch.float32)
-    return basis.dense(job, job.state).mT.to(wide) @ basis.dense(job, before).to(wide)
+    return product(basis.dense(job, job.state).mT.to(wide), basis.dense(job, before).to(wide))
 
 
 class Indices(ABC):

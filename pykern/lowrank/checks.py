@@ -8,13 +8,19 @@ from .distributed import is_distributed
 from .options import check_rate_device
 
 
-def capturing(param: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on the parameter's device."""
-    return param.is_cuda and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def rate_on(lr: float | Tensor, device: torch.device) -> Tensor:
-    """The learning rate as a tensor on the device, without a copy from the host: that would wait for it."""
+    """The learning rate as a tensor on the device, without a copy from the host: that would wait for it.
+
+    A tensor on the CPU, which torch.distributed.checkpoint puts in the place of any while it has states made, is read
+    as a number.
+    """
+    if isinstance(lr, Tensor) and lr.device != device and lr.device.type == "cpu" and not capturing(device):
+        lr = lr.item()
     if not isinstance(lr, Tensor):
         return torch.full((), lr, dtype=torch.float64, device=device)
     check_rate_device(lr, device)

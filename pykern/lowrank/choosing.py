@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, optim
 
 from .amp import Amp
 from .bases import basis_of
@@ -17,7 +18,7 @@ from .residuals import RESIDUALS
 from .state import seed_of
 from .tracking import keep_lost_momentum, momentum_outside, remembered
 
-ProjectorFunction = Callable[[Tensor, int, bool], Tensor]
+ProjectorFunction = Callable[[Tensor, int, bool], Tensor | None]
 
 # In place of a count of steps: ask the device each time.
 _UNCOUNTED = -1
@@ -42,13 +43,13 @@ class Bases:
     Attributes:
         projector: the optimizer's own, a function or a tensor, for groups that name none.
         process_group: whose gradients are averaged, or None.
-        param_groups: of the optimizer.
+        optimizers: the optimizer, and those of other parts of its model, in order.
         counted: the steps that each parameter has taken, as far as the host knows.
     """
 
     projector: ProjectorFunction | Tensor | None
     process_group: "distributed.ProcessGroup | None"
-    param_groups: list[dict]
+    optimizers: list[optim.Optimizer]
     counted: dict[Tensor, int]
 
     def stepped(self, job: Job) -> None:
@@ -101,7 +102,7 @@ class Bases:
     def _share_before(self, job: Job) -> float:
         """The part of all matrices, by the work that their bases are, that comes before this one."""
         work, index = [0, 0], 0
-        for group in self.param_groups:
+        for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             for param in group["params"]:
                 if is_low_rank(param, group):
                     rows, columns = matrix_shape(param.shape)
@@ -114,7 +115,7 @@ class Bases:
         step = job.state["step"]
         if step.device.type == "cpu":
             return int(step)
-        if capturing(job.param):
+        if capturing(job.param.device):
             # From now on replays may count steps that the host does not see.
             self.counted[job.param] = _UNCOUNTED
             return None
@@ -163,10 +164,15 @@ class Bases:
             agree(chosen, shared)
         return chosen
 
-    def _given_basis(self, job: Job, matrix: Tensor) -> Tensor:
+    def _given_basis(self, job: Job, matrix: Tensor) -> Tensor | None:
         """The basis of the caller, from a tensor or a function."""
+        if self.projector is None:
+            raise ValueError(
+                "projector: a group names none, as one does that was saved with a function or a tensor; give the "
+                "optimizer that, or the group a name"
+            )
         basis = self.projector if isinstance(self.projector, Tensor) else self.projector(matrix, job.rank, job.right)
-        if tuple(basis.shape) != (job.compressed, job.rank):
+        if basis is not None and tuple(basis.shape) != (job.compressed, job.rank):
             raise ValueError(
                 f"projector: expected shape {(job.compressed, job.rank)} for a {tuple(matrix.shape)} gradient "
                 f"projected from the {'right' if job.right else 'left'}, got {tuple(basis.shape)}"

@@ -90,7 +90,7 @@ class Int8Linear(torch.nn.Linear):
         _native.require_kernels(weight, "weight", "quantize_groups")
         for name, value in quantized_zeros(*weight.shape, 8, weight.device).items():
             self.register_buffer(f"weight_{name}", value)
-        self.weight = torch.nn.Parameter(_stand_in(weight.new_full((), float("nan")), weight.shape))
+        self.weight = torch.nn.Parameter(_stand_in(_nan(weight), weight.shape), weight.requires_grad)
         self._bind()
         self._store(weight)
 
@@ -108,7 +108,7 @@ class Int8Linear(torch.nn.Linear):
         super()._apply(fn, recurse)
         self._buffers.update({name: fn(value.view(torch.uint8)).view(value.dtype) for name, value in buffers.items()})
         with torch.no_grad():
-            weight.data = _stand_in(fn(weight[:1, :1].clone()), weight.shape)
+            weight.data = _stand_in(fn(_nan(weight)), weight.shape)
             if weight.grad is not None:
                 weight.grad = fn(weight.grad)
         self._parameters = {"weight": weight, **self._parameters}
@@ -116,10 +116,10 @@ class Int8Linear(torch.nn.Linear):
         return self
 
     def __deepcopy__(self, memo):
-        weight = torch.nn.Parameter(_stand_in(self.weight.detach()[:1, :1].clone(), self.weight.shape))
-        weight.requires_grad_(self.weight.requires_grad)
+        # An optimizer that was copied first has the parameter already, with all the memory that torch gave it.
+        weight = memo.setdefault(id(self.weight), torch.nn.Parameter(self.weight.detach(), self.weight.requires_grad))
+        weight.data = _stand_in(_nan(weight), weight.shape)
         weight.grad = copy.deepcopy(self.weight.grad, memo)
-        memo[id(self.weight)] = weight
         layer = memo[id(self)] = self.__class__.__new__(self.__class__)
         layer.__dict__ = copy.deepcopy(self.__dict__, memo)
         layer._bind()
@@ -147,9 +147,13 @@ class Int8Linear(torch.nn.Linear):
         self._bind()
 
 
+def _nan(like: Tensor) -> Tensor:
+    return like.new_full((1, 1), float("nan"))
+
+
 def _stand_in(element: Tensor, shape: torch.Size) -> Tensor:
     """A matrix of one element's memory."""
-    return element.reshape(1, 1).expand(shape)
+    return element.expand(shape)
 
 
 def int8_linears(model: torch.nn.Module, targets: str | Sequence[str] = "all-linear") -> torch.nn.Module:
@@ -159,7 +163,8 @@ def int8_linears(model: torch.nn.Module, targets: str | Sequence[str] = "all-lin
         model: a module; parents of the layers, not a layer itself.
         targets: as of low_rank_groups: "all-linear", a regular expression that must match a module's whole name, or a
             list of strings, one of which must occur in the name. A layer that shares its weight with another module
-            stays as it is, and so does one of a subclass of torch.nn.Linear, or in float64.
+            stays as it is, and so does one of a subclass of torch.nn.Linear, or in float64. A layer that is in several
+            places is replaced in all of them if one of its names matches.
 
     Raises:
         ValueError: nothing matches `targets`.
@@ -168,19 +173,20 @@ def int8_linears(model: torch.nn.Module, targets: str | Sequence[str] = "all-lin
     for module in model.modules():
         for param in module.parameters(recurse=False):
             owners[id(param)] = owners.get(id(param), 0) + 1
-    replaced = 0
-    for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            name = f"{parent_name}.{child_name}" if parent_name else child_name
-            plain = type(child) is torch.nn.Linear and child.weight.dtype != torch.float64
-            if plain and owners[id(child.weight)] == 1 and is_target(name, targets):
-                setattr(parent, child_name, Int8Linear.from_linear(child))
-                replaced += 1
-    if replaced == 0:
+    replaced: dict[torch.nn.Module, Int8Linear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain = type(module) is torch.nn.Linear and module is not model and module.weight.dtype != torch.float64
+        if plain and module not in replaced and owners[id(module.weight)] == 1 and is_target(name, targets):
+            replaced[module] = Int8Linear.from_linear(module)
+    if not replaced:
         raise ValueError(
             f'targets: expected "all-linear", a regular expression or names of torch.nn.Linear modules of the model '
             f"that share no weight, but nothing matches {targets!r}"
         )
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replaced:
+                setattr(parent, name, replaced[child])
     return model
 
 

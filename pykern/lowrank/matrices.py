@@ -42,7 +42,7 @@ class Job:
 
     Attributes:
         param: the parameter, of any number of axes from two on.
-        index: its place among all parameters of the optimizer, from 0.
+        index: its place among all parameters of the optimizer, or of all that optimizer.join has joined, from 0.
         group: of the optimizer.
         state: of the optimizer; for a DTensor this process's shards of it. Written in place once it is made.
         rows, columns: of the weight as a matrix, over all shards.

@@ -20,7 +20,7 @@ from .quantized import int8_weight
 from .refresh import is_due
 from .residuals import RESIDUALS
 from .state import fitted_states, make_state, wide_dtype
-from .stepping import step_low_rank, step_plain
+from .stepping import misses_roundings, step_low_rank, step_plain
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -56,7 +56,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
     CUDA float32 and float64 have PyTorch's matrix products, under its TF32 setting, and one such temporary. Where
     projectors pick rows the parts take their indices and make no product, but for Fira, APOLLO, 8-bit weights, and
     shards along the axis that is compressed. A gradient whose unit stride is along another axis than its weight's is
-    copied. On the CPU results don't depend on the number of threads, and everywhere they repeat bit for bit.
+    copied. Everywhere results repeat bit for bit, and on the CPU they don't depend on the number of threads, but for
+    what is PyTorch's: projector "svd", and "newton_schulz" of ranks below 8.
 
     On CUDA a step waits for the device only where it chooses P, and when it first reads a loaded state. It can be
     captured in a graph after one ordinary step; in a graph P stays, so step outside it every `refresh_every` steps,
@@ -90,8 +91,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "rows_sampled", rows by their norms (Grass). Drawn: "random" (normal / sqrt(rank); APOLLO, Flora) and
             "apollo_torch" (that package's numbers), "random_orthonormal" and "coordinates" (FRUGAL). Of "dct", "rows"
             and "coordinates" the state has the indices only. Or a function (grad, rank, right) -> P ([columns, rank] if
-            right, else [rows, rank]), or P itself; those belong to the whole optimizer and are not part of its
-            state_dict.
+            right, else [rows, rank]; None to keep the one in use), or P itself; those belong to the whole optimizer and
+            are not part of its state_dict.
         projector_format: "dense", P in the weight's dtype, or "int8" and "int4" (Q-GaLore): P in 8.25 or 4.25 bits an
             element. Rounding costs P its orthonormality; what depends on that takes P^T P into account.
         projector_memory: what the projector looks at is projector_memory * up(m) / (1 - beta1^t) and (1 -
@@ -99,7 +100,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         residual: what becomes of the gradient outside the subspace: "none"; "fira"; "apollo_channel" and
             "apollo_tensor" (D is G itself, its channels or the whole times |N| / |R| and the root of `scale`, limited
             like Fira's S); "sign" and "sgd" (D gets residual_scale times sign(G - up(R)), or G - up(R), as FRUGAL has
-            it); "error_feedback" (G - feedback_share * up(R) is kept in a buffer and added to the next gradient).
+            it; no signs where the rank is that of the axis, so that G - up(R) is roundings); "error_feedback" (G -
+            feedback_share * up(R) is kept in a buffer and added to the next gradient).
         residual_scale: of "sign" and "sgd".
         growth_limit: how much the norm of S may grow in a step, for "fira" and APOLLO; 0 for no limit.
         scale_first: APOLLO's root of `scale` comes before the limit, not after it.
@@ -169,6 +171,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    # Where `join` has put this one among the optimizers of a model.
+    _family: "list[LowRankOptimizer] | None" = None
+    _first_index = 0
 
     def __init__(
         self,
@@ -267,7 +272,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: a process group can be neither copied nor pickled; save state_dict() and load "
                 "it into a new optimizer"
             )
-        return {**super().__getstate__(), "projector": self.projector, "process_group": None}
+        own = {"projector": self.projector, "process_group": None, "_first_index": self._first_index}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -397,6 +403,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         job = self._job(param)
         if job is None or param.grad is None:
             raise ValueError(f"param: expected a low-rank parameter with a gradient, got one of {tuple(param.shape)}")
+        check_parameter(param, self.process_group is not None)
         if not job.state:
             make_state(job, self.state[param])
         job.with_gradient()
@@ -419,14 +426,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @property
     def _bases(self) -> Bases:
-        return Bases(self.projector, self.process_group, self.param_groups, self._counted)
+        return Bases(self.projector, self.process_group, self._family or [self], self._counted)
 
     def _parameters(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _job(self, param: Tensor) -> Job | None:
         """The job of one parameter; None if it gets plain AdamW."""
-        index = 0
+        index = self._first_index
         for group in self.param_groups:
             for other in group["params"]:
                 if other is param:
@@ -440,7 +447,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self.process_group is not None:
             amp = amp.shared_by(self.process_group)
-        index = -1
+        index = self._first_index - 1
         for group in self.param_groups:
             plain: dict[tuple, list[Tensor]] = {}
             low_rank: dict[tuple, list[Job]] = {}
@@ -449,14 +456,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 if param not in given:
                     continue
                 check_parameter(param, self.process_group is not None)
-                if not self.state.get(param) and capturing(param):
+                if not self.state.get(param) and capturing(param.device):
                     raise RuntimeError(
                         f"{type(self).__name__}: take one step before capturing a graph; it makes the state"
                     )
                 if is_low_rank(param, group):
                     job = Job.of(param, index, group, self.state[param])
                     job = job.with_gradient() if given[param] is None else job.with_low(given[param])
-                    place = (param.device, param.dtype, job.shards, int8_weight(param) is not None)
+                    eight_bit = int8_weight(param) is not None
+                    place = (param.device, param.dtype, job.shards, eight_bit, misses_roundings(job))
                     low_rank.setdefault(place, []).append(job)
                 else:
                     plain.setdefault((param.device, param.dtype), []).append(param)
@@ -467,12 +475,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     step_low_rank(jobs, [self.state[job.param] for job in jobs], amp.on(device), self._bases)
 
 
+def join(optimizers: list[LowRankOptimizer]) -> None:
+    """Has the optimizers of parts of a model draw, and stagger their refreshes, as a single one of all parts does."""
+    first = 0
+    for optimizer in optimizers:
+        optimizer._family, optimizer._first_index = optimizers, first
+        first += sum(1 for _ in optimizer._parameters())
+
+
 class LowRankAdamW(LowRankOptimizer):
     """LowRankOptimizer with the inner rule AdamW. Takes LowRankOptimizer's other keywords."""
 
-    def __init__(self, params, lr: float | Tensor = 1e-3, **keywords):
-        if keywords.get("rule", "adamw") != "adamw":
-            raise ValueError(
-                f"rule: LowRankAdamW has 'adamw', got {keywords['rule']!r}; use LowRankOptimizer to choose"
-            )
-        super().__init__(params, lr, **keywords)
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group; see torch.optim.Optimizer.add_param_group."""
+        rule = param_group.get("rule", self.defaults["rule"]) if isinstance(param_group, dict) else "adamw"
+        if rule != "adamw":
+            raise ValueError(f"rule: LowRankAdamW has 'adamw', got {rule!r}; use LowRankOptimizer to choose")
+        super().add_param_group(param_group)

@@ -124,12 +124,12 @@ def is_low_rank(param: Tensor, group: dict) -> bool:
 
 
 def _check_numbers(group: dict) -> None:
-    for name in ("rank", "refresh_every"):
+    for name in ("rank", "refresh_every", "seed"):
         if name == "rank" and group[name] is None:
             continue
         if not isinstance(group[name], int) or isinstance(group[name], bool):
             raise TypeError(f"{name}: expected an int, got {type(group[name]).__name__}")
-        if group[name] < 1:
+        if name != "seed" and group[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {group[name]}")
     lr = group["lr"]
     if isinstance(lr, Tensor):

@@ -97,6 +97,7 @@ class PresetOptimizer(LowRankOptimizer):
         """Adds a group; see torch.optim.Optimizer.add_param_group."""
         if isinstance(param_group, dict):
             self._refuse_others({ALIASES.get(option, option): value for option, value in param_group.items()})
+            param_group = {**PRESETS[self._name()].parity.get(param_group.get("parity"), {}), **param_group}
         super().add_param_group(param_group)
 
     @classmethod

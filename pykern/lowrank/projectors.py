@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dct
 from .eigenvectors import all_eigenvectors, iterates, leading_eigenvectors
-from .subspace import Gradient, normal, orthonormalize, signed
+from .subspace import Gradient, normal, orthonormalize, product, signed
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def randomized(choice: Choice, oversampling: int = 16, iterations: int = 2) -> T
     for _ in range(iterations):
         vectors = orthonormalize(gradient.gram_times(vectors)[0])
     rotation = torch.linalg.eigh(gradient.low_gram(vectors)).eigenvectors
-    return signed(vectors @ rotation[:, -choice.rank :].flip(1))
+    return signed(product(vectors, rotation[:, -choice.rank :].flip(1)))
 
 
 @_finite

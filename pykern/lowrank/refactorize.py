@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .backward import BackwardOptimizer
+from .backward import BackwardOptimizer, BackwardStepper
 from .choosing import recount
 from .optimizer import LowRankOptimizer
 from .sltrain import SLTrainLinear
@@ -54,7 +54,7 @@ def refactorize(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool = True) -> int:
+def reset_moments(optimizer: torch.optim.Optimizer | BackwardStepper, params=None, *, steps: bool = True) -> int:
     """Zeroes the moments of an optimizer: those of `params`, or of all it has. Returns how many parameters.
 
     For any optimizer that keeps its moments under the names of torch's (exp_avg, exp_avg_sq, max_exp_avg_sq,
@@ -63,9 +63,12 @@ def reset_moments(optimizer: torch.optim.Optimizer, params=None, *, steps: bool 
 
     Paper: momentum reset, arXiv 2505.22922; after 2501.06842 (SPAM).
     """
-    params = None if params is None else list(params)  # an iterator ends with the first reading
-    if isinstance(optimizer, BackwardOptimizer):
-        return sum(reset_moments(own, params, steps=steps) for own in optimizer.stepper.optimizers.values())
+    if params is not None:
+        # A tensor is iterable too, and an iterator ends with the first reading.
+        params = [params] if isinstance(params, Tensor) else list(params)
+    if isinstance(optimizer, (BackwardOptimizer, BackwardStepper)):
+        stepper = optimizer if isinstance(optimizer, BackwardStepper) else optimizer.stepper
+        return sum(reset_moments(own, params, steps=steps) for own in stepper.optimizers.values())
     chosen = None if params is None else {id(param) for param in params}
     count = 0
     for param, state in optimizer.state.items():

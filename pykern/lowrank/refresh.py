@@ -8,6 +8,7 @@ from torch import Tensor
 from ..reference.lowrank import dequantize, quantize
 from .bases import basis_of
 from .matrices import Job
+from .subspace import product
 
 REFRESHES = ("every", "staggered", "lazy", "online")
 """every: on the multiples of `refresh_every`. staggered: likewise, but shifted for each matrix, so that the work is
@@ -113,13 +114,13 @@ def _turned(
     left = element(basis_of(job.group).rotation(job, before))
     right = None
     if "other_projector" in before:
-        right = element(before["other_projector"].mT @ job.state["other_projector"])
+        right = element(product(before["other_projector"].mT, job.state["other_projector"]))
 
     def turn(moment: Tensor | None) -> Tensor | None:
         if moment is None:
             return None
-        turned = left.to(moment.dtype) @ moment
-        return turned if right is None else turned @ right.to(moment.dtype)
+        turned = product(left.to(moment.dtype), moment)
+        return turned if right is None else product(turned, right.to(moment.dtype))
 
     return turn
 

@@ -14,7 +14,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 def _span(size: int, other: int) -> int:
     """How many of `size` rows (or columns) of a weight make a block, if each has `other` elements."""
-    return min(size, max(32, BLOCK_ELEMENTS // max(1, other)))
+    return max(1, min(size, max(32, BLOCK_ELEMENTS // max(1, other))))
 
 
 def _dense_block(up, down, values, row_start, column, scale, rows: slice, columns: slice) -> Tensor:
@@ -104,8 +104,8 @@ def sltrain_linear(
         TypeError, ValueError: a dtype or shape that doesn't fit.
         NotImplementedError: tensors on a device whose kernels this build lacks.
     """
-    for name, tensor in (("up", up), ("down", down), ("values", values)):
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    for name, tensor in (("up", up), ("down", down), ("values", values), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name}: expected {x.dtype} as x has, got {tensor.dtype}")
     if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(
@@ -127,8 +127,9 @@ def sltrain_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, up, down, values = (tensor.to(dtype) for tensor in (x, up, down, values))
         bias = None if bias is None else bias.to(dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        out = _SparseLowRankLinear.apply(x.reshape(-1, x.shape[-1]), up, down, values, row_start, column, float(scale))
+        out = _SparseLowRankLinear.apply(rows, up, down, values, row_start, column, float(scale))
         out = out.view(*x.shape[:-1], up.shape[0])
         return out if bias is None else out + bias
 
@@ -136,9 +137,9 @@ def sltrain_linear(
 class SLTrainLinear(nn.Module):
     """A linear layer with weight W = alpha / rank * up @ down + sparse, where the sparse support is random and fixed.
 
-    Every row of the weight has round(density * in_features) entries or one more, at places drawn from `seed`. The
-    state dict holds the places: 4 bytes an entry. `up` begins at zero and `down` as Kaiming's, as in LoRA; the values
-    begin uniform in +- 1 / sqrt(in_features), as those of a dense layer do.
+    The weight has round(density * out_features * in_features) entries, in every row as many or one more than in
+    another, at places drawn from `seed`. The state dict holds the places: 4 bytes an entry. `up` begins at zero and
+    `down` as Kaiming's, as in LoRA; the values begin uniform in +- 1 / sqrt(in_features), as those of a dense layer do.
 
     Args:
         in_features, out_features: sizes of the layer.
@@ -152,7 +153,7 @@ class SLTrainLinear(nn.Module):
     Paper: SLTrain, arXiv 2406.02214. `refactorize` is the restart of its low-rank part after arXiv 2505.22922.
 
     Raises:
-        ValueError: a rank below 1 or a density outside [0, 1].
+        ValueError: a rank below 1, a density outside [0, 1] or an alpha of 0 or less.
     """
 
     def __init__(
@@ -173,6 +174,8 @@ class SLTrainLinear(nn.Module):
             raise ValueError(f"rank: expected at least 1, got {rank}")
         if not 0 <= density <= 1:
             raise ValueError(f"density: expected a share in [0, 1], got {density}")
+        if not alpha > 0:
+            raise ValueError(f"alpha: expected a number above 0, got {alpha}")
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha = rank, alpha
         options = {"device": device, "dtype": dtype}
@@ -206,7 +209,8 @@ class SLTrainLinear(nn.Module):
             )
             rest = weight.clone()
             sparse_rows_add(rest, -layer.values, layer.row_start, layer.column, first_row=0, first_column=0)
-            left, sizes, right = torch.linalg.svd(rest.float(), full_matrices=False)
+            wide = torch.promote_types(rest.dtype, torch.float32)
+            left, sizes, right = torch.linalg.svd(rest.to(wide), full_matrices=False)
             root = (sizes[:rank] / layer.scale).sqrt()
             used = root.numel()
             layer.up.zero_()

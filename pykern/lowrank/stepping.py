@@ -18,6 +18,7 @@ from .quantized import int8_weight
 from .residuals import RESIDUALS, limit_options, measured_factors
 from .rules import RULES
 from .state import make_state, plain_state, seed_of, wide_dtype
+from .subspace import inner_products, product
 
 _ROUNDING = {"nearest": 0, "stochastic": 1, "kahan": 2}
 
@@ -89,6 +90,13 @@ def steps_rows(job: Job) -> bool:
     A measured residual needs the norms of whole columns, and 8-bit weights a product.
     """
     return picks_rows(job) and not RESIDUALS[job.group["residual"]].measured and int8_weight(job.param) is None
+
+
+def misses_roundings(job: Job) -> bool:
+    """Whether the basis has all of the gradient, so that the signs of what it misses are those of roundings."""
+    group = job.group
+    whole = job.rank == job.compressed and (group["side"] != "full" or job.rank == job.whole_length)
+    return RESIDUALS[group["residual"]].sign and whole and orthonormal(group)
 
 
 def is_fused(job: Job, bases: Bases) -> bool:
@@ -195,7 +203,7 @@ def _directions(jobs: list[Job], low: list[Tensor], amp: Amp) -> tuple[list[Tens
     group, shards = jobs[0].group, jobs[0].shards
     rule = RULES[group["rule"]]
     others = [job.state["other_projector"] for job in jobs] if group["side"] == "full" else []
-    inner = [matrix @ other for matrix, other in zip(low, others, strict=True)] if others else low
+    inner = [product(matrix, other) for matrix, other in zip(low, others, strict=True)] if others else low
     gathers = shards is not None and not rule.columnwise
     if gathers:
         inner = [shards.gathered(m, shards.along, 1, job.whole_length) for job, m in zip(jobs, inner, strict=True)]
@@ -204,7 +212,7 @@ def _directions(jobs: list[Job], low: list[Tensor], amp: Amp) -> tuple[list[Tens
         direction = [shards.own(matrix, 1, shards.along).contiguous() for matrix in direction]
     if others:
         low, direction = (
-            [matrix @ other.mT for matrix, other in zip(matrices, others, strict=True)]
+            [product(matrix, other.mT) for matrix, other in zip(matrices, others, strict=True)]
             for matrices in (inner, direction)
         )
     return low, direction, step_factor
@@ -234,7 +242,9 @@ def _update(
     residual = RESIDUALS[group["residual"]]
     if residual.measured:
         shards = jobs[0].shards
-        low_gram = [] if orthonormal(group) else [p.mT.to(r) @ (p.to(r) @ r) for p, r in zip(projectors, low)]
+        low_gram = []
+        if residual.up and not orthonormal(group):
+            low_gram = [product(inner_products(p), r) for p, r in zip(projectors, low, strict=True)]
         factors = measured_factors(
             low, direction, squares, low_gram, [job.state for job in jobs], group, amp.grad_scale, amp.found_inf,
             reduce=None if shards is None else shards.reduce,
@@ -248,7 +258,7 @@ def _update(
         if amp.grad_scale is not None:
             factors = [factor / amp.grad_scale for factor in factors]
         return _Update(direction, 1.0, grads, factors)
-    if residual.sign:
+    if residual.sign and not misses_roundings(jobs[0]):
         return _Update(direction, group["scale"], grads, low=low)
     return _Update(direction, group["scale"])
 

@@ -100,8 +100,7 @@ class Gradient:
         """The Gram matrix [k, k] of vectors^T G."""
         gram = vectors.new_zeros(vectors.shape[1], vectors.shape[1])
         for piece in self.pieces():
-            low = vectors.mT @ piece
-            gram.addmm_(low, low.mT)
+            gram += inner_products(multiply_one(piece, vectors).mT)
         return self.summed(gram)
 
     def row_squares(self) -> Tensor:
@@ -146,6 +145,12 @@ def multiply(matrices: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
 def multiply_one(matrix: Tensor, vectors: Tensor) -> Tensor:
     """`multiply` of one pair, the vectors in whatever layout and dtype."""
     return multiply([matrix], [contiguous(vectors, matrix.dtype)])[0]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of matrices of one dtype, float32 or float64: the same for any number of threads, as torch's product
+    is not where an axis is short."""
+    return multiply_one(right, left.mT)
 
 
 def inner_products(columns: Tensor, images: Tensor | None = None) -> Tensor:

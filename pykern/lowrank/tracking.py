@@ -4,13 +4,14 @@ from torch import Tensor
 
 from .bases import basis_of
 from .matrices import Job
+from .subspace import product
 
 
 def momentum_outside(job: Job) -> Tensor:
     """up(m) [n, length] in the basis of the state, of the dtype of the moments."""
     basis = basis_of(job.group).dense(job, job.state)
     moment = job.state["exp_avg"]
-    return basis.to(moment.dtype) @ moment
+    return product(basis.to(moment.dtype), moment)
 
 
 def remembered(job: Job, source: Tensor, done: int, factor: float | Tensor) -> Tensor:

@@ -75,13 +75,14 @@ class NormalizedLowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        factors = self._factors().to(x.dtype)
+        factors = self._factors()
         if self.norm == "input":
-            x = x * factors
+            x = x * factors.to(x.dtype)
         out = F.linear(x, self.weight) + F.linear(F.linear(x, self.down), self.up)
+        # Under autocast that is narrower than the parameters.
         if self.norm == "output":
-            out = out * factors
-        return out if self.bias is None else out + self.bias
+            out = out * factors.to(out.dtype)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

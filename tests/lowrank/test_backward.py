@@ -1,5 +1,6 @@
 """step_in_backward: accumulated low-rank gradients, clipping, learning rates, checkpoints in the midst of a window."""
 
+import copy
 import io
 
 import pytest
@@ -178,10 +179,25 @@ def rates(stepper):
     return {float(group["lr"]) for group in stepper.param_groups}
 
 
-def test_one_tensor_is_the_learning_rate_of_all_also_after_loading():
+def test_a_checkpoint_that_does_not_fit_changes_nothing():
+    model = Tiny()
+    stepper = pykern.step_in_backward(model, make)
+    loss_of(model, batches(1)[0]).backward()
+    saved = copy.deepcopy(stepper.state_dict())
+    loss_of(model, batches(1)[0]).backward()
+    del list(saved["optimizers"].values())[-1]["state"][0]["exp_avg"]
+    steps = [float(state["step"]) for one in stepper.optimizers.values() for state in one.state.values()]
+    with pytest.raises(ValueError, match="expected the state"):
+        stepper.load_state_dict(saved)
+    assert steps == [float(state["step"]) for one in stepper.optimizers.values() for state in one.state.values()]
+    assert set(steps) == {2.0}
+
+
+@pytest.mark.parametrize("kind", [make, torch.optim.AdamW], ids=["low-rank", "torch"])
+def test_one_tensor_is_the_learning_rate_of_all_also_after_loading(kind):
     rate = torch.tensor(0.1, dtype=torch.float64)
     model = Tiny()
-    stepper = pykern.step_in_backward(model, lambda params: make(params, lr=rate))
+    stepper = pykern.step_in_backward(model, lambda params: kind(params, lr=rate))
     loss_of(model, batches(1)[0]).backward()
     saved = stepper.state_dict()
     rate.fill_(0.5)
@@ -228,6 +244,34 @@ def test_the_rest_of_an_epoch_is_a_short_window():
             assert_close(hooked, plain)
     with pytest.raises(ValueError, match="closure: expected None"):
         facade.step(lambda: 0.0)
+
+
+def test_draws_and_staggered_refreshes_are_those_of_one_optimizer():
+    plain, hooked = (nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4))).bfloat16() for _ in range(2))
+    hooked.load_state_dict(plain.state_dict())
+    options = {"projector": "random", "refresh": "staggered", "refresh_every": 4, "rounding": "stochastic"}
+    optimizer = pykern.LowRankAdamW(plain.parameters(), 0.1, rank=2, **options)
+    stepper = pykern.step_in_backward(hooked, lambda params: pykern.LowRankAdamW(params, 0.1, rank=2, **options))
+    for step in range(3):
+        x = torch.randn(5, 8).bfloat16()
+        for model in (plain, hooked):
+            model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(torch.equal(*pair) for pair in zip(plain.parameters(), hooked.parameters(), strict=True)), step
+    own = [state for one in stepper.optimizers.values() for state in one.state.values()]
+    assert [int(state["next_refresh"]) for state in own] == [5, 6, 3, 4]
+    copied = copy.deepcopy(list(stepper.optimizers.values())[1])
+    assert copied._job(copied.param_groups[0]["params"][0]).index == 1
+
+
+def test_distributed_data_parallel_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="model: expected one without DistributedDataParallel"):
+            pykern.step_in_backward(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), make)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

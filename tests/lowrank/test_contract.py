@@ -9,6 +9,7 @@ import torch
 
 import pykern
 from pykern.lowrank import presets
+from pykern.lowrank.checks import rate_on
 from pykern.lowrank.projectors import PROJECTORS
 
 PRESETS = [getattr(presets, name) for name in presets.PRESETS]
@@ -413,3 +414,11 @@ def test_the_default_device_is_none_of_its_business(options):
         return snapshot(optimizer, params)
 
     assert_equal(stepped("meta"), stepped("cpu"))
+
+
+def test_a_rate_on_the_cpu_is_a_number_to_another_device():
+    """torch.distributed.checkpoint puts one in the place of any tensor while it has an optimizer make its states."""
+    rate = rate_on(torch.tensor(0.25), torch.device("meta"))
+    assert rate.device.type == "meta" and rate.dtype == torch.float64
+    own = torch.tensor(0.25)
+    assert rate_on(own, torch.device("cpu")) is own

@@ -136,11 +136,15 @@ def test_state_moves_from_the_cpu(make):
 def test_rate_on_another_device_is_refused():
     with pytest.raises(ValueError, match="lr: expected a float, or a tensor on cuda:0"):
         pykern.GaLoreAdamW([matrix(device="cuda")], torch.tensor(0.1), rank=4)
-    param = matrix(device="cuda")
-    optimizer = pykern.GaLoreAdamW([param], 0.1, rank=4)
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
-    with pytest.raises(ValueError, match="lr: expected a float, or a tensor on cuda:0"):
-        run(optimizer, [param], 1)
+
+
+def test_a_step_takes_the_rate_that_checkpoints_put_on_the_cpu():
+    param, other = (matrix(device="cuda") for _ in range(2))
+    optimizer = pykern.GaLoreAdamW([param], torch.tensor(0.1, device="cuda"), rank=4)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    run(optimizer, [param], 1)
+    run(pykern.GaLoreAdamW([other], 0.25, rank=4), [other], 1)
+    assert torch.equal(param, other)
 
 
 def test_another_stream():

@@ -263,6 +263,34 @@ def _saved(module):
     return buffer
 
 
+def test_a_copy_of_an_optimizer_and_its_model_belong_together():
+    ours = layer()
+    optimizer = QGaLoreAdamW8bit([ours.weight], LR, rank=4)
+    for names in (["optimizer", "layer"], ["layer", "optimizer"]):
+        both = copy.deepcopy({name: {"optimizer": optimizer, "layer": ours}[name] for name in names})
+        (param,) = both["optimizer"].param_groups[0]["params"]
+        assert param is both["layer"].weight is not ours.weight
+        assert param.int8.codes is both["layer"].weight_codes and param.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0)])
+def test_no_features(rows, columns):
+    ours = copy.deepcopy(layer(columns, rows).bfloat16())
+    x = torch.ones(3, columns, dtype=torch.bfloat16)
+    assert ours(x).shape == (3, rows) and ours.weight.shape == (rows, columns)
+
+
+def test_frozen_and_shared_layers():
+    shared, frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8).requires_grad_(False)
+    places = {"one": torch.nn.Sequential(shared, frozen, shared), "other": torch.nn.Sequential(shared)}
+    model = torch.nn.ModuleDict(places)
+    int8_linears(model, r"other\.0|one\.1")
+    one, other = model["one"], model["other"]
+    assert type(other[0]) is Int8Linear and one[0] is one[2] is other[0]
+    assert not one[1].weight.requires_grad and other[0].weight.requires_grad
+
+
 def test_replacing_layers():
     model = torch.nn.Sequential(
         torch.nn.Embedding(50, 16), torch.nn.Linear(16, 24), torch.nn.Sequential(torch.nn.Linear(24, 16)),

@@ -215,6 +215,15 @@ def test_closure():
     assert param.square().sum().item() < before
 
 
+def test_a_projector_function_may_keep_the_basis():
+    param, given = matrix(), iter([None, torch.eye(16)[:, :4], None])
+    optimizer = pykern.GaLoreAdamW([param], rank=4, projector=lambda grad, rank, right: next(given), refresh_every=1)
+    for refreshes in (0, 1, 1):
+        run(optimizer, [param], 1)
+        state = optimizer.state[param]
+        assert int(state["refreshes"]) == refreshes == state["projector"].sum() / 4
+
+
 def test_add_param_group_and_none_gradients():
     first, second = matrix(), matrix(seed=1)
     optimizer = pykern.LowRankAdamW([first], 0.01, rank=4)
@@ -355,6 +364,28 @@ def test_bit_equal_for_any_number_of_threads(make):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (pykern.LDAdamW, {}),
+        (pykern.GradNormLoRPAdamW, {}),
+        (pykern.Flora, {"refresh_every": 1}),
+        (pykern.FiraAdamW, {"projector": "random", "state_dtype": "8bit"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("shape", [(60, 100), (9, 20)], ids=str)
+def test_torchs_products_of_short_axes_are_not_used(make, options, shape):
+    """They depend on the number of threads."""
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            param = matrix(*shape)
+            run(make([param], 0.01, rank=5, **options), [param], 3)
+            results.append(param.detach())
+    assert torch.equal(*results)
+
+
 def test_bfloat16_weights_follow_the_definition(device):
     param = matrix(64, 48, torch.bfloat16, device=device)
     start = param.detach().cpu().double()
@@ -384,6 +415,7 @@ def test_autocast_changes_nothing(device, fira):
         ({"rank": 0}, ValueError, "rank: expected at least 1, got 0"),
         ({"rank": 2.5}, TypeError, "rank: expected an int, got float"),
         ({"refresh_every": 0}, ValueError, "refresh_every: expected at least 1"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int, got float"),
         ({"side": "both"}, ValueError, "side: expected one of"),
         ({"residual": "half"}, ValueError, "residual: expected one of"),
         ({"decay": "never"}, ValueError, "decay: expected one of"),
@@ -410,6 +442,9 @@ def test_presets_refuse_what_they_fix(make, other):
         make([matrix()], residual="fira" if make is pykern.GaLoreAdamW else "none")
     with pytest.raises(ValueError, match="rule: .* use LowRankOptimizer to choose"):
         make([{"params": [matrix()], "rule": "lion"}])
+    for keywords, group in (({"rule": "lion"}, {}), ({}, {"rule": "lion"})):
+        with pytest.raises(ValueError, match="rule: LowRankAdamW has 'adamw', got 'lion'"):
+            pykern.LowRankAdamW([{"params": [matrix()], **group}], **keywords)
     optimizer = make([matrix()])
     with pytest.raises(ValueError, match="parity: expected None or"):
         optimizer.add_param_group({"params": [matrix()], "parity": other})
@@ -423,9 +458,18 @@ def test_refused_parameters_gradients_and_bases():
     with pytest.raises(ValueError, match=r"projector: expected shape \(16, 4\) for a \(24, 16\) gradient"):
         run(pykern.GaLoreAdamW([param], rank=4, projector=torch.eye(24)), [param], 1)
     param = matrix()
+    optimizer = pykern.GaLoreAdamW([param], rank=4, projector=torch.eye(16)[:, :4], refresh_every=1)
+    run(optimizer, [param], 1)
+    named = pykern.GaLoreAdamW([param], rank=4)
+    named.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="projector: a group names none"):
+        named.step()
+    param = matrix()
     param.grad = torch.zeros(24, 16).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse gradients"):
-        pykern.GaLoreAdamW([param], rank=4).step()
+    optimizer = pykern.GaLoreAdamW([param], rank=4)
+    for take in (optimizer.step, lambda: optimizer.project(param)):
+        with pytest.raises(RuntimeError, match="sparse gradients"):
+            take()
     meta = torch.nn.Parameter(torch.zeros(4, 4, device="meta"))
     meta.grad = torch.zeros(4, 4, device="meta")
     with pytest.raises(NotImplementedError, match="has no meta kernels"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykern
 from pykern.lowrank.bases import basis_of
@@ -248,6 +249,51 @@ def test_resumes_bit_for_bit(name):
     after[1].load_state_dict(state)
     steps(*after, 3, 6)
     assert torch.equal(after[0], whole[0])
+
+
+def test_frugal_takes_no_signs_of_roundings():
+    """The whole gradient lies in the subspace: what is outside it has no sign."""
+    for shape in [(24, 4), (4, 24)]:
+        weights = []
+        for residual in ("sign", "none"):
+            weights.append(torch.nn.Parameter(torch.zeros(shape)))
+            other = torch.nn.Parameter(torch.zeros(24, 16))
+            optimizer = pykern.Frugal([other, weights[-1]], LR, rank=8, residual=residual)
+            for step in range(2):
+                for param in (weights[-1], other):
+                    param.grad = gradient(param.shape, step, param.dtype)
+                optimizer.step()
+        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+        assert weights[0].any()
+
+
+@pytest.mark.parametrize("residual", ["apollo_channel", "fira"])
+def test_measured_residuals_make_nothing_of_the_weights_size(residual):
+    """By the parts of a step, and with a basis that is not orthonormal."""
+    param = torch.nn.Parameter(torch.randn(64, 80))
+    options = {"residual": residual, "projector": "random", "state_dtype": "8bit"}
+    optimizer = pykern.LowRankAdamW([param], LR, rank=4, **options)
+    made = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            result = operator(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor) and not result.is_meta and result.data_ptr() not in given:
+                made.append((operator, result.numel()))
+            return result
+
+    for step in range(2):
+        param.grad = gradient(param.shape, step, param.dtype)
+        given = (param.data_ptr(), param.grad.data_ptr())
+        with Recorded():
+            optimizer.step()
+    assert made and not [operator for operator, count in made if count >= param.numel()]
+
+
+def test_parity_of_a_group_begins_with_the_packages_options():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(8, 8))], "rank": 4, "parity": "galore_torch"}]
+    assert pykern.GaLoreAdamW(groups).param_groups[0]["projector"] == "svd"
+    assert pykern.GaLoreAdamW([{**groups[0], "projector": "power"}]).param_groups[0]["projector"] == "power"
 
 
 def test_presets_have_classes():

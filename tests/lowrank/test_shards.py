@@ -416,7 +416,8 @@ def test_shards_step_as_one_process(results):
         if "columns" in layout:
             # What is no matrix lies whole in every process; "std" is left for it.
             expected = expected[:3] + alone(case, "left")[3:]
-        assert_close(weights, expected, 2e-5 if case == "newton-schulz" else 2e-6, key)
+        # The power step's factors are rounded to bfloat16, where the last digit of a sum may turn a rounding.
+        assert_close(weights, expected, 2e-5 if case in ("newton-schulz", "ldadam") else 2e-6, key)
         for result in results[1:]:
             assert all(map(torch.equal, weights, result[key][0])) and all(map(torch.equal, bases, result[key][1]))
         compared += 1

@@ -217,10 +217,27 @@ def test_compiles_whole():
     torch.testing.assert_close(compile_whole(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0)])
+def test_no_features(device, rows, columns):
+    up, down, values, row_start, column = parts(rows, columns, 2, device=device)
+    x, up = torch.randn(3, columns, device=device, requires_grad=True), up.requires_grad_()
+    out = pykern.sltrain_linear(x, up, down, values, row_start, column)
+    out.sum().backward()
+    assert out.shape == (3, rows) and not out.any()
+    assert x.grad.shape == x.shape and up.grad.shape == up.shape and not up.grad.any()
+
+
+def test_from_linear_in_double():
+    linear = torch.nn.Linear(9, 7, dtype=torch.float64)
+    layer = pykern.SLTrainLinear.from_linear(linear, rank=7, density=0.1)
+    torch.testing.assert_close(layer.dense_weight(), linear.weight.detach(), rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
         ({"up": torch.zeros(6, 2, dtype=torch.float64)}, TypeError, "up: expected torch.float32"),
+        ({"bias": torch.zeros(6, dtype=torch.float64)}, TypeError, "bias: expected torch.float32"),
         ({"down": torch.zeros(3, 9)}, ValueError, "down: expected"),
         ({"x": torch.zeros(4, 8)}, ValueError, "x: expected last size 9"),
         ({"row_start": torch.zeros(6, dtype=torch.int64)}, ValueError, "row_start: expected int64"),
@@ -235,7 +252,8 @@ def test_refusals(change, error, message):
 
 
 @pytest.mark.parametrize(
-    "keywords, message", [({"rank": 0}, "rank: expected"), ({"density": 1.5}, "density: expected")]
+    "keywords, message",
+    [({"rank": 0}, "rank: expected"), ({"density": 1.5}, "density: expected"), ({"alpha": 0.0}, "alpha: expected")],
 )
 def test_layer_refuses(keywords, message):
     with pytest.raises(ValueError, match=message):

@@ -52,6 +52,14 @@ def test_a_fresh_layer_is_the_one_it_was_made_from(norm):
     assert {name for name, _ in layer.named_parameters()} == {"up", "down", "magnitude", "bias"}
 
 
+@pytest.mark.parametrize("norm", ["output", "input"])
+def test_autocast_gives_what_it_gives_of_a_linear_layer(norm):
+    linear, x = torch.nn.Linear(5, 7), torch.randn(3, 5)
+    ours = pykern.NormalizedLowRankLinear.from_linear(linear, 2, norm=norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x), linear(x), rtol=2e-2, atol=2e-2)
+
+
 def test_state_dict_restores_the_norms():
     layer, other = (layer_of(6, 9, 2, "output") for _ in range(2))
     other.load_state_dict(layer.state_dict())
@@ -106,7 +114,7 @@ def test_reset_moments(make, steps):
     for param in params:
         param.grad = torch.randn(6, 4)
     optimizer.step()
-    assert pykern.reset_moments(optimizer, params[:1], steps=steps) == 1
+    assert pykern.reset_moments(optimizer, params[0], steps=steps) == 1
     fresh, kept = (optimizer.state[param] for param in params)
     assert not fresh["exp_avg"].any() and not fresh["exp_avg_sq"].any() and kept["exp_avg"].any()
     assert fresh["step"].item() == (0 if steps else 1) and kept["step"].item() == 1
@@ -144,3 +152,4 @@ def test_reset_moments_of_steps_in_the_backward():
     assert pykern.reset_moments(BackwardOptimizer(stepper)) == 4
     assert not any(state["exp_avg"].any() for own in stepper.optimizers.values() for state in own.state.values())
     assert pykern.reset_moments(BackwardOptimizer(stepper), model[0].parameters()) == 2
+    assert pykern.reset_moments(stepper, model[0].parameters()) == 2

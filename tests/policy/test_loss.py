@@ -126,6 +126,20 @@ def test_unmasked_garbage_shows(loss, name, bad):
 
 
 @pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("loss", pykern.LOSSES)
+@pytest.mark.parametrize("dtype, apart", [(torch.float32, 100.0), (torch.float64, 800.0)], ids=str)
+def test_what_counts_for_nothing_is_nothing_where_its_ratio_overflows(loss, dtype, apart):
+    tensors = batch(dtype=dtype, poisoned=False)
+    tensors["mask"][:] = True
+    for name in ("advantages", "second_advantages"):
+        tensors[name][0] = 0
+    for name, moved in (("old_logprobs", -apart), ("ref_logprobs", apart)):
+        tensors[name][0] = tensors["logprobs"][0] + moved
+    value, _, *gradients = ours(*arguments(tensors, loss=loss, kl="k3", kl_coef=0.0))
+    assert value.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_no_hidden_clamp_and_the_preset_of_verl():
     logprobs = torch.tensor([[-1.0, -1.0]], dtype=torch.float64, requires_grad=True)
     other = torch.tensor([[-26.0, -26.0]], dtype=torch.float64)
