@@ -22,8 +22,8 @@ struct PartMatrix {
 };
 
 // low = factor * P^T matrix [rank, length], squares = factor^2 times the columns' squared norms. P is [n, rank], or its
-// column k is zero but for a one in row rows[k], if that is not -1. `wide` numbers are float64 where the matrix is, else
-// float32.
+// column k is zero but for a one in row rows[k], if that is not -1. `wide` numbers are float64 where the matrix is,
+// else float32.
 struct ProjectPart {
   PartMatrix matrix;
   const void* data;

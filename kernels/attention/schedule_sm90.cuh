@@ -149,7 +149,9 @@ class VisibleKeyTiles {
       const int row = tile * kRows + i;
       const int32_t* bounds = problem_.bounds + int64_t{4} * (row < last_row ? row : last_row);
       bool sees = __ldg(bounds + 1) > queries_.first;
-      if (problem_.window > 0) sees = sees && !leaves_window(bounds_.least_position, __ldg(bounds + 3), problem_.window);
+      if (problem_.window > 0) {
+        sees = sees && !leaves_window(bounds_.least_position, __ldg(bounds + 3), problem_.window);
+      }
       seen = seen || sees;
     }
     return seen && tile < stop_;
