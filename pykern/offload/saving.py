@@ -3,6 +3,7 @@
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,7 +35,7 @@ class Kept:
         return self.tensor
 
 
-class Copy:
+class Copy(ABC):
     """One byte range of one storage as it was at one version.
 
     It lives as long as a saved view needs it. Its weak reference keeps the storage's identity from being given to a
@@ -68,9 +69,9 @@ class Copy:
         """Whether the storage still holds what was copied, as far as autograd's version counters tell."""
         return self._version == version == self._counter._version and self._address == storage.data_ptr()
 
+    @abstractmethod
     def data(self) -> Tensor:
         """The bytes, uint8, in memory."""
-        raise NotImplementedError
 
 
 class Saved:
